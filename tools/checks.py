@@ -4,6 +4,7 @@ Runs inside .venv. Whatever would write (export, clean, docs, builds) works on a
 Each check returns a list of problems; an empty list means that it passed.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -61,7 +62,8 @@ def state():
 def tree_untouched(before):
     "Running all this left no file behind and changed none."
     after = state()
-    return [f"{path.as_posix()} was written" for path in sorted(after) if after[path] != before.get(path)]
+    changed = (path for path in sorted({*before, *after}) if before.get(path) != after.get(path))
+    return [f"{path.as_posix()} was written or removed" for path in changed]
 
 
 def copy_tree(to):
@@ -98,7 +100,8 @@ def stop(process):
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(*command, cwd, seconds=600, show=False, **env):
@@ -242,10 +245,15 @@ class Page:
             self.parts.append(fenced(code, "python"))
         self.parts += map(output_markdown, outputs)
 
+    def everything(self):
+        "The Markdown with the description, which nbdev moves into the front matter."
+        return f"{self.front.get('description', '')}\n\n{self.markdown}"
+
 
 def pages_made(copy, pages):
     "nbdev turns every notebook into a page."
-    output = must_run(sys.executable, "-c", "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)", cwd=copy, seconds=PAGES_SECONDS)
+    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)"  # the command nbdev_proc_nbs would want Quarto
+    output = must_run(sys.executable, "-c", code, cwd=copy, seconds=PAGES_SECONDS)
     missing = [path.as_posix() for path in notebooks(copy) if not (copy / "_proc" / path).exists()]
     if missing:  # nbdev prints the error and goes on
         raise RuntimeError(f"no page for {', '.join(missing)}:\n{output[-1500:]}")
@@ -272,7 +280,7 @@ def readme_runs():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         script = Path(folder) / "readme.py"
         script.write_text(code, encoding="utf-8")
-        must_run(sys.executable, script, cwd=folder, seconds=README_SECONDS, MPLBACKEND="agg")
+        must_run(sys.executable, script, cwd=folder, seconds=README_SECONDS, MPLBACKEND="agg", OMP_NUM_THREADS="2")
     return [] if code else ["README.md shows no Python code"]
 
 
@@ -326,7 +334,7 @@ class Site:
     "All pages, converted by pandoc, with what their links may point to."
 
     def __init__(self, pages):
-        self.html = {path: pandoc(page.markdown, "markdown") for path, page in pages.items()}
+        self.html = {path: pandoc(page.everything(), "markdown") for path, page in pages.items()}
         self.source = {(path.parent / page.file).as_posix(): path for path, page in pages.items()}
         self.generated = generated_links()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NormalizedGradient', 'cosine_by_epoch', 'cosine_by_step', 'StepRecord', 'check_finite', 'CleanTokens',
-           'check_training', 'Learner', 'training_facts', 'step_record', 'keep_record', 'records_frame',
-           'training_steps', 'training_batches', 'draw_history', 'LiveCurve', 'fit']
+           'check_training', 'check_optimizer', 'Learner', 'update', 'training_steps', 'training_batches',
+           'training_facts', 'step_record', 'records_frame', 'draw_history', 'LiveCurve', 'fit']
 
 # %% ../nbs/api/50_learner.ipynb #24c02c46
 import math
@@ -108,27 +108,36 @@ class CleanTokens:
             self.rows[key], self.room = row, self.room - row.nbytes
         return tokens
 
-# %% ../nbs/api/50_learner.ipynb #cba06620
+# %% ../nbs/api/50_learner.ipynb #140738ff
 def check_training(
     source,  # tvp.mllm.Mllm
     task,  # tvp.tasks.Task
     batch_size: int,  # pictures per update
-    schedule: Callable,  # (optimizer, per_epoch, epochs) -> LRScheduler
+    scheduler: Callable,  # (optimizer, per_epoch, epochs) -> torch scheduler
 ) -> None:
     "Refuse a training that cannot start."
-    rows = len(task.split("train"))
     if not callable(source):
         raise TypeError(f"`source` must be a model, got {source!r}. Load it first: zoo[name] or tvp.load_mllm(name).")
+    rows = len(task.split("train"))
     if not rows:
-        raise ValueError(f"the train split of task {task.name!r} is empty: there is nothing to learn from. Load the task again with more rows.")
+        raise ValueError(f"the train split of task {task.name!r} is empty: there is nothing to learn from. Load the task with more rows.")
     if not 0 < batch_size <= rows:
         raise ValueError(f"`batch_size` must be in [1, {rows}], the rows of the train split of {task.name!r}; got {batch_size}. "
                          f"Try batch_size={min(16, rows)}.")
-    if not callable(schedule):
-        raise TypeError(f"`scheduler` must be a function (optimizer, per_epoch, epochs) -> torch scheduler, got {type(schedule).__name__}. "
+    if not callable(scheduler):
+        raise TypeError(f"`scheduler` must be a function (optimizer, per_epoch, epochs) -> torch scheduler, got {type(scheduler).__name__}. "
                         "Wrap it: scheduler=lambda optimizer, per_epoch, epochs: CosineAnnealingLR(optimizer, per_epoch * epochs).")
 
-# %% ../nbs/api/50_learner.ipynb #c447b6a1
+# %% ../nbs/api/50_learner.ipynb #b345697a
+def check_optimizer(
+    optimizer: Optimizer,
+    prompt: VisualPrompt,
+) -> Optimizer:  # the same
+    "Refuse an optimizer that would move something else."
+    if any(p is prompt.delta for group in optimizer.param_groups for p in group["params"]): return optimizer
+    raise ValueError("`optimizer` does not train this prompt: make it with prompt.parameters() of the prompt handed in.")
+
+# %% ../nbs/api/50_learner.ipynb #68fc30e8
 class Learner:
     "Trains a prompt on one frozen source model: the loop of TVP (sec. 3), of EVP, and of VP."
     def __init__(self, prompt: VisualPrompt,  # moved to the source's device
@@ -140,30 +149,17 @@ class Learner:
                  batch_size: int = 16,  # pictures per update
                  seed: int = 42,  # of the order of pictures and of their augmentation
                  augment: bool = False,  # the task's own random crops and flips
-                 epochs: int = 1,  # passes over the train split that `fit` makes unless told otherwise
+                 epochs: int = 1,  # passes over the train split, unless `fit` or `steps` is told otherwise
                  accelerator: Any = None):  # accelerate.Accelerator; None: a plain one, made at the first step
         check_training(source, task, batch_size, scheduler)
         self.prompt, self.source, self.task, self.device = prompt.to(source.device), source, task, source.device
         self.losses = check_losses([TaskLoss()] if losses is None else losses)
-        self.optimizer = optimizer or NormalizedGradient(prompt.parameters(), 10.0, prompt.canvas_gradient_norm)
+        self.optimizer = check_optimizer(optimizer or NormalizedGradient(prompt.parameters(), 10.0, prompt.canvas_gradient_norm), prompt)
         self.scheduler, self.batch_size, self.seed, self.augment, self.epochs = scheduler, batch_size, seed, augment, epochs
         self.clean_tokens = None if augment else CleanTokens(source)  # augmented pictures never come back
         self.records, self.epoch, self.per_epoch = [], 0, len(task.split("train")) // batch_size
         self.provenance = training_facts(self)
         if accelerator is not None: self.accelerator = accelerator
-
-    def update(self, batch: Any) -> StepRecord:
-        "One update: compose, encode, weigh, go backward, move."
-        images = batch.images.to(self.device)
-        clean, prompted = self.prompt.canvas(images), self.prompt(images)
-        output = self.source(prompted, batch.instructions, batch.answers)  # the one encode with gradient
-        total, values = weigh(self.losses, StepContext(batch, clean, prompted, self.source, output, self.clean_tokens))
-        self.optimizer.zero_grad()
-        self.accelerator.backward(total)
-        record = step_record(self, total, values)
-        check_finite(record)
-        self.optimizer.step()
-        return keep_record(self, record)
 
     def steps(self, epochs: int | None = None) -> Iterator[StepRecord]: return training_steps(self, epochs or self.epochs)
     def fit(self, epochs: int | None = None) -> VisualPrompt: return fit(self, epochs or self.epochs)
@@ -176,6 +172,52 @@ class Learner:
     def accelerator(self):
         from accelerate import Accelerator
         return Accelerator()
+
+# %% ../nbs/api/50_learner.ipynb #6b197266
+def update(
+    learner: Learner,
+    batch: Any,  # tvp.tasks.Batch
+) -> StepRecord:  # also kept in learner.records
+    "One update: compose, encode, weigh, go backward, move."
+    images, prompt = batch.images.to(learner.device), learner.prompt
+    clean, prompted = prompt.canvas(images), prompt(images)
+    output = learner.source(prompted, batch.instructions, batch.answers)  # the one encode with gradient
+    context = StepContext(batch, clean, prompted, learner.source, output, learner.clean_tokens)
+    total, values = weigh(learner.losses, context)
+    learner.optimizer.zero_grad()
+    learner.accelerator.backward(total)
+    record = step_record(learner, total, values)
+    check_finite(record)
+    learner.optimizer.step()
+    learner.records.append(record)
+    prompt.provenance = learner.provenance | {"steps": record.step}
+    return record
+
+# %% ../nbs/api/50_learner.ipynb #34f87749
+def training_steps(
+    learner: Learner,
+    epochs: int,  # passes over the train split, > 0
+) -> Iterator[StepRecord]:  # one per update
+    "The loop: epochs, batches, updates."
+    if not (isinstance(epochs, int) and epochs > 0): raise ValueError(f"`epochs` must be a whole number > 0, got {epochs!r}.")
+    for group in learner.optimizer.param_groups: group["lr"] = group.get("initial_lr", group["lr"])
+    scheduler = learner.scheduler(learner.optimizer, learner.per_epoch, epochs)
+    for _ in range(epochs):
+        learner.epoch += 1
+        for batch in training_batches(learner):
+            record = update(learner, batch)
+            scheduler.step()
+            yield record
+
+# %% ../nbs/api/50_learner.ipynb #283d0b25
+def training_batches(
+    learner: Learner,
+) -> Iterator[Any]:  # tvp.tasks.Batch, each of the full batch size
+    "The current epoch's batches, in an order that the seed and the epoch decide."
+    generator = torch.Generator().manual_seed(learner.seed + 1_000_003 * learner.epoch)
+    batches = learner.task.batches("train", size=learner.prompt.inner, batch_size=learner.batch_size, shuffle=True,
+                                   augment=learner.augment, generator=generator)
+    return (batch for batch in batches if len(batch.answers) == learner.batch_size)
 
 # %% ../nbs/api/50_learner.ipynb #379114f1
 def training_facts(
@@ -199,16 +241,6 @@ def step_record(
     return StepRecord(len(learner.records) + 1, learner.epoch, float(total.detach()), **known, others=numbers,
                       grad_norm=learner.prompt.canvas_gradient_norm().item(), lr=learner.optimizer.param_groups[0]["lr"])
 
-# %% ../nbs/api/50_learner.ipynb #2f591ad2
-def keep_record(
-    learner: Learner,
-    record: StepRecord,  # of an update that has been made
-) -> StepRecord:  # the same
-    "Add to the history and to the prompt's provenance."
-    learner.records.append(record)
-    learner.prompt.provenance = learner.provenance | {"steps": record.step}
-    return record
-
 # %% ../nbs/api/50_learner.ipynb #398ffe7e
 def records_frame(
     records: list[StepRecord],
@@ -219,33 +251,7 @@ def records_frame(
     columns = [name for name in StepRecord.__dataclass_fields__ if name != "others"]
     return pd.DataFrame([{name: row[name] for name in columns} | row["others"] for row in rows], columns=None if rows else columns)
 
-# %% ../nbs/api/50_learner.ipynb #358ec845
-def training_steps(
-    learner: Learner,
-    epochs: int,  # passes over the train split, > 0
-) -> Iterator[StepRecord]:  # one per update
-    "The loop: epochs, batches, updates."
-    if not (isinstance(epochs, int) and epochs > 0): raise ValueError(f"`epochs` must be a whole number > 0, got {epochs!r}.")
-    for group in learner.optimizer.param_groups: group["lr"] = group.get("initial_lr", group["lr"])
-    scheduler = learner.scheduler(learner.optimizer, learner.per_epoch, epochs)
-    for _ in range(epochs):
-        learner.epoch += 1
-        for batch in training_batches(learner):
-            record = learner.update(batch)
-            scheduler.step()
-            yield record
-
-# %% ../nbs/api/50_learner.ipynb #283d0b25
-def training_batches(
-    learner: Learner,
-) -> Iterator[Any]:  # tvp.tasks.Batch, each of the full batch size
-    "The current epoch's batches, in an order that the seed and the epoch decide."
-    generator = torch.Generator().manual_seed(learner.seed + 1_000_003 * learner.epoch)
-    batches = learner.task.batches("train", size=learner.prompt.inner, batch_size=learner.batch_size, shuffle=True,
-                                   augment=learner.augment, generator=generator)
-    return (batch for batch in batches if len(batch.answers) == learner.batch_size)
-
-# %% ../nbs/api/50_learner.ipynb #ec1a034b
+# %% ../nbs/api/50_learner.ipynb #96e6f5d8
 def draw_history(
     history,  # DataFrame as of Learner.history
 ):  # array of matplotlib Axes
@@ -256,7 +262,7 @@ def draw_history(
     axes = plt.subplots(1, len(terms), figsize=(3.2 * len(terms), 2.2), squeeze=False, layout="constrained")[1][0]
     for ax, name in zip(axes, terms):
         ax.plot(history.step, history[name], color="0.75", lw=1)
-        ax.plot(history.step, history[name].rolling(10, min_periods=1).mean(), lw=2)
+        ax.plot(history.step, history[name].rolling(max(1, len(history) // 10), min_periods=1).mean(), lw=2)
         ax.set(title=name, xlabel="update")
     return axes
 

@@ -16,7 +16,7 @@ def split_pieces(
     "Cut a text at its separators and keep them."
     return [piece for piece in re.split("(" + "|".join(map(re.escape, separators)) + ")", text) if piece]
 
-# %% ../nbs/api/18_processor.ipynb #1cd7db9d
+# %% ../nbs/api/18_processor.ipynb #a4cfc63a
 class MarkerProcessor:
     "Image processor and tokenizer for texts with one picture marker inside (MiniGPT-4, VPGTrans)."
     chat_template = None
@@ -33,11 +33,8 @@ class MarkerProcessor:
         self.num_image_tokens, self.image_token, self.alone = num_image_tokens, image_token, tuple(alone)
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
-    def ids(
-        self,
-        text: str,  # contains "<image>" once
-    ) -> list[int]:  # token ids, begin symbol first
-        "Token ids of one text, the marker replaced by placeholders."
+    def ids(self, text: str) -> list[int]:
+        "Token ids of one text, begin symbol first, its marker `<image>` replaced by placeholders."
         if text.count("<image>") != 1:
             raise ValueError(f"`text` must contain the marker '<image>' exactly once, got {text.count('<image>')} in {text!r}.")
         if not self.alone: return self.tokenizer(text.replace("<image>", self.image_token * self.num_image_tokens)).input_ids

@@ -7,8 +7,9 @@ __all__ = ['KINDS', 'check_geometry', 'border_mask', 'patch_mask', 'prompt_mask'
            'VisualPrompt', 'shown_prompt', 'keep_canvas_gradient', 'pixels_to_pil', 'show_prompt', 'prompt_html',
            'save_prompt', 'zero_interior_width', 'read_reference', 'read_safetensors', 'load_prompt']
 
-# %% ../nbs/api/00_prompt.ipynb #72939b32
+# %% ../nbs/api/00_prompt.ipynb #da5ff7f2
 import base64
+import html
 import io
 import json
 import os
@@ -121,7 +122,7 @@ def first_delta(
     if kind == "random-patch": return torch.randn(3, width, width, generator=generator)
     return torch.randn(3, size, size, generator=generator) * mask
 
-# %% ../nbs/api/00_prompt.ipynb #f72c7286
+# %% ../nbs/api/00_prompt.ipynb #15413e8a
 class VisualPrompt(nn.Module):
     "Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al. 2022, sec. 3)."
     def __init__(self, size: int,  # canvas side, pixels
@@ -151,7 +152,7 @@ class VisualPrompt(nn.Module):
     def canvas_gradient_norm(self) -> Tensor:
         "L2 norm of the gradient over the whole canvas, before the mask: the reference divides by this."
         if self.canvas_gradient is None: raise RuntimeError("no gradient yet: call loss.backward() first.")
-        return self.canvas_gradient.norm()
+        return self.canvas_gradient.norm(dim=-1).norm()  # rows first: in float32 one sum of 150,528 squares is off by 3e-6
 
     def save(self, path: str | Path) -> Path: return save_prompt(self, path)
     @classmethod
@@ -208,7 +209,7 @@ def show_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/00_prompt.ipynb #7630f816
+# %% ../nbs/api/00_prompt.ipynb #fa5330da
 def prompt_html(
     prompt: VisualPrompt,
 ) -> str:  # HTML with the picture inside
@@ -218,7 +219,8 @@ def prompt_html(
     delta, facts = prompt.delta.detach().float().cpu(), {"kind": prompt.kind, "size": prompt.size, "width": prompt.width}
     facts |= {"pictures": f"{prompt.inner} x {prompt.inner}", "values": f"{delta.min():.3f} to {delta.max():.3f}"}
     facts |= {"L2 norm": f"{delta.norm():.3f}"} | prompt.provenance
-    rows = "".join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{v}</td></tr>" for k, v in facts.items())
+    cell = lambda tag, text: f"<{tag} style='text-align:left'>{html.escape(str(text))}</{tag}>"  # a prompt may come from a stranger
+    rows = "".join(f"<tr>{cell('th', name)}{cell('td', fact)}</tr>" for name, fact in facts.items())
     source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return (f"<div style='display:flex;gap:1em;align-items:center'><img src='{source}' width='144' "
             f"style='image-rendering:pixelated'><table>{rows}</table></div>")

@@ -16,7 +16,7 @@ from torch import nn
 from .mllm import Clip, Mllm
 from .world import AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, PHOTO, PRESENCE, SHAPES
 
-# %% ../nbs/api/30_tiny.ipynb #d8588aa6
+# %% ../nbs/api/30_tiny.ipynb #9d9e29b1
 SIZE, WIDTH, PATCH = 48, 6, 8  # canvas, border of a prompt, patch of the vision towers; pixels
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<Img>", "</Img>", "<end>")
 _SPLIT = dict(triangle=("tri", "angle"), diamond=("dia", "mond"), crescent=("cres", "cent"), purple=("pur", "ple"), yellow=("yel", "low"))
@@ -54,7 +54,7 @@ def tiny_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A <end>" if end else "<s> $A", special_tokens=[("<s>", 1), ("<end>", 7)])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<end>" if end else "</s>", unk_token="<unk>",
-                                   extra_special_tokens={"image_token": "<image>"}, model_input_names=["input_ids", "attention_mask"])
+                                   model_input_names=["input_ids", "attention_mask"])
 
 # %% ../nbs/api/30_tiny.ipynb #6f36a531
 _VISION = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, image_size=SIZE, patch_size=PATCH)

@@ -336,12 +336,12 @@ def train_language(
     train_steps(name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (5e-3, 3e-3), folder)
     save_atomic({k: v.half() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
 
-# %% ../nbs/api/32_tiny_train.ipynb #fd0e7d0d
-TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (5000, 12), "tiny-clip": (5000, 14)}  # name: (steps, seed)
+# %% ../nbs/api/32_tiny_train.ipynb #0dc70b30
+TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (4000, 12), "tiny-clip": (4000, 14)}  # name: (steps, seed)
 LANGUAGE = {  # name: (steps, seed, whose Q-Former to start from)
-    "tiny-minigpt4": (5000, 21, None), "tiny-instructblip": (3000, 22, "tiny-minigpt4"), "tiny-blip2-opt": (3000, 23, "tiny-minigpt4"),
-    "tiny-blip2-t5": (3000, 24, "tiny-minigpt4"), "tiny-vpgtrans": (3000, 25, "tiny-minigpt4"),
-    "tiny-llava": (3000, 26, None), "tiny-llava-siglip": (3000, 27, None)}
+    "tiny-minigpt4": (3500, 21, None), "tiny-instructblip": (2000, 22, "tiny-minigpt4"), "tiny-blip2-opt": (2000, 23, "tiny-minigpt4"),
+    "tiny-blip2-t5": (2000, 24, "tiny-minigpt4"), "tiny-vpgtrans": (2000, 25, "tiny-minigpt4"),
+    "tiny-llava": (2500, 26, None), "tiny-llava-siglip": (2500, 27, None)}
 
 
 def train_zoo(
