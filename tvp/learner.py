@@ -7,7 +7,7 @@ __all__ = ['NormalizedGradient', 'cosine_by_epoch', 'cosine_by_step', 'StepRecor
            'check_training', 'check_optimizer', 'Learner', 'update', 'training_steps', 'training_batches',
            'training_facts', 'step_record', 'records_frame', 'draw_history', 'LiveCurve', 'fit']
 
-# %% ../nbs/api/50_learner.ipynb #24c02c46
+# %% ../nbs/api/50_learner.ipynb #d78391b6
 import math
 import sys
 import time
@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .losses import StepContext, TaskLoss, check_losses, weigh
+from .mllm import Mllm
 from .prompt import VisualPrompt
+from .tasks import Batch, Task
 
 # %% ../nbs/api/50_learner.ipynb #8b9d408e
 class NormalizedGradient(Optimizer):
@@ -90,15 +92,15 @@ def check_finite(
     raise ValueError(f"the loss or its gradient is not finite at step {record.step} ({facts}). The prompt is as it was "
                      f"before this step. It has probably grown too far: start again with a smaller lr (now {record.lr:g}).")
 
-# %% ../nbs/api/50_learner.ipynb #d7d2eb95
+# %% ../nbs/api/50_learner.ipynb #94bd3361
 class CleanTokens:
     "Visual tokens of clean pictures, without gradient, remembered by row."
-    def __init__(self, source,  # tvp.mllm.Mllm
+    def __init__(self, source: Mllm,
                  room: int = 2**30):  # bytes to keep at most
         self.source, self.room, self.rows = source, room, {}
 
     def __call__(self, images: Tensor,  # (B, 3, size, size), clean
-                 batch: Any) -> Tensor:  # (B, T, D)
+                 batch: Batch) -> Tensor:  # (B, T, D)
         "All from memory if every row is known, else one encode of the batch."
         keys = list(zip(batch.index.tolist(), batch.instructions))
         if all(key in self.rows for key in keys): return torch.stack([self.rows[key] for key in keys])
@@ -108,10 +110,10 @@ class CleanTokens:
             self.rows[key], self.room = row, self.room - row.nbytes
         return tokens
 
-# %% ../nbs/api/50_learner.ipynb #140738ff
+# %% ../nbs/api/50_learner.ipynb #48b1a1b6
 def check_training(
-    source,  # tvp.mllm.Mllm
-    task,  # tvp.tasks.Task
+    source: Mllm,
+    task: Task,
     batch_size: int,  # pictures per update
     scheduler: Callable,  # (optimizer, per_epoch, epochs) -> torch scheduler
 ) -> None:
@@ -137,12 +139,12 @@ def check_optimizer(
     if any(p is prompt.delta for group in optimizer.param_groups for p in group["params"]): return optimizer
     raise ValueError("`optimizer` does not train this prompt: make it with prompt.parameters() of the prompt handed in.")
 
-# %% ../nbs/api/50_learner.ipynb #68fc30e8
+# %% ../nbs/api/50_learner.ipynb #ba8645a2
 class Learner:
     "Trains a prompt on one frozen source model: the loop of TVP (sec. 3), of EVP, and of VP."
     def __init__(self, prompt: VisualPrompt,  # moved to the source's device
-                 source: Any,  # tvp.mllm.Mllm, frozen
-                 task: Any,  # tvp.tasks.Task; only its train split is used
+                 source: Mllm,  # frozen
+                 task: Task,  # only its train split is used
                  losses: list | None = None,  # see tvp_losses; None: the task loss alone, which is EVP
                  optimizer: Optimizer | None = None,  # None: NormalizedGradient(lr=10) over the whole canvas
                  scheduler: Callable = cosine_by_epoch,  # (optimizer, per_epoch, epochs) -> torch scheduler, stepped after each update
@@ -161,22 +163,22 @@ class Learner:
         self.provenance = training_facts(self)
         if accelerator is not None: self.accelerator = accelerator
 
-    def steps(self, epochs: int | None = None) -> Iterator[StepRecord]: return training_steps(self, epochs or self.epochs)
-    def fit(self, epochs: int | None = None) -> VisualPrompt: return fit(self, epochs or self.epochs)
-    def plot(self): return draw_history(self.history)
-
+    def steps(self, epochs: int | None = None) -> Iterator[StepRecord]: "One record per update, made when pulled."; return training_steps(self, epochs)
+    def fit(self, epochs: int | None = None) -> VisualPrompt: "All the steps, with a progress bar; the trained prompt."; return fit(self, epochs)
+    def plot(self): "The losses over the updates, as matplotlib Axes."; return draw_history(self.history)
     @property
-    def history(self): return records_frame(self.records)
+    def history(self): "The records as a pandas DataFrame, one row per update."; return records_frame(self.records)
 
     @cached_property
     def accelerator(self):
+        "Runs the backward pass."
         from accelerate import Accelerator
         return Accelerator()
 
-# %% ../nbs/api/50_learner.ipynb #6b197266
+# %% ../nbs/api/50_learner.ipynb #2870cda6
 def update(
     learner: Learner,
-    batch: Any,  # tvp.tasks.Batch
+    batch: Batch,
 ) -> StepRecord:  # also kept in learner.records
     "One update: compose, encode, weigh, go backward, move."
     images, prompt = batch.images.to(learner.device), learner.prompt
@@ -193,12 +195,13 @@ def update(
     prompt.provenance = learner.provenance | {"steps": record.step}
     return record
 
-# %% ../nbs/api/50_learner.ipynb #34f87749
+# %% ../nbs/api/50_learner.ipynb #88a5c773
 def training_steps(
     learner: Learner,
-    epochs: int,  # passes over the train split, > 0
+    epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs
 ) -> Iterator[StepRecord]:  # one per update
     "The loop: epochs, batches, updates."
+    epochs = learner.epochs if epochs is None else epochs
     if not (isinstance(epochs, int) and epochs > 0): raise ValueError(f"`epochs` must be a whole number > 0, got {epochs!r}.")
     for group in learner.optimizer.param_groups: group["lr"] = group.get("initial_lr", group["lr"])
     scheduler = learner.scheduler(learner.optimizer, learner.per_epoch, epochs)
@@ -209,10 +212,10 @@ def training_steps(
             scheduler.step()
             yield record
 
-# %% ../nbs/api/50_learner.ipynb #283d0b25
+# %% ../nbs/api/50_learner.ipynb #eb61dbf6
 def training_batches(
     learner: Learner,
-) -> Iterator[Any]:  # tvp.tasks.Batch, each of the full batch size
+) -> Iterator[Batch]:  # each of the full batch size
     "The current epoch's batches, in an order that the seed and the epoch decide."
     generator = torch.Generator().manual_seed(learner.seed + 1_000_003 * learner.epoch)
     batches = learner.task.batches("train", size=learner.prompt.inner, batch_size=learner.batch_size, shuffle=True,
@@ -286,15 +289,15 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #07930e6a
+# %% ../nbs/api/50_learner.ipynb #a5178399
 def fit(
     learner: Learner,
-    epochs: int,  # passes over the train split
+    epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs
 ) -> VisualPrompt:  # the trained prompt (also learner.prompt)
     "Drain the steps with a progress bar and, in a notebook, a live curve."
     from tqdm.auto import tqdm
-    curve = LiveCurve(learner)
-    with tqdm(learner.steps(epochs), total=epochs * learner.per_epoch, desc=learner.task.name, unit="step", delay=2) as bar:
+    curve, total = LiveCurve(learner), learner.per_epoch * (learner.epochs if epochs is None else epochs)
+    with tqdm(learner.steps(epochs), total=total, desc=learner.task.name, unit="step", delay=2) as bar:
         for record in bar:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             curve.update()

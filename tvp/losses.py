@@ -6,25 +6,27 @@
 __all__ = ['StepContext', 'check_weight', 'TaskLoss', 'FeatureConsistency', 'TaskSemantics', 'weigh', 'check_losses',
            'tvp_losses']
 
-# %% ../nbs/api/40_losses.ipynb #a74524ab
+# %% ../nbs/api/40_losses.ipynb #cd4d57c7
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# %% ../nbs/api/40_losses.ipynb #04ac73a2
+from .mllm import Clip, Mllm, MllmOutput
+from .tasks import Batch
+
+# %% ../nbs/api/40_losses.ipynb #d2535b84
 @dataclass
 class StepContext:
     "What one update knows, handed to every loss."
-    batch: Any  # tvp.tasks.Batch: pictures, texts, labels and row numbers
+    batch: Batch  # pictures, texts, labels and row numbers
     clean: Tensor  # (B, 3, size, size), the padded pictures without prompt
     prompted: Tensor  # (B, 3, size, size), the same with prompt
-    source: Any  # tvp.mllm.Mllm, the frozen model that the prompt is trained on
-    output: Any  # tvp.mllm.MllmOutput of the prompted pictures: loss and visual_tokens
+    source: Mllm  # the frozen model that the prompt is trained on
+    output: MllmOutput  # of the prompted pictures: loss and visual_tokens (B, T, D)
     encode: Callable | None = None  # (images, batch) -> clean tokens; None: ask the source
 
     @cached_property
@@ -71,12 +73,12 @@ class FeatureConsistency:
                              f"{tuple(prompted.shape)}. Are both made from the same batch?")
         return (prompted - clean).float().norm(dim=-1).mean()
 
-# %% ../nbs/api/40_losses.ipynb #c46f37b6
+# %% ../nbs/api/40_losses.ipynb #8d6c02be
 @dataclass
 class TaskSemantics:
     "TSE: CLIP's score of the prompted picture with its caption (TVP, sec. 3). Subtracted: more is better."
     weight: float  # factor in the total, >= 0; the paper's is 0.001 on CIFAR-10
-    clip: Any  # tvp.mllm.Clip
+    clip: Clip  # frozen; any CLIP will do, the source's own would be kin
     template: str = "this is a photo of a {}"  # caption; {} is what the picture shows
     name = "tse"
     sign = -1
@@ -115,11 +117,11 @@ def check_losses(
         raise ValueError(f"`losses` must hold at least one loss, each name once, got {names}.")
     return list(losses)
 
-# %% ../nbs/api/40_losses.ipynb #732db9a3
+# %% ../nbs/api/40_losses.ipynb #90773aa9
 def tvp_losses(
     fca: float = 0.005,  # weight of Feature Consistency Alignment, 0 leaves it out
     tse: float = 0.001,  # weight of Task Semantics Enrichment, 0 leaves it out
-    clip=None,  # tvp.mllm.Clip, needed when tse > 0
+    clip: Clip | None = None,  # needed when tse > 0
 ) -> list:  # [TaskLoss, FeatureConsistency, TaskSemantics] without those of weight 0
     "The losses of TVP; with both weights 0, those of EVP. The defaults are the paper's for CIFAR-10."
     if tse and clip is None:

@@ -6,7 +6,7 @@
 __all__ = ['METHOD_COLOURS', 'METHOD_MARKERS', 'HISTORY_PANELS', 'method_style', 'plot_transfer', 'transfer_matrix',
            'plot_matrix', 'plot_history', 'prompt_title', 'plot_prompt', 'sample_batches', 'plot_samples']
 
-# %% ../nbs/api/70_plots.ipynb #5a3e1f23
+# %% ../nbs/api/70_plots.ipynb #93d98d67
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ import torch
 
 from .mllm import Mllm
 from .prompt import VisualPrompt, shown_prompt
+from .tables import GROUPS
 from .tasks import Task
-from .transfer import GROUPS
 if TYPE_CHECKING:  # matplotlib is imported when a picture is drawn
     from matplotlib.axes import Axes
 
@@ -125,7 +125,7 @@ def transfer_matrix(
     wide = lambda column: rows.pivot(index="source", columns="target", values=column).loc[rows.source.unique(), rows.target.unique()] * 100
     return wide("gain"), wide("high")
 
-# %% ../nbs/api/70_plots.ipynb #5c707fe6
+# %% ../nbs/api/70_plots.ipynb #46eda315
 def _frame_matrix(ax: "Axes", gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
     "Frames around the diagonal, lines between towers."
     import matplotlib.pyplot as plt
@@ -136,6 +136,7 @@ def _frame_matrix(ax: "Axes", gain: pd.DataFrame, towers: Mapping[str, str]) -> 
     for i, (left, right) in enumerate(zip(names, names[1:]), 1):
         if towers.get(left) != towers.get(right): ax.axvline(i, color="white", lw=6)
 
+# %% ../nbs/api/70_plots.ipynb #8c745d7a
 def plot_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
@@ -157,7 +158,7 @@ def plot_matrix(
     ax.set_title(f"{df.task.iloc[0]}: gain of {method} over no prompt", loc="left", fontsize=12, fontweight="bold")
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #73a4fa1e
+# %% ../nbs/api/70_plots.ipynb #9cfcc171
 HISTORY_PANELS = {"task": "task loss", "fca": "feature consistency (FCA)", "tse": "task semantics (TSE)", "grad_norm": "gradient norm"}
 
 def _histories(
@@ -171,6 +172,7 @@ def _histories(
                              "Train first: learner.fit().")
     return histories
 
+# %% ../nbs/api/70_plots.ipynb #9e6b964d
 def plot_history(
     history: pd.DataFrame | Mapping[str, pd.DataFrame],  # `learner.history`, or method -> history
 ) -> np.ndarray:  # of Axes, one for each panel

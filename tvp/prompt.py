@@ -122,7 +122,7 @@ def first_delta(
     if kind == "random-patch": return torch.randn(3, width, width, generator=generator)
     return torch.randn(3, size, size, generator=generator) * mask
 
-# %% ../nbs/api/00_prompt.ipynb #15413e8a
+# %% ../nbs/api/00_prompt.ipynb #47cb09cb
 class VisualPrompt(nn.Module):
     "Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al. 2022, sec. 3)."
     def __init__(self, size: int,  # canvas side, pixels
@@ -154,11 +154,11 @@ class VisualPrompt(nn.Module):
         if self.canvas_gradient is None: raise RuntimeError("no gradient yet: call loss.backward() first.")
         return self.canvas_gradient.norm(dim=-1).norm()  # rows first: in float32 one sum of 150,528 squares is off by 3e-6
 
-    def save(self, path: str | Path) -> Path: return save_prompt(self, path)
+    def save(self, path: str | Path) -> Path: "Write a .safetensors file, all or nothing."; return save_prompt(self, path)
     @classmethod
-    def load(cls, path: str | Path) -> "VisualPrompt": return load_prompt(path)
-    def to_pil(self) -> Image.Image: return pixels_to_pil(0.5 + shown_prompt(self).detach())
-    def show(self, image: Tensor | None = None, ax=None): return show_prompt(self, image, ax)
+    def load(cls, path: str | Path) -> "VisualPrompt": "Read a .safetensors file, or a .pth of the reference."; return load_prompt(path)
+    def to_pil(self) -> Image.Image: "On mid grey, clipped to 8 bit: to look at."; return pixels_to_pil(0.5 + shown_prompt(self).detach())
+    def show(self, image: Tensor | None = None, ax=None): "Draw it, alone or around a picture (3, inner, inner)."; return show_prompt(self, image, ax)
     def extra_repr(self) -> str: return f"size={self.size}, width={self.width}, kind={self.kind!r}"
     def _repr_html_(self) -> str: return prompt_html(self)
 

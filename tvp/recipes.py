@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'find_recipe', 'make_optimizer', 'make_learner']
 
-# %% ../nbs/api/55_recipes.ipynb #216daf49
+# %% ../nbs/api/55_recipes.ipynb #16da443c
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from .learner import Learner, NormalizedGradient, cosine_by_epoch, cosine_by_step
 from .losses import tvp_losses
+from .mllm import Mllm
 from .prompt import VisualPrompt
+from .tasks import Task
 
 # %% ../nbs/api/55_recipes.ipynb #842914d0
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def make_optimizer(
     if recipe.momentum is not None: return torch.optim.SGD(prompt.parameters(), lr=recipe.lr, momentum=recipe.momentum)
     return NormalizedGradient(prompt.parameters(), recipe.lr, prompt.canvas_gradient_norm)
 
-# %% ../nbs/api/55_recipes.ipynb #4c6d5495
+# %% ../nbs/api/55_recipes.ipynb #512b2942
 def make_learner(
     method: str,  # one of METHODS
-    zoo: Mapping[str, Any],  # tvp.zoo.Zoo: models by name, with size, width and clip
+    zoo: Mapping[str, Mllm],  # a Zoo: models by name, with size, width and clip
     source: str,  # name of the model to train on
-    task: Any,  # tvp.tasks.Task
+    task: Task,
     seed: int = 0,  # of the order of pictures and of VP's start
     scale: str = "tiny",  # whose numbers: "tiny" or "paper"
     **overrides,  # other values for fields of Recipe, e.g. lr=20, epochs=2

@@ -6,7 +6,7 @@
 __all__ = ['METHOD_NOTES', 'points', 'gain_sentences', 'compare_sentences', 'harm_sentences', 'caveats', 'notes', 'versions',
            'duration', 'png', 'picture_html', 'page', 'list_html', 'facts_html', 'report_html']
 
-# %% ../nbs/api/75_report.ipynb #22201760
+# %% ../nbs/api/75_report.ipynb #761c5adf
 import base64
 import html
 import io
@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from .transfer import GROUPS, TransferResults
+from .transfer import TransferResults
 
 # %% ../nbs/api/75_report.ipynb #651b29ae
 _WHERE = {"source": "the source model", "unseen, same tower": "the unseen models on the source's vision tower",
@@ -42,7 +42,7 @@ def gain_sentences(
         sentences.append(f"{method} {verb} {_WHERE[row['group']]}: {points(row)}{mean}.")
     return sentences
 
-# %% ../nbs/api/75_report.ipynb #5fd8f4f7
+# %% ../nbs/api/75_report.ipynb #43506572
 def compare_sentences(
     results: TransferResults,
     method: str = "TVP",  # hoped to be better
@@ -54,11 +54,11 @@ def compare_sentences(
     for row in results.compare(method, baseline).to_dict("records"):
         where = _WHERE[row["group"]]
         if row["low"] > 0: sentences.append(f"{method} beats {baseline} on {where}, by {points(row)}.")
-        elif row["high"] < 0: sentences.append(f"{method} does not beat {baseline} on {where}: it is worse by {points(row)}.")
+        elif row["high"] < 0: sentences.append(f"{method} does not beat {baseline} on {where}: it is worse, {points(row)}.")
         else: sentences.append(f"{method} does not beat {baseline} on {where}: the difference, {points(row)}, is within chance.")
     return sentences
 
-# %% ../nbs/api/75_report.ipynb #5dcadc15
+# %% ../nbs/api/75_report.ipynb #07585c75
 def harm_sentences(
     results: TransferResults,
 ) -> list[str]:  # one sentence for each method that harms, or one that says none does
@@ -70,6 +70,7 @@ def harm_sentences(
             f"on {len(rows)} of {(tried.method == method).sum()} models."
             for method, rows in harmed.groupby("method", sort=False)]
 
+# %% ../nbs/api/75_report.ipynb #e450b4d5
 def caveats(
     results: TransferResults,
 ) -> list[str]:
@@ -128,7 +129,7 @@ def picture_html(
     return (f'<figure{size}><img alt="{text}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
             f"<figcaption>{text}</figcaption></figure>")
 
-# %% ../nbs/api/75_report.ipynb #7f7e7aed
+# %% ../nbs/api/75_report.ipynb #1e6636d5
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -141,7 +142,7 @@ figure{{margin:1.2em 0}} img{{width:100%;background:#fff;border-radius:6px}} fig
 .scroll{{overflow-x:auto}} li{{margin:.25em 0}} code{{background:var(--card);padding:.1em .35em;border-radius:4px}}
 .facts th{{text-align:left;font-weight:500;color:var(--soft);padding:.15em 1.2em .15em 0;vertical-align:top}} .facts td{{padding:.15em 0}}
 @media print{{:root{{color-scheme:light;--text:#000;--soft:#444;--page:#fff;--card:#fff}} body{{margin:0;max-width:none;font-size:11pt}}
- figure,table{{break-inside:avoid}} h2{{break-after:avoid}} .tvp-table .harm{{color:#9a2c00!important}}}}
+ figure,.scroll{{break-inside:avoid}} h2{{break-after:avoid}} .tvp-table .harm{{color:#9a2c00!important}}}}
 </style></head><body>
 {body}
 </body></html>

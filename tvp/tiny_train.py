@@ -124,7 +124,7 @@ def heads_loss(
     return loss, dict(count=right(count, scenes.count, is_objects), objects=((objects > 0) == (present > 0)).all(-1)[is_objects].float().mean().item(),
                       digit=right(digit, scenes.digit, is_digit), letter=right(letter, scenes.letter, is_letter), color=right(color, scenes.glyph_color, is_letter))
 
-# %% ../nbs/api/32_tiny_train.ipynb #b4f8ae11
+# %% ../nbs/api/32_tiny_train.ipynb #251e45bb
 def make_optimizers(
     named: list[tuple[str, nn.Parameter]],  # what to train
     lr: tuple[float, float],  # of Muon and of AdamW
@@ -153,8 +153,14 @@ def train_steps(
         state = torch.load(path, weights_only=True)
         modules.load_state_dict(state["modules"]); start = state["step"]
         for part, saved in zip(optimizers + schedules, state["optimizers"]): part.load_state_dict(saved)
+
+    def save(step: int) -> None:
+        torch.save(dict(step=step, modules=modules.state_dict(), optimizers=[p.state_dict() for p in optimizers + schedules]), path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
     for step in range(start, steps):
-        loss, numbers = loss_of(step)
+        try: loss, numbers = loss_of(step)
+        except KeyboardInterrupt: save(step); raise
         for o in optimizers: o.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in named], 1.)
@@ -162,9 +168,7 @@ def train_steps(
         mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
         if (step + 1) % 200 == 0:
             log.info("%s step %d/%d %.0f s loss %.3f %s", name, step + 1, steps, time.time() - began, mean, {k: round(v, 3) for k, v in numbers.items()})
-        if (step + 1) % 500 == 0:
-            torch.save(dict(step=step + 1, modules=modules.state_dict(), optimizers=[p.state_dict() for p in optimizers + schedules]), path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+        if (step + 1) % 500 == 0: save(step + 1)
     path.unlink(missing_ok=True)
 
 # %% ../nbs/api/32_tiny_train.ipynb #fdabb17d
