@@ -1,6 +1,6 @@
 """Does a prompt help models that never saw it? The study behind nbs/explanations/02_does_it_transfer.ipynb.
 
-    python benchmarks/transfer_study.py tune     --work DIR     # choose each method's numbers, on validation pictures
+    python benchmarks/transfer_study.py tune     --work DIR     # choose each method's numbers, on validation pictures; run it twice
     python benchmarks/transfer_study.py train    --work DIR     # all prompts, for every training length
     python benchmarks/transfer_study.py evaluate --work DIR     # all models, test pictures
     python benchmarks/transfer_study.py collect  --work DIR     # tables into benchmarks/results
@@ -27,11 +27,11 @@ from tvp.zoo import load_zoo
 SOURCES, SEEDS = ("tiny-minigpt4", "tiny-instructblip"), (0, 1, 2)
 LENGTHS = (2, 8, 24)  # epochs, 50 updates each (digits: 31)
 TUNE_SOURCE, TUNE_SEED = "tiny-blip2-opt", 100  # neither is used in the study itself
-TUNE_TARGETS = ("tiny-blip2-opt", "tiny-minigpt4", "tiny-instructblip")  # one tower: models on other towers have no say
+TUNE_TARGETS = ("tiny-blip2-opt", "tiny-blip2-t5", "tiny-vpgtrans")  # one tower: models on other towers have no say
 GRID = {
-    "VP": [dict(lr=lr) for lr in (1, 5, 20)],
-    "EVP": [dict(lr=lr) for lr in (2, 4, 8)],
-    "TVP": [dict(lr=lr, fca=fca, tse=tse) for lr in (4, 8) for fca in (.05, .2) for tse in (.01, .05)],
+    "VP": [dict(lr=lr) for lr in (1, 4, 12)],
+    "EVP": [dict(lr=lr) for lr in (5, 15, 45)],
+    "TVP": [dict(lr=lr, fca=fca, tse=tse) for lr in (15, 45) for fca in (.005, .02) for tse in (.005, .02)],
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,16 +44,26 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def tuned(work: Path) -> pd.DataFrame:
+    "What `tune` has found so far: one row for each task and setting."
+    return pd.DataFrame([json.loads(f.read_text()) for f in sorted((work / "tune").glob("*.json"))])
+
+
 def tune(work: Path, mine) -> None:
-    "Validation accuracy of every setting in GRID, for every task, at two training lengths."
-    jobs = [(task, method, i, epochs) for epochs in LENGTHS[:2] for task in task_names() for method in METHODS for i in range(len(GRID[method]))]
-    for task, method, i, epochs in mine(jobs):
-        path = work / "tune" / f"{task}-{method}-{i}-{epochs}.json"
+    "Validation accuracy of every setting in GRID at the shortest length; once all of them are there, of each method's better half at the next."
+    settings = [(method, i) for method in METHODS for i in range(len(GRID[method]))]
+    found, short = tuned(work), LENGTHS[0]
+    short_runs = found[found.epochs == short] if len(found) else found
+    if complete := len(short_runs) == len(settings) * len(task_names()):
+        mean = short_runs.groupby(["method", "setting"]).prompted.mean()
+        settings = [key for method in METHODS for key in mean[[method]].nlargest(-(-len(GRID[method]) // 2)).index]
+    for task, (method, i) in mine(list(itertools.product(task_names(), settings))):
+        path = work / "tune" / f"{task}-{method}-{i}-{LENGTHS[complete]}.json"
         if path.exists(): continue
-        prompt = make_learner(method, load_zoo("tiny"), TUNE_SOURCE, load_task(task), TUNE_SEED, epochs=epochs, **GRID[method][i]).fit()
+        prompt = make_learner(method, load_zoo("tiny"), TUNE_SOURCE, load_task(task), TUNE_SEED, epochs=LENGTHS[complete], **GRID[method][i]).fit()
         df = evaluate_transfer(prompt, load_task(task), load_zoo("tiny"), source=TUNE_SOURCE, split="valid", targets=TUNE_TARGETS).df
         df = df[df.method == method]
-        write(path, json.dumps(dict(task=task, method=method, epochs=epochs, **GRID[method][i], clean=df.clean.mean(), prompted=df.prompted.mean())))
+        write(path, json.dumps(dict(task=task, method=method, setting=i, epochs=LENGTHS[complete], **GRID[method][i], clean=df.clean.mean(), prompted=df.prompted.mean())))
 
 
 def prompt_path(work: Path, *what) -> Path:
@@ -78,7 +88,8 @@ def evaluate(work: Path, mine) -> None:
         path = work / split / f"{task}-{source}-{seed}.safetensors"
         prompts = {(m if split == "test" else f"{m} {e}"): prompt_path(work, task, source, m, e, seed)
                    for m in METHODS for e in LENGTHS if split == "valid" or e == own}
-        if path.exists() or not all(p.exists() for p in prompts.values()): continue
+        prompts = {name: p for name, p in prompts.items() if p.exists()}
+        if path.exists() or not prompts: continue
         loaded = {"frame": VisualPrompt(zoo.size, zoo.width)} | {name: VisualPrompt.load(p) for name, p in prompts.items()}
         result = evaluate_transfer(loaded, load_task(task), zoo, source=source, split=split, seed=seed)
         save_run(result.only_run(), path)
@@ -108,8 +119,7 @@ def load_results(work: Path, split: str) -> TransferResults:
 
 def collect(work: Path, mine) -> None:
     "Small tables of all results."
-    rows = pd.DataFrame([json.loads(f.read_text()) for f in sorted((work / "tune").glob("*.json"))])
-    write(RESULTS / "transfer_tune.csv", rows.round(4).to_csv(index=False))
+    write(RESULTS / "transfer_tune.csv", tuned(work).round(4).to_csv(index=False))
     test, valid = load_results(work, "test"), load_results(work, "valid")
     write(RESULTS / "transfer_rows.csv", test.df.round(4).to_csv(index=False))
     write(RESULTS / "transfer_mean.csv", test.mean().round(4).to_csv(index=False))
@@ -117,6 +127,10 @@ def collect(work: Path, mine) -> None:
     for method, baseline in (("TVP", "EVP"), ("TVP", "frame"), ("EVP", "frame")):
         write(RESULTS / f"transfer_{method}_minus_{baseline}.csv", test.compare(method, baseline).round(4).to_csv(index=False))
     write(RESULTS / "transfer_lengths.csv", valid.summary().round(4).to_csv(index=False))
+    from tvp.plots import plot_transfer
+    picture = RESULTS.parent.parent / "nbs" / "images" / "transfer.png"
+    picture.parent.mkdir(exist_ok=True)
+    plot_transfer(test.mean().query("task == 'shapes' and source == 'tiny-minigpt4' and method != 'frame'")).figure.savefig(picture, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
-           'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo', 'whole', 'parser',
-           'main']
+           'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo', 'command_train_zoo',
+           'whole', 'parser', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -158,7 +158,17 @@ def command_demo(args: argparse.Namespace) -> None:
     print(f"{duration(demo.seconds['all together'])}. Written to {folder}: {', '.join(file.name for file in files)}")
     print(f"Open {files[-1]} in a browser.")
 
-# %% ../nbs/api/90_cli.ipynb #d7036daf
+# %% ../nbs/api/90_cli.ipynb #70215a88
+def command_train_zoo(args: argparse.Namespace) -> None:
+    "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
+    import logging
+    from tvp.tiny_train import LANGUAGE, TOWERS, train_zoo
+    for name in args.parts or []: known_name("part", name, [*TOWERS, *LANGUAGE])
+    folder = output_folder(args.out, force=True)  # what is finished there is kept
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train_zoo(folder, args.parts)
+
+# %% ../nbs/api/90_cli.ipynb #ef2393e1
 def whole(
     text: str,  # as typed
 ) -> int:
@@ -168,14 +178,14 @@ def whole(
 
 def _add_command(commands, run, arguments: dict[str, dict]) -> None:
     "A subcommand from its function: name and help text come from there."
-    name = run.__name__.removeprefix("command_")
+    name = run.__name__.removeprefix("command_").replace("_", "-")
     parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
     for flag, options in arguments.items():
         told = " (default: %(default)s)" if options.get("default") is not None else ""
         parser.add_argument(flag, **options | dict(help=options["help"] + told))
     parser.set_defaults(run=run)
 
-# %% ../nbs/api/90_cli.ipynb #6ac104f4
+# %% ../nbs/api/90_cli.ipynb #491b2ce6
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -196,6 +206,8 @@ def parser() -> argparse.ArgumentParser:
         "--task": dict(metavar="NAME", help="the one it was trained for if not given"),
         "--models": dict(nargs="+", metavar="NAME", help="all if not given")} | out(None, "file for the results, .csv") | force)
     for run in (command_models, command_tasks): _add_command(commands, run, {})
+    _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
+                 | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given")})
     return top
 
 # %% ../nbs/api/90_cli.ipynb #6f3cd905

@@ -33,7 +33,7 @@ class Recipe:
     tse: float = 0.0  # weight of Task Semantics Enrichment
     augment: bool = False  # random crops and flips, as far as the task allows
 
-# %% ../nbs/api/55_recipes.ipynb #5b6837a9
+# %% ../nbs/api/55_recipes.ipynb #d97ea94a
 METHODS = ("VP", "EVP", "TVP")
 
 RECIPES = {
@@ -43,9 +43,9 @@ RECIPES = {
         "TVP": Recipe("TVP", "border", lr=10, epochs=1, fca=0.005, tse=0.001, augment=True),
     },
     "tiny": {
-        "VP": Recipe("VP", "overlay", lr=4, epochs=4, momentum=0.9, warmup=10),
-        "EVP": Recipe("EVP", "border", lr=5, epochs=4),
-        "TVP": Recipe("TVP", "border", lr=5, epochs=4, fca=0.1, tse=0.02),
+        "VP": Recipe("VP", "overlay", lr=4, epochs=8, momentum=0.9, warmup=10),
+        "EVP": Recipe("EVP", "border", lr=45, epochs=8),
+        "TVP": Recipe("TVP", "border", lr=45, epochs=8, fca=0.005, tse=0.005),
     },
 }
 
