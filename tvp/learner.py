@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NormalizedGradient', 'cosine_by_epoch', 'cosine_by_step', 'StepRecord', 'check_finite', 'CleanTokens',
            'check_training', 'check_optimizer', 'Learner', 'update', 'training_steps', 'training_batches',
-           'training_facts', 'step_record', 'records_frame', 'draw_history', 'LiveCurve', 'fit']
+           'training_facts', 'step_record', 'records_frame', 'LiveCurve', 'fit']
 
-# %% ../nbs/api/50_learner.ipynb #d78391b6
+# %% ../nbs/api/50_learner.ipynb #39383532
 import math
 import sys
 import time
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from tqdm import tqdm
 
 from .losses import StepContext, TaskLoss, check_losses, weigh
 from .mllm import Mllm
@@ -139,7 +140,7 @@ def check_optimizer(
     if any(p is prompt.delta for group in optimizer.param_groups for p in group["params"]): return optimizer
     raise ValueError("`optimizer` does not train this prompt: make it with prompt.parameters() of the prompt handed in.")
 
-# %% ../nbs/api/50_learner.ipynb #ba8645a2
+# %% ../nbs/api/50_learner.ipynb #f1bfc3dc
 class Learner:
     "Trains a prompt on one frozen source model: the loop of TVP (sec. 3), of EVP, and of VP."
     def __init__(self, prompt: VisualPrompt,  # moved to the source's device
@@ -165,9 +166,13 @@ class Learner:
 
     def steps(self, epochs: int | None = None) -> Iterator[StepRecord]: "One record per update, made when pulled."; return training_steps(self, epochs)
     def fit(self, epochs: int | None = None) -> VisualPrompt: "All the steps, with a progress bar; the trained prompt."; return fit(self, epochs)
-    def plot(self): "The losses over the updates, as matplotlib Axes."; return draw_history(self.history)
     @property
     def history(self): "The records as a pandas DataFrame, one row per update."; return records_frame(self.records)
+
+    def plot(self):
+        "The records over the updates, as matplotlib Axes (tvp.plots.plot_history)."
+        from tvp.plots import plot_history
+        return plot_history(self.history)
 
     @cached_property
     def accelerator(self):
@@ -254,21 +259,6 @@ def records_frame(
     columns = [name for name in StepRecord.__dataclass_fields__ if name != "others"]
     return pd.DataFrame([{name: row[name] for name in columns} | row["others"] for row in rows], columns=None if rows else columns)
 
-# %% ../nbs/api/50_learner.ipynb #96e6f5d8
-def draw_history(
-    history,  # DataFrame as of Learner.history
-):  # array of matplotlib Axes
-    "The unweighted losses over the updates."
-    import matplotlib.pyplot as plt
-    skip = {"step", "epoch", "loss", "grad_norm", "lr"}
-    terms = [name for name in history.columns if name not in skip and history[name].notna().any()] or ["task"]
-    axes = plt.subplots(1, len(terms), figsize=(3.2 * len(terms), 2.2), squeeze=False, layout="constrained")[1][0]
-    for ax, name in zip(axes, terms):
-        ax.plot(history.step, history[name], color="0.75", lw=1)
-        ax.plot(history.step, history[name].rolling(max(1, len(history) // 10), min_periods=1).mean(), lw=2)
-        ax.set(title=name, xlabel="update")
-    return axes
-
 # %% ../nbs/api/50_learner.ipynb #f69fb5aa
 class LiveCurve:
     "The learner's curves in a notebook, redrawn in place now and then; nothing outside a notebook."
@@ -289,13 +279,12 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #a5178399
+# %% ../nbs/api/50_learner.ipynb #4ba03573
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs
 ) -> VisualPrompt:  # the trained prompt (also learner.prompt)
     "Drain the steps with a progress bar and, in a notebook, a live curve."
-    from tqdm.auto import tqdm
     curve, total = LiveCurve(learner), learner.per_epoch * (learner.epochs if epochs is None else epochs)
     with tqdm(learner.steps(epochs), total=total, desc=learner.task.name, unit="step", delay=2) as bar:
         for record in bar:

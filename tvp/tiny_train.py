@@ -57,7 +57,7 @@ def make_pool(
         save_atomic({k: torch.cat([getattr(c, k) for c in chunks]) for k in vars(chunks[0])}, path)
     return Scenes(**load_file(path))
 
-# %% ../nbs/api/32_tiny_train.ipynb #93e4d66e
+# %% ../nbs/api/32_tiny_train.ipynb #a7a7c5b8
 @torch.no_grad()
 def warm_start(
     model: nn.Module,  # a vision tower, or a CLIP
@@ -112,7 +112,7 @@ def heads_loss(
     count, objects, digit, letter, color, patch = predictions
     present, is_objects, is_digit, is_letter = objects_present(scenes), scenes.kind == OBJECTS, scenes.kind == DIGIT, scenes.kind == LETTER
     only = lambda label, rows: torch.where(rows, label, -100)
-    ce = F.cross_entropy
+    ce = lambda p, y: F.cross_entropy(p, y, reduction="sum") / (y >= 0).sum().clamp(min=1)  # none of a kind in the batch: 0, not NaN
     loss = ce(count, scenes.count) + 8 * F.binary_cross_entropy_with_logits(objects, present)
     loss = loss + ce(digit, only(scenes.digit, is_digit)) + ce(letter, only(scenes.letter, is_letter))
     loss = loss + .5 * ce(color, only(scenes.glyph_color, ~is_objects & (scenes.glyph_color >= 0)))
@@ -362,7 +362,7 @@ def train_zoo(
         train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, seed, start_from)
         (folder / f"{name}.json").write_text(json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
 
-# %% ../nbs/api/32_tiny_train.ipynb #6bf1dcf2
+# %% ../nbs/api/32_tiny_train.ipynb #d003d793
 KINDS = {"How many": ("count", tuple("1234")), "Is there": ("presence", ("no", "yes")), "This is an image": ("agreement", ("no", "yes")),
          "What color": ("color", COLORS), "What shape": ("shape", SHAPES), "What digit": ("digit", DIGITS), "What letter": ("letter", LETTERS)}
 
@@ -381,11 +381,12 @@ def abilities(
     mllm: Mllm,  # a model of the small zoo
     scenes: Scenes,  # scenes it was not trained on
     seed: int = 0,  # of questions and frames
-) -> dict:  # ability: accuracy, every second picture in a frame
+    frames: bool = True,  # put every second picture into a frame
+) -> dict:  # ability: accuracy
     "What a model can do in its own world, by ranking the possible answers."
     rng, asked = random.Random(seed), {}
     images = scenes.images / 255
-    images[::2] = add_frames(images[::2], Generator().manual_seed(seed), share=1.)
+    if frames: images[::2] = add_frames(images[::2], Generator().manual_seed(seed), share=1.)
     for i in range(len(scenes)):
         for instruction, answer in {question_answer(describe(scenes, i), rng) for _ in range(2)}:
             if kind := question_kind(instruction, answer): asked.setdefault(kind, []).append((i, instruction, answer))
