@@ -110,7 +110,9 @@ def load_run(path: Path) -> TransferRun:
     "What `save_run` wrote."
     with safe_open(path, "np") as file:
         tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["run"])
-    scores = {tuple(name.split("|")): value for name, value in tensors.items() if "|" in name}
+    methods, targets = ["none", "frame", *METHODS], list(load_zoo("tiny"))
+    place = lambda key: (targets.index(key[1]), methods.index(key[0].split()[0]), key[0])  # safetensors sorts by name
+    scores = {key: tensors["|".join(key)] for key in sorted((tuple(n.split("|")) for n in tensors if "|" in n), key=place)}
     return TransferRun(scores=scores, labels=tensors["labels"], index=tensors["index"], **facts)
 
 

@@ -83,10 +83,12 @@ def command_tasks(args: argparse.Namespace) -> None:
         (task.name, "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")), ", ".join(task.candidates), task.description)
         for task in tasks]))
 
-# %% ../nbs/api/90_cli.ipynb #e8af40fb
+# %% ../nbs/api/90_cli.ipynb #e29fd328
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
+    import torch
     from tvp.zoo import load_zoo
+    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
     zoo = load_zoo("tiny")
     for name in names: known_name("model", name, zoo)
     return zoo

@@ -7,10 +7,9 @@ __all__ = ['BASELINES', 'METHOD_COLOURS', 'METHOD_MARKERS', 'METHOD_LINES', 'HIS
            'transfer_matrix', 'plot_matrix', 'plot_history', 'prompt_scale', 'prompt_title', 'plot_prompt',
            'sample_batches', 'plot_samples']
 
-# %% ../nbs/api/70_plots.ipynb #93d98d67
+# %% ../nbs/api/70_plots.ipynb #ab6bd691
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,8 +19,6 @@ from .mllm import Mllm
 from .prompt import VisualPrompt, shown_prompt
 from .tables import GROUPS
 from .tasks import Task
-if TYPE_CHECKING:  # matplotlib is imported when a picture is drawn
-    from matplotlib.axes import Axes
 
 # %% ../nbs/api/70_plots.ipynb #c25ef1d7
 BASELINES = ("none", "frame")  # no prompt, and a border of zeros: nothing was learned
@@ -55,7 +52,7 @@ def _one_story(
     if "group" in df: return df
     return df.assign(group=np.where(df.target == df.source, "source", "unseen"))
 
-# %% ../nbs/api/70_plots.ipynb #a8837ae1
+# %% ../nbs/api/70_plots.ipynb #2b0efed3
 def _columns(
     df: pd.DataFrame,  # with `group`
 ) -> dict[str, float]:  # target -> x position; a gap between groups
@@ -63,7 +60,7 @@ def _columns(
     targets = df.drop_duplicates("target").sort_values("group", key=lambda g: g.map(GROUPS.index), kind="stable")
     return {row.target: i + 0.6 * GROUPS.index(row.group) for i, row in enumerate(targets.itertuples())}
 
-def _draw_methods(ax: "Axes", df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[str, dict]) -> None:
+def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[str, dict]) -> None:
     "Stems, whiskers and points of all methods; triangles where a learned prompt's whole interval is below 0."
     for i, (method, style) in enumerate(styles.items()):
         rows = df[df.method == method]
@@ -77,8 +74,8 @@ def _draw_methods(ax: "Axes", df: pd.DataFrame, x: Mapping[str, float], styles: 
         harmed = (rows.high < 0) & (method not in BASELINES)
         ax.plot(at[harmed], low[harmed] - 2.2, "v", ms=5, color="#b00020", zorder=4)
 
-# %% ../nbs/api/70_plots.ipynb #b5132518
-def _label_groups(ax: "Axes", df: pd.DataFrame, x: Mapping[str, float]) -> None:
+# %% ../nbs/api/70_plots.ipynb #62b90074
+def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
     "Model names below, the name of each group above, a line between groups."
     ax.set_xticks(list(x.values()), [name.removeprefix("tiny-") + ("\n(source)" if g == "source" else "") for name, g in
                                      ((name, df.group[df.target == name].iloc[0]) for name in x)], fontsize=9)
@@ -89,11 +86,11 @@ def _label_groups(ax: "Axes", df: pd.DataFrame, x: Mapping[str, float]) -> None:
         ax.text(np.mean(places), 1.02, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9, color="#444444")
         if group != shown[-1]: ax.axvline(max(places) + 0.8, color="#bbbbbb", lw=0.8, ls=(0, (4, 3)), zorder=1)
 
-# %% ../nbs/api/70_plots.ipynb #fd4d3cf1
+# %% ../nbs/api/70_plots.ipynb #9409f6b3
 def plot_transfer(
     df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
-    ax: "Axes | None" = None,  # None: a new figure
-) -> "Axes":
+    ax=None,  # matplotlib Axes; None: a new figure
+):  # matplotlib Axes
     "Score of each model without and with each prompt, with 95 % intervals of the gain; triangles mark negative transfer."
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -131,8 +128,8 @@ def transfer_matrix(
     wide = lambda column: rows.pivot(index="source", columns="target", values=column).loc[rows.source.unique(), rows.target.unique()] * 100
     return wide("gain"), wide("high")
 
-# %% ../nbs/api/70_plots.ipynb #46eda315
-def _frame_matrix(ax: "Axes", gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
+# %% ../nbs/api/70_plots.ipynb #5e2dea6f
+def _frame_matrix(ax, gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
     "Frames around the diagonal, lines between towers."
     import matplotlib.pyplot as plt
     for i, source in enumerate(gain.index):
@@ -142,12 +139,12 @@ def _frame_matrix(ax: "Axes", gain: pd.DataFrame, towers: Mapping[str, str]) -> 
     for i, (left, right) in enumerate(zip(names, names[1:]), 1):
         if towers.get(left) != towers.get(right): ax.axvline(i, color="white", lw=6)
 
-# %% ../nbs/api/70_plots.ipynb #8c745d7a
+# %% ../nbs/api/70_plots.ipynb #7a993531
 def plot_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
-    ax: "Axes | None" = None,  # None: a new figure
-) -> "Axes":
+    ax=None,  # matplotlib Axes; None: a new figure
+):  # matplotlib Axes
     "Gain from each source (row) to each target (column), in points."
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -210,7 +207,7 @@ def plot_history(
     if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-# %% ../nbs/api/70_plots.ipynb #091f838e
+# %% ../nbs/api/70_plots.ipynb #f96a594d
 def prompt_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
@@ -230,8 +227,8 @@ def prompt_title(
 
 def plot_prompt(
     prompt: VisualPrompt,
-    ax: "Axes | None" = None,  # None: a new figure
-) -> "Axes":
+    ax=None,  # matplotlib Axes; None: a new figure
+):  # matplotlib Axes
     "The prompt in its own range: mid grey is 0, a full colour the 99th percentile of its values' sizes."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(3.4, 3.95), layout="constrained")
@@ -244,7 +241,7 @@ def plot_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #19044571
+# %% ../nbs/api/70_plots.ipynb #b7b1c810
 def sample_batches(
     prompt: VisualPrompt,
     task: Task,
@@ -259,7 +256,7 @@ def sample_batches(
     assert torch.equal(clean.index, framed.index), "two orders from one seed"
     return clean, framed
 
-def _draw_sample(ax: "Axes", image: torch.Tensor, answer: str | None, right: bool) -> None:
+def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> None:
     "One picture and the model's answer below it."
     ax.imshow(image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set(xticks=[], yticks=[])

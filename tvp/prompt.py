@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'check_geometry', 'border_mask', 'patch_mask', 'prompt_mask'
            'VisualPrompt', 'shown_prompt', 'keep_canvas_gradient', 'pixels_to_pil', 'show_prompt', 'prompt_html',
            'save_prompt', 'zero_interior_width', 'read_reference', 'read_safetensors', 'load_prompt']
 
-# %% ../nbs/api/00_prompt.ipynb #da5ff7f2
+# %% ../nbs/api/00_prompt.ipynb #aae4ae6f
 import base64
 import html
 import io
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 # %% ../nbs/api/00_prompt.ipynb #36e350d6
@@ -225,7 +225,7 @@ def prompt_html(
     return (f"<div style='display:flex;gap:1em;align-items:center'><img src='{source}' width='144' "
             f"style='image-rendering:pixelated'><table>{rows}</table></div>")
 
-# %% ../nbs/api/00_prompt.ipynb #3c71885d
+# %% ../nbs/api/00_prompt.ipynb #334ac425
 def save_prompt(
     prompt: VisualPrompt,
     path: str | Path,  # ends in .safetensors; missing folders are made
@@ -239,7 +239,7 @@ def save_prompt(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({"delta": prompt.delta.detach().cpu().contiguous()}, partial, metadata)
+        partial.write_bytes(save({"delta": prompt.delta.detach().cpu().contiguous()}, metadata))  # save_file would hide it from other users
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ import pandas as pd
 
 from .transfer import TransferResults
 
-# %% ../nbs/api/75_report.ipynb #651b29ae
+# %% ../nbs/api/75_report.ipynb #d3381ac9
 _WHERE = {"source": "the source model", "unseen, same tower": "the unseen models on the source's vision tower",
           "unseen, other tower": "the models on other vision towers", "unseen": "the unseen models"}
 
@@ -30,15 +30,25 @@ def points(
     "A gain with its interval, in points."
     return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * row[name] for name in ("gain", "low", "high")))
 
+# %% ../nbs/api/75_report.ipynb #86278c32
+def _spread(
+    rows: pd.DataFrame,  # of `TransferResults.mean()`: one method, one group of models
+) -> str | None:  # None if no model loses or none gains beyond chance
+    "Who is best and worst off in a group that disagrees."
+    if not ((rows.low > 0).any() and (rows.high < 0).any()): return None
+    worst, best = rows.loc[rows.gain.idxmin()], rows.loc[rows.gain.idxmax()]
+    return f"from {100 * worst.gain:+.1f} for {worst.target} to {100 * best.gain:+.1f} for {best.target}"
+
 def gain_sentences(
     results: TransferResults,
     method: str,  # looked at
 ) -> list[str]:  # one sentence for each group of models
     "What a prompt does to the source and to the unseen models."
-    rows, sentences = results.summary().query("method == @method"), []
-    for row in rows.to_dict("records"):
+    models, sentences = results.mean().query("method == @method"), []
+    for row in results.summary().query("method == @method").to_dict("records"):
         verb = "helps" if row["low"] > 0 else "harms" if row["high"] < 0 else "makes no clear difference for"
         mean = f", mean of {row['models']}" if row["models"] > 1 else ""
+        if spread := _spread(models[models.group == row["group"]]): verb, mean = "divides", f"{mean}, {spread}"
         sentences.append(f"{method} {verb} {_WHERE[row['group']]}: {points(row)}{mean}.")
     return sentences
 
