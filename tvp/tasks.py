@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from .world import (AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, MAX_OBJECTS, OBJECTS, PHOTO, PRESENCE, SHAPES, _integers, _uniform, absent_object,
                        draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors)
 
-# %% ../nbs/api/10_tasks.ipynb #33d57e5a
+# %% ../nbs/api/10_tasks.ipynb #661cb176
 def to_tensor(
     image,  # PIL picture of mode RGB, or (3, H, W) uint8 tensor
 ) -> Tensor:  # (3, H, W) uint8
@@ -31,7 +31,7 @@ def to_tensor(
     from torchvision.transforms.v2.functional import pil_to_tensor
     return pil_to_tensor(image)
 
-
+# %% ../nbs/api/10_tasks.ipynb #a71f9c16
 def _fit_one(
     image: Tensor,  # (3, H, W) or (B, 3, H, W) uint8
     size: int,  # wanted side, pixels
@@ -50,7 +50,7 @@ def _fit_one(
     top, left = (d // 2 if generator is None else int(_integers((), d + 1, generator)) for d in (dy, dx))
     return image[..., top:top + size, left:left + size]
 
-
+# %% ../nbs/api/10_tasks.ipynb #11ffb282
 def fit(
     images: Sequence,  # PIL pictures (RGB) or (3, H, W) uint8 tensors, of any sizes
     size: int,  # wanted side, pixels
@@ -63,7 +63,7 @@ def fit(
     if generator is None and len({t.shape for t in tensors}) == 1: return _fit_one(torch.stack(tensors), size, how, None) / 255
     return torch.stack([_fit_one(t, size, how, generator) for t in tensors]) / 255
 
-# %% ../nbs/api/10_tasks.ipynb #6c176b4e
+# %% ../nbs/api/10_tasks.ipynb #cf5d7305
 @dataclass(frozen=True)
 class Split:
     "Questions about pictures. Item i of every field belongs together."
@@ -78,7 +78,7 @@ class Split:
 
     def __len__(self): return len(self.images)
 
-
+# %% ../nbs/api/10_tasks.ipynb #e12ae170
 @dataclass
 class Batch:
     "Pictures of one size with their questions."
@@ -89,7 +89,7 @@ class Batch:
     semantics: list[str]  # B
     index: Tensor  # (B,) int64, rows of the split
 
-
+# %% ../nbs/api/10_tasks.ipynb #27d549a6
 @dataclass(frozen=True)
 class Task:
     "A task with disjoint splits; see `load_task` for ready ones, and build your own from three `Split`s."
@@ -145,7 +145,7 @@ class Task:
 
     def __repr__(self): return f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test, candidates {', '.join(self.candidates)})"
 
-# %% ../nbs/api/10_tasks.ipynb #8d224e61
+# %% ../nbs/api/10_tasks.ipynb #747e9fc9
 SIDE = 48  # pictures of the embedded tasks, pixels: the small zoo's canvas
 
 
@@ -161,7 +161,7 @@ def worse_camera(
     images = .5 + (images - .5) * contrast + coarse * blotches + torch.randn(images.shape, generator=g) * .04
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
-
+# %% ../nbs/api/10_tasks.ipynb #d13ce22f
 def _draw_shapes_task(
     n: int,  # pictures
     g: Generator,  # random state
@@ -173,7 +173,7 @@ def _draw_shapes_task(
     labels = shape[:, 0].tolist()
     return Split(worse_camera(images, .5, .055, g), [PHOTO] * n, labels, [SHAPES[i] for i in labels])
 
-
+# %% ../nbs/api/10_tasks.ipynb #4eb61c55
 def _draw_groups(
     n: int,  # pictures
     fewest: int,  # objects in a picture, at least
@@ -186,7 +186,7 @@ def _draw_groups(
     draw_objects(images, count, shape, color, _uniform((n, MAX_OBJECTS), 4.5, 6.7, g), g)
     return images, [[(COLORS[c], SHAPES[s]) for c, s in zip(cs[:k], ss[:k])] for cs, ss, k in zip(color.tolist(), shape.tolist(), count.tolist())]
 
-
+# %% ../nbs/api/10_tasks.ipynb #88759365
 def _draw_counting(
     n: int,  # pictures
     g: Generator,  # random state
@@ -195,7 +195,7 @@ def _draw_counting(
     images, objects = _draw_groups(n, 1, g)
     return Split(worse_camera(images, .5, .035, g), [COUNT] * n, [len(o) - 1 for o in objects], [group_of(len(o)) for o in objects])
 
-
+# %% ../nbs/api/10_tasks.ipynb #ba0fd2e4
 def _draw_presence(
     n: int,  # pictures
     g: Generator,  # random state
@@ -207,7 +207,7 @@ def _draw_presence(
     semantics = [" and a ".join(" ".join(o) for o in there) for there in objects]
     return Split(worse_camera(images, .5, .05, g), [PRESENCE.format(" ".join(o)) for o in asked], labels, semantics)
 
-
+# %% ../nbs/api/10_tasks.ipynb #5f9081e2
 def _draw_agreement(
     n: int,  # pictures
     g: Generator,  # random state

@@ -16,7 +16,7 @@ from torch import nn
 from .mllm import Clip, Mllm
 from .world import AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, PHOTO, PRESENCE, SHAPES
 
-# %% ../nbs/api/30_tiny.ipynb #9d9e29b1
+# %% ../nbs/api/30_tiny.ipynb #1a3ba1b7
 SIZE, WIDTH, PATCH = 48, 6, 8  # canvas, border of a prompt, patch of the vision towers; pixels
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<Img>", "</Img>", "<end>")
 _SPLIT = dict(triangle=("tri", "angle"), diamond=("dia", "mond"), crescent=("cres", "cent"), purple=("pur", "ple"), yellow=("yel", "low"))
@@ -29,7 +29,7 @@ def _words() -> list[str]:  # lower case, each once
     words = {w.strip('.,:;?!"{}') for text in texts for w in text.lower().split()}
     return sorted(w for w in words if w and w not in _SPLIT)
 
-
+# %% ../nbs/api/30_tiny.ipynb #fa9d63fd
 @lru_cache(maxsize=1)
 def _vocabulary() -> list[tuple[str, float]]:  # (piece, log-probability)
     "Whole words first, then pieces of words, letters, and bytes for everything else."
@@ -40,7 +40,7 @@ def _vocabulary() -> list[tuple[str, float]]:  # (piece, log-probability)
     known = {p for p, _ in pieces}
     return pieces + [(c, -12.) for c in chars if c not in known]
 
-
+# %% ../nbs/api/30_tiny.ipynb #a41c5b05
 def tiny_tokenizer(
     end: bool = False,  # close every text with <end>, as CLIP's text model wants
 ):  # a PreTrainedTokenizerFast
@@ -79,7 +79,7 @@ def build_clip() -> nn.Module:  # a CLIPModel, random weights
                 max_position_embeddings=40, bos_token_id=1, eos_token_id=7, pad_token_id=0, projection_dim=48)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=dict(_VISION, num_hidden_layers=4, projection_dim=48), projection_dim=48))
 
-# %% ../nbs/api/30_tiny.ipynb #172da212
+# %% ../nbs/api/30_tiny.ipynb #8129a600
 QUERIES = 8  # visual tokens of the models with a Q-Former
 TINY = dict(  # name: (vision tower, language model, text that carries picture and instruction)
     **{"tiny-minigpt4": ("shared", "llama", "<Img><image></Img> {}"),
@@ -90,7 +90,7 @@ TINY = dict(  # name: (vision tower, language model, text that carries picture a
        "tiny-llava": ("clip", "llama", "<image> {}"),
        "tiny-llava-siglip": ("siglip", "qwen2", "<image> {}")})
 
-
+# %% ../nbs/api/30_tiny.ipynb #918ab817
 def _text_config(
     kind: str,  # "llama", "qwen2", "opt" or "t5"
 ):  # a transformers config
@@ -104,7 +104,7 @@ def _text_config(
     if kind == "qwen2": return Qwen2Config(intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True, **common)
     return LlamaConfig(intermediate_size=128, tie_word_embeddings=True, **common)
 
-
+# %% ../nbs/api/30_tiny.ipynb #b804b9e4
 def _qformer_config(
     kind: type,  # the Q-Former's config class
 ):  # a transformers config
@@ -112,7 +112,7 @@ def _qformer_config(
     return kind(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
                 cross_attention_frequency=1, encoder_hidden_size=64, max_position_embeddings=256, vocab_size=len(tiny_tokenizer()))
 
-
+# %% ../nbs/api/30_tiny.ipynb #805405b6
 def build_mllm(
     name: str,  # a key of TINY
 ) -> nn.Module:  # a transformers model, random weights
@@ -135,7 +135,7 @@ def build_mllm(
     nn.init.normal_(model.query_tokens, std=.5)  # they start at zero, and equal queries would stay equal
     return model
 
-# %% ../nbs/api/30_tiny.ipynb #7db6ed24
+# %% ../nbs/api/30_tiny.ipynb #780c8117
 DATA = Path(__file__).parent / "data" / "tiny" if "__file__" in globals() else Path(__import__("tvp").__file__).parent / "data" / "tiny"
 
 
@@ -145,7 +145,7 @@ def tower_attribute(
     "Where a model keeps its vision tower."
     return "vision_model" if hasattr(model, "vision_model") else "model.vision_tower"
 
-
+# %% ../nbs/api/30_tiny.ipynb #26f461b9
 def _weights(
     file: str,  # name without its ending
     folder: Path,  # where it lies
@@ -154,7 +154,7 @@ def _weights(
     from safetensors.torch import load_file
     return {name: value.float() for name, value in load_file(folder / f"{file}.safetensors").items()}
 
-
+# %% ../nbs/api/30_tiny.ipynb #15bbe2a7
 def _image_processor(
     kind: str,  # "Blip", "CLIP" or "Siglip"
 ):  # an image processor of transformers, torchvision backend
@@ -164,7 +164,7 @@ def _image_processor(
     if kind == "CLIP": common |= dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     return getattr(transformers, f"{kind}ImageProcessor")(**common)
 
-
+# %% ../nbs/api/30_tiny.ipynb #4604abfc
 def tiny_processor(
     name: str,  # a key of TINY
 ):  # the processor that the model's big namesake has
@@ -182,7 +182,7 @@ def tiny_processor(
     return tr.LlavaProcessor(_image_processor("CLIP" if is_clip else "Siglip"), tokenizer, patch_size=PATCH, num_additional_image_tokens=int(is_clip),
                              vision_feature_select_strategy="default" if is_clip else "full", image_token="<image>")
 
-
+# %% ../nbs/api/30_tiny.ipynb #ab8ab107
 def load_tiny(
     name: str,  # a key of TINY
     folder: Path = DATA,  # where the weights lie; the default ships with the package
@@ -196,7 +196,7 @@ def load_tiny(
     if missing or left_out.unexpected_keys: raise ValueError(f"`{folder / name}.safetensors` does not fit the model: missing {missing}, unexpected {left_out.unexpected_keys}.")
     return Mllm(model, tiny_processor(name), template=template.format, name=name, end="</s>")
 
-
+# %% ../nbs/api/30_tiny.ipynb #2521cdb8
 def load_tiny_clip(
     folder: Path = DATA,  # where the weights lie; the default ships with the package
 ) -> Clip:  # frozen, on the CPU

@@ -57,7 +57,7 @@ def make_pool(
         save_atomic({k: torch.cat([getattr(c, k) for c in chunks]) for k in vars(chunks[0])}, path)
     return Scenes(**load_file(path))
 
-# %% ../nbs/api/32_tiny_train.ipynb #a7a7c5b8
+# %% ../nbs/api/32_tiny_train.ipynb #6e6de7e3
 @torch.no_grad()
 def warm_start(
     model: nn.Module,  # a vision tower, or a CLIP
@@ -77,7 +77,7 @@ def warm_start(
         if "patch_embedding.weight" in name: parameter.copy_(kernels)
         if "position_embedding" in name: parameter.view(-1, d)[-grid * grid:] = places
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #71293dcf
 class Heads(nn.Module):
     "What a tower must tell of a scene while it trains: the count, which coloured shapes, the digit, the letter, colours, and what lies in each patch."
     sizes = (MAX_OBJECTS + 1, len(SHAPES) * len(COLORS), 10, len(LETTERS), len(COLORS))
@@ -93,7 +93,7 @@ class Heads(nn.Module):
         seen = self.attention(self.queries.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)[0]
         return *self.scene(seen.flatten(1)).split(self.sizes, -1), self.patch(tokens[:, -(SIZE // PATCH) ** 2:])
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #9833ecdc
 def objects_present(
     scenes: Scenes,  # a batch
 ) -> Tensor:  # (B, shapes * colours), 1 where such an object is there
@@ -102,7 +102,7 @@ def objects_present(
     there = torch.arange(MAX_OBJECTS) < scenes.count[:, None]
     return present.scatter_add_(1, scenes.color * len(SHAPES) + scenes.shape, there.float()).clamp(max=1)
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #3bc89387
 def heads_loss(
     predictions: tuple,  # from `Heads`
     scenes: Scenes,  # the truth
@@ -124,7 +124,7 @@ def heads_loss(
     return loss, dict(count=right(count, scenes.count, is_objects), objects=((objects > 0) == (present > 0)).all(-1)[is_objects].float().mean().item(),
                       digit=right(digit, scenes.digit, is_digit), letter=right(letter, scenes.letter, is_letter), color=right(color, scenes.glyph_color, is_letter))
 
-# %% ../nbs/api/32_tiny_train.ipynb #251e45bb
+# %% ../nbs/api/32_tiny_train.ipynb #654496bd
 def make_optimizers(
     named: list[tuple[str, nn.Parameter]],  # what to train
     lr: tuple[float, float],  # of Muon and of AdamW
@@ -135,7 +135,7 @@ def make_optimizers(
     return [torch.optim.Muon(hidden, lr=lr[0], weight_decay=.02, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW([p for _, p in named if id(p) not in known], lr=lr[1], weight_decay=0., betas=(.9, .98))]
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #1df0b015
 def train_steps(
     name: str,  # what is trained, for log and checkpoint
     modules: nn.Module,  # everything whose parameters are trained
@@ -171,7 +171,7 @@ def train_steps(
         if (step + 1) % 500 == 0: save(step + 1)
     path.unlink(missing_ok=True)
 
-# %% ../nbs/api/32_tiny_train.ipynb #fdabb17d
+# %% ../nbs/api/32_tiny_train.ipynb #e272deb7
 def caption_ids(
     scenes: Scenes,  # what to describe
     seed: int,  # of the choice among true captions
@@ -182,7 +182,7 @@ def caption_ids(
     out = tokenizer(texts, padding=True, return_tensors="pt")
     return out.input_ids, out.attention_mask
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #12104f1f
 def contrast(
     clip: nn.Module,  # a CLIPModel
     pooled: Tensor,  # (B, d) pooled picture
@@ -200,7 +200,7 @@ def contrast(
 
 VALID = 2000  # the first scenes of a pool are never trained on
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #d47c038e
 def train_tower(
     name: str,  # "shared", "clip", "siglip", or "tiny-clip" for the CLIP of task semantics
     pool: Scenes,  # scenes to train on
@@ -236,7 +236,7 @@ def train_tower(
     log.info("%s done %s", name, numbers)
     return numbers
 
-# %% ../nbs/api/32_tiny_train.ipynb #fa3c39d8
+# %% ../nbs/api/32_tiny_train.ipynb #da8f2f91
 class StoredFeatures(nn.Module):
     "Stands where a frozen tower stood: what it is given as pixels *are* the tower's features."
 
@@ -244,7 +244,7 @@ class StoredFeatures(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #1ae70eb4
 @torch.no_grad()
 def encode_pool(
     name: str,  # the tower
@@ -265,7 +265,7 @@ def encode_pool(
         save_atomic(dict(features=torch.cat(parts)), path)
     return load_file(path)["features"]
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #fb782ad8
 class Texts:
     "Instructions and answers of one model as token ids, laid out as its processor lays them out."
 
@@ -296,7 +296,7 @@ class Texts:
             out["qformer_attention_mask"] = (out["qformer_input_ids"] != 0).long()
         return out
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #314a90f1
 def pad(
     rows: list[list[int]],  # token ids
     value: int = 0,  # what to fill up with
@@ -305,7 +305,7 @@ def pad(
     longest = max(map(len, rows))
     return torch.tensor([r + [value] * (longest - len(r)) for r in rows])
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #4786c5b6
 def train_language(
     name: str,  # a key of TINY
     pool: Scenes,  # scenes to ask about
@@ -362,7 +362,7 @@ def train_zoo(
         train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, seed, start_from)
         (folder / f"{name}.json").write_text(json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
 
-# %% ../nbs/api/32_tiny_train.ipynb #d003d793
+# %% ../nbs/api/32_tiny_train.ipynb #698d69bc
 KINDS = {"How many": ("count", tuple("1234")), "Is there": ("presence", ("no", "yes")), "This is an image": ("agreement", ("no", "yes")),
          "What color": ("color", COLORS), "What shape": ("shape", SHAPES), "What digit": ("digit", DIGITS), "What letter": ("letter", LETTERS)}
 
@@ -376,7 +376,7 @@ def question_kind(
         return next(((name, words) for name, words in (("shape", SHAPES), ("digit", DIGITS)) if answer in words), None)
     return next(kind for start, kind in KINDS.items() if instruction.startswith(start))
 
-
+# %% ../nbs/api/32_tiny_train.ipynb #dcadbd16
 def abilities(
     mllm: Mllm,  # a model of the small zoo
     scenes: Scenes,  # scenes it was not trained on

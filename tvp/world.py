@@ -49,7 +49,7 @@ def _integers(
     "Uniform random integers from 0 to `high` - 1."
     return torch.randint(0, high, shape, generator=g)
 
-# %% ../nbs/api/05_world.ipynb #6e18b862
+# %% ../nbs/api/05_world.ipynb #be35dc66
 def _signed_distance(
     shape: int,  # index into SHAPES
     u: Tensor,  # horizontal place, in radii
@@ -66,7 +66,7 @@ def _signed_distance(
     if SHAPES[shape] == "star": return r - (.62 + .36 * torch.cos(5 * torch.atan2(u, -v)))
     return torch.maximum(r - .98, .8 - torch.sqrt((u - .55) ** 2 + v * v + 1e-6))  # crescent
 
-
+# %% ../nbs/api/05_world.ipynb #902a7dcc
 def draw_shapes(
     shape: Tensor,  # (n,) indices into SHAPES
     x: Tensor,  # (n,) centre, pixels
@@ -86,7 +86,7 @@ def draw_shapes(
         distance[rows] = _signed_distance(s, u[rows], v[rows])
     return torch.sigmoid(-distance * r * 2.2)
 
-# %% ../nbs/api/05_world.ipynb #9c0e5537
+# %% ../nbs/api/05_world.ipynb #5ff99c82
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmtt10")
 _SEGMENTS = dict(a=(0, 0, 1, 0), b=(1, 0, 1, 1), c=(1, 1, 1, 2), d=(0, 2, 1, 2), e=(0, 1, 0, 2), f=(0, 0, 0, 1), g=(0, 1, 1, 1))
 _SEVEN = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
@@ -106,7 +106,7 @@ def _font_glyph(
     glyph.paste(image.resize((width, 56), Image.Resampling.BICUBIC), ((64 - width) // 2, 4))
     return np.asarray(glyph, np.float32) / 255
 
-
+# %% ../nbs/api/05_world.ipynb #8911b9c8
 def _segment_glyph(
     digit: int,  # 0 to 9
     stroke: int,  # line width, pixels of 64
@@ -118,7 +118,7 @@ def _segment_glyph(
         ImageDraw.Draw(image).line([(18 + 28 * x0, 6 + 26 * y0), (18 + 28 * x1, 6 + 26 * y1)], fill=255, width=stroke)
     return np.asarray(image, np.float32) / 255
 
-
+# %% ../nbs/api/05_world.ipynb #5b444784
 @lru_cache(maxsize=1)
 def glyph_bank() -> tuple[Tensor, Tensor]:  # digits (10, styles, 64, 64), letters (6, styles, 64, 64)
     "Every digit and letter in every style."
@@ -151,7 +151,7 @@ def place_glyphs(
     grid = grid + F.interpolate(bending, (size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     return F.grid_sample(glyph[:, None], grid, align_corners=False)[:, 0].clamp(0, 1)
 
-# %% ../nbs/api/05_world.ipynb #6c69b8a6
+# %% ../nbs/api/05_world.ipynb #7ea9529a
 def draw_backgrounds(
     n: int,  # how many
     size: int,  # side, pixels
@@ -165,7 +165,7 @@ def draw_backgrounds(
     slope = torch.cos(angle) * axis[None, None, :] + torch.sin(angle) * axis[None, :, None]
     return base[:, :, None, None] + (_uniform((n, 1, 1), 0, .2, g) * slope)[:, None], dark
 
-
+# %% ../nbs/api/05_world.ipynb #34e514cc
 def vary_colors(
     color: Tensor,  # (...) indices into COLORS
     g: Generator,  # random state
@@ -174,7 +174,7 @@ def vary_colors(
     shade = RGB[color] + torch.randn(*color.shape, 3, generator=g) * .04
     return (shade * _uniform((*color.shape, 1), .75, 1, g)).clamp(0, 1)
 
-
+# %% ../nbs/api/05_world.ipynb #38e329ff
 def lay_out(
     radius: Tensor,  # (n, k) pixels
     size: int,  # side of the picture, pixels
@@ -191,7 +191,7 @@ def lay_out(
         x[:, i], y[:, i] = px.gather(1, best[:, None])[:, 0], py.gather(1, best[:, None])[:, 0]
     return x, y
 
-
+# %% ../nbs/api/05_world.ipynb #10bec1ba
 def paint(
     images: Tensor,  # (n, 3, size, size), changed in place
     rows: Tensor,  # (m,) which pictures
@@ -201,7 +201,7 @@ def paint(
     "Lay a colour over pictures where a mask covers them."
     images[rows] = torch.lerp(images[rows], rgb[:, :, None, None].expand_as(images[rows]), mask[:, None])
 
-
+# %% ../nbs/api/05_world.ipynb #f3a70cfa
 def note_patches(
     patches: Tensor,  # (n, 2, size / 8, size / 8) what is where, changed in place
     rows: Tensor,  # (m,) which pictures
@@ -213,7 +213,7 @@ def note_patches(
     covered = F.avg_pool2d(mask[:, None], PATCH) > .12
     patches[rows] = torch.where(covered, torch.stack([thing, color], 1)[:, :, None, None].to(patches.dtype), patches[rows])
 
-
+# %% ../nbs/api/05_world.ipynb #ea456da8
 def draw_objects(
     images: Tensor,  # (n, 3, size, size), changed in place
     count: Tensor,  # (n,) objects per picture, 0 to k
@@ -233,7 +233,7 @@ def draw_objects(
         paint(images, rows, mask, rgb[rows, i])
         if patches is not None: note_patches(patches, rows, mask, 1 + shape[rows, i], 1 + color[rows, i])
 
-# %% ../nbs/api/05_world.ipynb #d8b1bb8f
+# %% ../nbs/api/05_world.ipynb #5995b7a0
 @dataclass
 class Scenes:
     "Pictures of the small world and what is in them."
@@ -252,7 +252,7 @@ class Scenes:
     def __getitem__(self, rows) -> "Scenes":  # the chosen rows
         return Scenes(*(getattr(self, f.name)[rows] for f in fields(self)))
 
-
+# %% ../nbs/api/05_world.ipynb #34d4d679
 def _draw_glyphs(
     images: Tensor,  # (n, 3, size, size), changed in place
     scenes: dict,  # kind, digit, letter, glyph_color and patches of each picture
@@ -273,7 +273,7 @@ def _draw_glyphs(
         paint(images, rows, mask, torch.where(scenes["glyph_color"][rows, None] < 0, plain, named))
         note_patches(scenes["patches"], rows, mask, first + index[rows], 1 + scenes["glyph_color"][rows])
 
-
+# %% ../nbs/api/05_world.ipynb #66a49506
 def photograph(
     images: Tensor,  # (n, 3, size, size)
     g: Generator,  # random state
@@ -286,7 +286,7 @@ def photograph(
     images = images + torch.randn(images.shape, generator=g) * _uniform((n, 1, 1, 1), 0, .06, g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
-
+# %% ../nbs/api/05_world.ipynb #8b45eaa8
 def draw_scenes(
     n: int,  # how many
     size: int = 48,  # side of the pictures, pixels
@@ -308,7 +308,7 @@ def draw_scenes(
     _draw_glyphs(images, dict(kind=kind, digit=digit, letter=letter, glyph_color=glyph_color, patches=patches), dark, g)
     return Scenes(photograph(images, g), kind, count, shape, color, digit, letter, glyph_color, patches)
 
-# %% ../nbs/api/05_world.ipynb #109d4cbc
+# %% ../nbs/api/05_world.ipynb #12f3bbf8
 PHOTO = "This is a photo of a"
 COUNT = "How many objects are there in this image? Answer with a single number."
 PRESENCE = "Is there a {} in the image?"
@@ -324,7 +324,7 @@ def describe(
     glyph_color = int(scenes.glyph_color[i])
     return int(scenes.kind[i]), objects, DIGITS[scenes.digit[i]], LETTERS[scenes.letter[i]], COLORS[glyph_color] if glyph_color >= 0 else None
 
-
+# %% ../nbs/api/05_world.ipynb #ab4abe1a
 def absent_object(
     objects: list[tuple[str, str]],  # (colour, shape) of what is there
     rng: random.Random,  # random state
@@ -335,7 +335,7 @@ def absent_object(
         if rng.random() < .5: color, shape = (rng.choice(objects)[0], shape) if rng.random() < .5 else (color, rng.choice(objects)[1])
         if (color, shape) not in objects: return color, shape
 
-
+# %% ../nbs/api/05_world.ipynb #637a2d54
 def _ask_objects(
     objects: list[tuple[str, str]],  # (colour, shape) of what is there
     rng: random.Random,  # random state
@@ -355,7 +355,7 @@ def _ask_objects(
     if len(objects) == 1: return PHOTO, shape if rng.random() < .8 else f"{color} {shape}"
     return (PHOTO, " and a ".join(f"{c} {s}" for c, s in objects)) if len(objects) == 2 else (COUNT, str(len(objects)))
 
-
+# %% ../nbs/api/05_world.ipynb #f411ccc5
 def question_answer(
     scene: tuple,  # from `describe`
     rng: random.Random,  # random state
@@ -375,7 +375,7 @@ def question_answer(
     if u < .8: return "What color is the letter?", color
     return PHOTO, f"{color} letter {letter}"
 
-
+# %% ../nbs/api/05_world.ipynb #c8013e62
 def caption(
     scene: tuple,  # from `describe`
     rng: random.Random,  # random state
@@ -388,14 +388,14 @@ def caption(
     if rng.random() < .5: return group_of(len(objects))
     return " and a ".join(" ".join(o) for o in objects)
 
-
+# %% ../nbs/api/05_world.ipynb #3c13d57a
 def group_of(
     count: int,  # how many objects
 ) -> str:  # a noun phrase
     "A number of objects, in words that fit after *a photo of a*."
     return "single object" if count == 1 else f"group of {count} objects"
 
-# %% ../nbs/api/05_world.ipynb #ebd870b4
+# %% ../nbs/api/05_world.ipynb #644e535c
 def draw_frames(
     images: Tensor,  # (n, 3, size, size) in [0, 1]: where pieces of other pictures come from
     g: Generator,  # random state
@@ -413,7 +413,7 @@ def draw_frames(
     turned = torch.rand(n, 1, 1, 1, generator=g) < .5
     return torch.where(turned, frames.transpose(-1, -2), frames)
 
-
+# %% ../nbs/api/05_world.ipynb #ff49e7e0
 def add_frames(
     images: Tensor,  # (n, 3, size, size) in [0, 1]
     g: Generator,  # random state

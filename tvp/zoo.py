@@ -12,7 +12,7 @@ from functools import lru_cache
 from .mllm import Clip, Mllm
 from .tiny import SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 
-# %% ../nbs/api/35_zoo.ipynb #53294431
+# %% ../nbs/api/35_zoo.ipynb #94b5fe7d
 class Zoo(Mapping):
     "Models by name. `zoo[name]` loads a model the first time and keeps it; iterating gives the names."
 
@@ -52,7 +52,7 @@ class Zoo(Mapping):
 
     def __repr__(self): return f"Zoo({self.size} px, border {self.width} px: {', '.join(f'{n} ({t})' for n, t in self._towers.items())})"
 
-
+# %% ../nbs/api/35_zoo.ipynb #577d6528
 @lru_cache(maxsize=None)
 def load_zoo(
     name: str = "tiny",  # the collection
@@ -62,14 +62,14 @@ def load_zoo(
     loaders = {n: (lambda n=n: load_tiny(n)) for n in TINY}
     return Zoo(loaders, {n: TINY[n][0] for n in TINY}, SIZE, WIDTH, load_tiny_clip)
 
-
+# %% ../nbs/api/35_zoo.ipynb #0ff63e3c
 def load_mllm(
     name: str,  # a model of the small zoo, "tiny-minigpt4" say
 ) -> Mllm:  # frozen
     "One model by its name."
     return load_zoo("tiny")[name]
 
-
+# %% ../nbs/api/35_zoo.ipynb #85c14f2a
 def load_clip(
     name: str = "tiny-clip",  # the CLIP of the small zoo
 ) -> Clip:  # frozen
