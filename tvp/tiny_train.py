@@ -7,7 +7,7 @@ __all__ = ['log', 'VALID', 'TOWERS', 'LANGUAGE', 'KINDS', 'normalize', 'save_ato
            'objects_present', 'heads_loss', 'make_optimizers', 'train_steps', 'caption_ids', 'contrast', 'train_tower',
            'StoredFeatures', 'encode_pool', 'Texts', 'pad', 'train_language', 'train_zoo', 'question_kind', 'abilities']
 
-# %% ../nbs/api/32_tiny_train.ipynb #aa1bde26
+# %% ../nbs/api/32_tiny_train.ipynb #0eecb841
 import json
 import logging
 import math
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from .mllm import Mllm
-from .tiny import PATCH, QUERIES, SIZE, TINY, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
+from .tiny import PATCH, QUERIES, SIZE, TINY, _weights, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
 from .world import COLORS, DIGIT, DIGITS, LETTER, LETTERS, MAX_OBJECTS, OBJECTS, PHOTO, SHAPES, Scenes, add_frames, caption, describe, draw_scenes, question_answer
 
 log = logging.getLogger("tvp.tiny_train")
@@ -244,7 +244,7 @@ class StoredFeatures(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
 
-# %% ../nbs/api/32_tiny_train.ipynb #1ae70eb4
+# %% ../nbs/api/32_tiny_train.ipynb #7cad06be
 @torch.no_grad()
 def encode_pool(
     name: str,  # the tower
@@ -256,7 +256,7 @@ def encode_pool(
     path = folder / f"{name}.features.safetensors"
     if not path.exists():
         tower, parts = build_tower(name).eval(), []
-        tower.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        tower.load_state_dict(_weights(name, folder))
         for start in range(0, len(pool), 500):
             images = pool.images[start:start + 500] / 255
             images[::2] = add_frames(images[::2], Generator().manual_seed(seed + start), share=1.)
@@ -305,7 +305,7 @@ def pad(
     longest = max(map(len, rows))
     return torch.tensor([r + [value] * (longest - len(r)) for r in rows])
 
-# %% ../nbs/api/32_tiny_train.ipynb #4786c5b6
+# %% ../nbs/api/32_tiny_train.ipynb #2b589f65
 def train_language(
     name: str,  # a key of TINY
     pool: Scenes,  # scenes to ask about
@@ -320,8 +320,8 @@ def train_language(
     torch.manual_seed(seed)
     model, texts, heads = build_mllm(name), Texts(name), Heads()
     if start_from is not None:
-        known, own = load_file(folder / f"{start_from}.safetensors"), model.state_dict()
-        shared = {k: v.float() for k, v in known.items() if k.startswith(("qformer", "query_tokens")) and k in own and own[k].shape == v.shape}
+        known, own = _weights(start_from, folder), model.state_dict()
+        shared = {k: v for k, v in known.items() if k.startswith(("qformer", "query_tokens")) and k in own and own[k].shape == v.shape}
         model.load_state_dict(shared, strict=False)
     where, _, attribute = tower_attribute(model).rpartition(".")
     setattr(model.get_submodule(where), attribute, StoredFeatures())
