@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'check_candidates', 'log_probabilities', 'plain_scores', 'pack', 'packed_mask', 'chunks', 'no_pictures',
-           'packed_scores', 'continuations', 'decoder_scores', 'fast_scores', 'fast_is_exact', 'rank']
+           'packed_scores', 'continuations', 'decoder_scores', 'fast_scores', 'slow_from_now', 'fast_is_exact', 'rank']
 
 # %% ../nbs/api/22_ranking.ipynb #c4252576
 import inspect
@@ -100,11 +100,12 @@ def no_pictures(
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"]
     return {**dict.fromkeys(required), "mm_encoder_outputs": {"image": features}} if required else {}
 
-# %% ../nbs/api/22_ranking.ipynb #a35c49c6
+# %% ../nbs/api/22_ranking.ipynb #6b2cca2c
 def packed_scores(
     mllm: Mllm,  # the adapter
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
+    limit: int = 500,  # tokens per pass at most; fewer if the vocabulary is large
 ) -> Tensor:  # (B, N)
     "Picture and instruction once, then all candidates in one more pass over their keys and values."
     model, lengths = mllm.model, torch.tensor([len(ids) for ids in plan], device=mllm.device)
@@ -113,27 +114,30 @@ def packed_scores(
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
     if not several: return scores
     cache = out.past_key_values if "past_key_values" in out else out.language_model_outputs.past_key_values
-    limit = max(1, min(500, 2**28 // out.logits[:, -1].numel()))  # 2**28 logits are a gigabyte
+    limit = max(1, min(limit, 2**28 // out.logits[:, -1].numel()))  # 2**28 logits are a gigabyte
+    extra = no_pictures(model, seen[0]) | {n: inputs[n][:, -1:] for n in ("cross_attention_mask",) if n in inputs}  # Mllama: which tiles a token sees
     for chunk in chunks(plan, limit):
-        scores = scores + continuations(mllm, inputs["attention_mask"], positions, cache, no_pictures(model, seen[0]), plan, chunk)
+        scores = scores + continuations(mllm, inputs["attention_mask"], positions, cache, extra, plan, chunk)
     return scores / lengths
 
-# %% ../nbs/api/22_ranking.ipynb #e45128c3
+# %% ../nbs/api/22_ranking.ipynb #2fcaae9a
 def continuations(
     mllm: Mllm,  # the adapter
     attention_mask: Tensor,  # (B, L), of the instructions
     positions: Tensor,  # (..., B, L), of the instructions
     cache,  # their keys and values
-    extra: dict,  # from `no_pictures`
+    extra: dict,  # what else the model wants, the same for every token
     plan: Candidates,  # all N candidates
     chunk: list[int],  # those to read now
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first, 0 for candidates outside the chunk
     "One pass over some candidates side by side."
     packed, batch = pack([plan[n] for n in chunk], mllm.device), len(attention_mask)
     mask, steps = packed_mask(attention_mask, packed, mllm.dtype), positions[..., -1:] + 1 + packed["offset"]
-    current = packed["current"].expand(batch, -1)
+    current, lengths = packed["current"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
+    extra = {n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v for n, v in extra.items()}
     logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, past_key_values=cache, **extra).logits.float()
-    cache.crop(-current.shape[1])  # the pass has written into the cache
+    for layer, length in zip(cache.layers, lengths):  # the pass has written into the cache; layers of cross-attention have not grown
+        if (grown := layer.get_seq_length() - length): layer.crop(-grown)
     gains = log_probabilities(logits, packed["following"].expand(batch, -1))
     return gains.new_zeros(batch, len(plan)).index_add(1, torch.tensor(chunk, device=mllm.device)[packed["owner"]], gains)
 
@@ -159,32 +163,42 @@ def decoder_scores(
     scores[:, longer] = (gains * mask).sum(-1) / mask.sum(1)
     return scores
 
-# %% ../nbs/api/22_ranking.ipynb #75e40254
+# %% ../nbs/api/22_ranking.ipynb #fe30c3a6
 def fast_scores(
     mllm: Mllm,  # the adapter
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
+    **limit,  # of `packed_scores`
 ) -> Tensor:  # (B, N)
     "Packed for decoders, one batch for encoder-decoders."
-    return (decoder_scores if mllm.text.seq2seq else packed_scores)(mllm, inputs, plan)
+    return decoder_scores(mllm, inputs, plan) if mllm.text.seq2seq else packed_scores(mllm, inputs, plan, **limit)
+
+
+def slow_from_now(
+    mllm: Mllm,  # the adapter
+    problem: str,  # what is wrong with the fast way
+) -> None:
+    "Fall back to the plain way for good, and say so."
+    mllm.packed = False
+    warnings.warn(f"{mllm.name}: packed ranking {problem}. Using one pass per candidate, which is slower.")
 
 
 def fast_is_exact(
     mllm: Mllm,  # the adapter
-    inputs: dict[str, Tensor],  # pixels and instructions of one sample
+    inputs: dict[str, Tensor],  # pixels and instructions of one or two samples
     plan: Candidates,  # the task's candidates
 ) -> bool:  # False after a warning
-    "Compare the fast and the plain way on one picture and the longest candidates."
+    "Compare the fast way, in two passes, with the plain way on the longest candidates."
     some = tuple(sorted(plan, key=len)[-4:])
     try:
-        gap = (plain_scores(mllm, inputs, some) - fast_scores(mllm, inputs, some)).abs().max().item()
+        fast = fast_scores(mllm, inputs, some, limit=max(1, sum(map(len, some)) // 2))
+        gap = (plain_scores(mllm, inputs, some) - fast).abs().max().item()
         if gap <= (1e-4 if mllm.dtype == torch.float32 else 5e-2): return True
-        problem = f"is {gap:.2g} away from one pass per candidate"
-    except Exception as error: problem = f"does not work ({type(error).__name__}: {error})"  # whatever it is, the plain way remains
-    warnings.warn(f"{mllm.name}: packed ranking {problem}. Using one pass per candidate, which is slower.")
+        slow_from_now(mllm, f"is {gap:.2g} away from one pass per candidate")
+    except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")  # whatever it is, the plain way remains
     return False
 
-# %% ../nbs/api/22_ranking.ipynb #33fa3249
+# %% ../nbs/api/22_ranking.ipynb #0ee1699c
 @torch.no_grad()
 def rank(
     mllm: Mllm,  # the adapter
@@ -200,6 +214,8 @@ def rank(
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
     for plan, rows in groups.items():
         select = lambda rows: model_inputs(mllm, images[rows], [instructions[r] for r in rows])
-        if mllm.packed is None and any(len(ids) > 1 for ids in plan): mllm.packed = fast_is_exact(mllm, select(rows[:1]), plan)
+        if mllm.packed is None and any(len(ids) > 1 for ids in plan):
+            length = lambda row: len(instructions[row])
+            mllm.packed = fast_is_exact(mllm, select(sorted({min(rows, key=length), max(rows, key=length)})), plan)
         scores[rows] = (plain_scores if mllm.packed is False else fast_scores)(mllm, select(rows), plan)
     return scores
