@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vision_owner', 'Encoded', 'captured_features', 'flat_tokens', 'position_ids', 'append_ids', 'decoder_start',
-           'answer_logits', 'MllmOutput', 'Mllm', 'NoGradientError', 'model_inputs', 'loss_and_tokens', 'encode',
-           'generate_text', 'Clip']
+           'answer_logits', 'MllmOutput', 'Mllm', 'NoGradientError', 'model_inputs', 'loss_and_tokens', 'seen_tokens',
+           'encode', 'generate_text', 'Clip']
 
 # %% ../nbs/api/20_mllm.ipynb #ba41608e
 from contextlib import contextmanager
@@ -170,7 +170,7 @@ class Mllm:
         from tvp.check import check_mllm  # built on this module, too
         return check_mllm(self)
 
-# %% ../nbs/api/20_mllm.ipynb #03e81e2e
+# %% ../nbs/api/20_mllm.ipynb #d1754d85
 class NoGradientError(ValueError):
     "A model through which no prompt can be trained."
     def __init__(self, mllm: Mllm):
@@ -205,9 +205,20 @@ def loss_and_tokens(
     with captured_features(mllm.owner) as seen: logits = answer_logits(mllm.model, inputs, ids, mask)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
     if images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad: raise NoGradientError(mllm)
-    return MllmOutput(loss, flat_tokens(seen[0], len(images), hasattr(mllm.owner, "get_image_features")))
+    return MllmOutput(loss, seen_tokens(mllm, seen, len(images)))
 
-# %% ../nbs/api/20_mllm.ipynb #2b8b1f7d
+
+def seen_tokens(
+    mllm: Mllm,  # the adapter
+    seen: list,  # from `captured_features`
+    batch: int,  # number of pictures
+) -> Tensor:  # (B, T, D)
+    "The visual tokens of a forward pass that was listened to."
+    if seen: return flat_tokens(seen[0], batch, hasattr(mllm.owner, "get_image_features"))
+    raise TypeError(f"`model` must encode its pictures in its forward pass; {type(mllm.model).__name__} never used {type(mllm.owner).__name__}. "
+                    "Load it with transformers.AutoModelForImageTextToText.")
+
+# %% ../nbs/api/20_mllm.ipynb #6b68419d
 def encode(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -217,7 +228,7 @@ def encode(
     inputs = model_inputs(mllm, images, instructions)
     if mllm.text.seq2seq: inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]  # any: the decoder is never reached
     with captured_features(mllm.owner, stop=True) as seen: mllm.model(**inputs, use_cache=False)
-    return flat_tokens(seen[0], len(images), hasattr(mllm.owner, "get_image_features"))
+    return seen_tokens(mllm, seen, len(images))
 
 # %% ../nbs/api/20_mllm.ipynb #1a824afa
 @torch.no_grad()

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'to_tensor', 'fit', 'Split', 'Batch', 'check_task', 'Task', 'worse_camera', 'split_rows', 'task_names',
-           'load_task']
+           'embedded_task', 'load_task']
 
-# %% ../nbs/api/10_tasks.ipynb #fe93c234
+# %% ../nbs/api/10_tasks.ipynb #37e9a09a
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,7 @@ def fit(
     if generator is None and len({t.shape for t in tensors}) == 1: return _fit_one(torch.stack(tensors), size, how, None) / 255
     return torch.stack([_fit_one(t, size, how, generator) for t in tensors]) / 255
 
-# %% ../nbs/api/10_tasks.ipynb #cf5d7305
+# %% ../nbs/api/10_tasks.ipynb #40449afc
 @dataclass(frozen=True)
 class Split:
     "Questions about pictures. Item i of every field belongs together."
@@ -79,6 +81,16 @@ class Split:
 
     def __len__(self): return len(self.images)
 
+    def select(
+        self,
+        rows: Sequence[int],  # row numbers, in the wanted order
+    ) -> "Split":
+        "Some of the rows. Pictures that decode themselves when asked (`tvp.pictures`) stay undecoded."
+        def pick(values):
+            if isinstance(values, Tensor): return values[torch.as_tensor(rows, dtype=torch.long)]
+            return values.select(rows) if hasattr(values, "select") else [values[i] for i in rows]
+        return Split(*(pick(values) for values in (self.images, self.instructions, self.labels, self.semantics)))
+
 # %% ../nbs/api/10_tasks.ipynb #e12ae170
 @dataclass
 class Batch:
@@ -90,22 +102,24 @@ class Batch:
     semantics: list[str]  # B
     index: Tensor  # (B,) int64, rows of the split
 
-# %% ../nbs/api/10_tasks.ipynb #28ef830c
+# %% ../nbs/api/10_tasks.ipynb #8fbde5c3
 def check_task(
     task,  # a Task, just made
 ) -> None:
     "Refuse a task that cannot be answered, before anything is trained on it."
     repeated = {c for c in task.candidates if list(task.candidates).count(c) > 1}
     if repeated: raise ValueError(f"`candidates` must differ from each other, got {sorted(repeated)} more than once.")
-    if task.metric not in ("accuracy", "yes-no"): raise ValueError(f"`metric` must be 'accuracy' or 'yes-no', got {task.metric!r}.")
-    if task.metric == "yes-no" and tuple(task.candidates) != ("no", "yes"): raise ValueError(f"`candidates` must be ('no', 'yes') for the metric 'yes-no', got {task.candidates}.")
+    if task.metric not in ("accuracy", "yes-no", "auroc"): raise ValueError(f"`metric` must be 'accuracy', 'yes-no' or 'auroc', got {task.metric!r}.")
+    if task.metric != "accuracy" and tuple(task.candidates) != ("no", "yes"):
+        raise ValueError(f"`candidates` must be ('no', 'yes') for the metric {task.metric!r}, got {task.candidates}.")
     for name in ("train", "valid", "test"):
         labels = task.split(name).labels
         if not len(labels): raise ValueError(f"`{name}` must hold at least one picture, got an empty split.")
-        if not 0 <= min(labels) <= max(labels) < len(task.candidates):
-            raise ValueError(f"`{name}.labels` must be in [0, {len(task.candidates)}), the number of candidates; got {min(labels)} to {max(labels)}.")
+        wrong = [(row, label) for row, label in enumerate(labels) if not 0 <= label < len(task.candidates)]
+        if wrong: raise ValueError(f"`{name}.labels` must be in [0, {len(task.candidates)}), the number of candidates; got {wrong[0][1]} in row {wrong[0][0]}"
+                                   + (f" and {len(wrong) - 1} more like it." if len(wrong) > 1 else "."))
 
-# %% ../nbs/api/10_tasks.ipynb #0b54ab0d
+# %% ../nbs/api/10_tasks.ipynb #0fc02b68
 @dataclass(frozen=True)
 class Task:
     "A task with disjoint splits; see `load_task` for ready ones, and build your own from three `Split`s."
@@ -114,7 +128,7 @@ class Task:
     valid: Split  # choices are made here
     test: Split  # looked at once
     candidates: Sequence[str]  # the possible answers, each once
-    metric: str = "accuracy"  # "accuracy", or "yes-no" for candidates ("no", "yes")
+    metric: str = "accuracy"  # "accuracy"; for candidates ("no", "yes") also "yes-no" or "auroc"
     fit: str = "crop"  # "crop", or "letterbox" where a crop could remove what is asked about
     flip: bool = False  # may training pictures be mirrored?
     description: str = ""  # one sentence
@@ -150,7 +164,15 @@ class Task:
                 images = torch.where(mirrored, images.flip(-1), images)
             yield Batch(images, pick(data.instructions), [self.candidates[i] for i in labels], torch.tensor(labels), pick(data.semantics), rows)
 
-    def __repr__(self): return f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test, candidates {', '.join(self.candidates)})"
+    def summary(self):  # a TaskSummary: a table that prints and draws itself
+        "Classes, balance, sizes and duplicates; reads every picture's bytes once."
+        from tvp.pictures import summarise
+        return summarise(self)
+
+    def __repr__(self):
+        few, more = list(self.candidates[:12]), len(self.candidates) - 12
+        answers = ", ".join(few) + (f" and {more} more" if more > 0 else "")
+        return f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test, candidates {answers})"
 
 # %% ../nbs/api/10_tasks.ipynb #747e9fc9
 SIDE = 48  # pictures of the embedded tasks, pixels: the small zoo's canvas
@@ -261,7 +283,7 @@ def _digits_splits() -> list[Split]:  # train, valid, test
         splits.append(Split(worse_camera(images, .5, .03, g), [PHOTO] * n, labels, [DIGITS[i] for i in labels]))
     return splits
 
-# %% ../nbs/api/10_tasks.ipynb #639930ac
+# %% ../nbs/api/10_tasks.ipynb #6a4a9b48
 _EMBEDDED = dict(  # name: (how a split is drawn, candidates, metric, description)
     shapes=(_draw_shapes_task, SHAPES, "accuracy", "Which of eight shapes is it? Low contrast, coloured blotches."),
     digits=(None, DIGITS, "accuracy", "Which digit is it? Real handwriting."),
@@ -271,12 +293,12 @@ _EMBEDDED = dict(  # name: (how a split is drawn, candidates, metric, descriptio
 
 
 def task_names() -> list[str]:
-    "Tasks that `load_task` knows."
+    "Tasks that come with the package. `tvp.public_tasks.public_task_names()` are those whose pictures come from elsewhere."
     return list(_EMBEDDED)
 
 
 @lru_cache(maxsize=None)
-def load_task(
+def embedded_task(
     name: str,  # one of `task_names()`
 ) -> Task:  # 800 train, 400 valid and 1,000 test pictures (digits: 500, 250 and 1,047)
     "A task that comes with the package. The same pictures every time."
@@ -285,3 +307,21 @@ def load_task(
     if name == "digits": splits = _digits_splits()
     else: splits = [draw(n, Generator().manual_seed(100 * list(_EMBEDDED).index(name) + i)) for i, n in enumerate((800, 400, 1000))]
     return Task(name, *splits, candidates, metric, fit="letterbox", description=description)
+
+# %% ../nbs/api/10_tasks.ipynb #9dae8567
+def load_task(
+    name: Any,  # a name, see `task_names()` and `public_task_names()`; or your own data: a Path, or a `datasets.Dataset` or `DatasetDict`
+    data_dir: str | Path | None = None,  # where a public data set lies; None: the Hugging Face hub
+    **options,  # passed on to `tvp.public_tasks.load_public_task` or `tvp.own_tasks.load_own_task`
+) -> Task:
+    "A task by its name, or from your own pictures."
+    if isinstance(name, str) and name in task_names():
+        if options or data_dir: raise TypeError(f"the task {name!r} comes with the package and takes no {', '.join([*options] + ['data_dir'] * bool(data_dir))}.")
+        return embedded_task(name)
+    if not isinstance(name, str):
+        from tvp.own_tasks import load_own_task
+        return load_own_task(name, **options)
+    from tvp.public_tasks import load_public_task, public_task_names
+    if name in public_task_names(): return load_public_task(name, data_dir, **options)
+    own = f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})." if Path(name).exists() else ""
+    raise KeyError(f"`name` must be one of {', '.join(task_names() + public_task_names())}; got {name!r}.{own}")
