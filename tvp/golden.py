@@ -69,7 +69,7 @@ def golden_config(
     text = LlamaConfig(**{k: v for k, v in lm.items() if v is not None})
     return Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=q["num_query_tokens"], image_token_index=0)
 
-# %% ../nbs/api/37_golden.ipynb #1070323f
+# %% ../nbs/api/37_golden.ipynb #e9f12ad9
 def golden_mllm(
     folder: Path,  # .../golden/minigpt4 (56 pixels) or .../golden/train_minigpt4_224
 ) -> Mllm:  # the reference's tiny MiniGPT-4
@@ -86,8 +86,8 @@ def golden_mllm(
     model.load_state_dict(_renamed(weights))
     model.vision_model.post_layernorm.eps = golden["config"]["vit"]["ln_vision_eps"]
     resize = BlipImageProcessor(size={"height": size, "width": size}, image_mean=golden["normalize_mean"], image_std=golden["normalize_std"])
-    processor = MarkerProcessor(resize, golden_tokenizer(base / "tokenizer"), golden["config"]["qformer"]["num_query_tokens"], "<unk>", ("<Img>", "</Img>"))
-    return Mllm(model, processor, "<Img><image></Img>{}".format, name="golden-minigpt4", end=golden["end_sym"])
+    processor = MarkerProcessor(resize, golden_tokenizer(base / "tokenizer"), golden["config"]["qformer"]["num_query_tokens"], "<unk>", ("<s>", "<Img>", "</Img>"))
+    return Mllm(model, processor, "<s><Img><image></Img>{}".format, name="golden-minigpt4", end=golden["end_sym"])
 
 # %% ../nbs/api/37_golden.ipynb #c1163212
 CLIP_NAMES = (  # of OpenAI's CLIP -> of transformers
