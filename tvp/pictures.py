@@ -49,10 +49,10 @@ def _open(
     if isinstance(source, np.ndarray): return Image.fromarray(source)
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
-# %% ../nbs/api/11_pictures.ipynb #f236a2a4
+# %% ../nbs/api/11_pictures.ipynb #1d6411de
 def read_picture(
     source: Any,  # path, bytes, dict with "bytes" or "path", uint8 array, or PIL picture
-    where: str = "the picture",  # for the message when it cannot be read
+    where: str | Callable[[], str] = "the picture",  # for the message when it cannot be read; a function is asked only then
 ) -> Image.Image:  # RGB
     "One picture, decoded, upright and RGB."
     try:
@@ -60,9 +60,9 @@ def read_picture(
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} cannot be read: {error}. Replace it, or leave out its row.") from error
+        raise ValueError(f"{where() if callable(where) else where} cannot be read: {error}. Replace it, or leave out its row.") from error
 
-# %% ../nbs/api/11_pictures.ipynb #bb65ce79
+# %% ../nbs/api/11_pictures.ipynb #a7d53624
 class Pictures(Sequence):
     "Pictures that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select` decode nothing."
     def __init__(
@@ -79,16 +79,16 @@ class Pictures(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice): return Pictures(self.sources, self.rows[i], self.name)
-        return read_picture(self.source(i), self.where(i))
+        source = self.source(i)
+        return read_picture(source, lambda: self.where(i, source))
 
-    def where(self, i: int) -> str:
+    def where(self, i: int, source: Any = None) -> str:
         "How a message names a picture: its row in the user's table, and its file if it has one."
-        try: source = self.source(i)
-        except Exception: source = None
+        if source is None: source = self.source(i)
         path = source.get("path") if isinstance(source, dict) else source if isinstance(source, (str, Path)) else None
         return f"row {int(self.rows[i])} of {self.name}" + (f" ({path})" if path else "")
 
-# %% ../nbs/api/11_pictures.ipynb #83c51235
+# %% ../nbs/api/11_pictures.ipynb #b777c8fc
 def _digest(
     image: Any,  # encoded or not, or (3, H, W) tensor
 ) -> bytes:
@@ -110,7 +110,7 @@ def _look(
     size = images[i].size if read else None
     try: return _digest(source), size or _open(source).size
     except (OSError, ValueError, KeyError, SyntaxError) as error:
-        where = images.where(i) if isinstance(images, Pictures) else f"picture {i}"
+        where = images.where(i, source) if isinstance(images, Pictures) else f"picture {i}"
         raise ValueError(f"{where} cannot be read: {error}. Replace it, or leave out its row.") from error
 
 # %% ../nbs/api/11_pictures.ipynb #379663d9

@@ -63,7 +63,7 @@ def cached_checkpoint(
             f"`hf download {name} --local-dir FOLDER`; bring the folder here and give its path as `name_or_path`.") from None
     return local_checkpoint(Path(file).parent, name)
 
-# %% ../nbs/api/23_pretrained.ipynb #87d74460
+# %% ../nbs/api/23_pretrained.ipynb #112f4976
 def _locked(name: str) -> str:
     return (f"`name_or_path`: {name} is gated. Accept its licence at https://huggingface.co/{name}, log in with `hf auth login` "
             "(or set HF_TOKEN), and try again.")
@@ -79,7 +79,7 @@ def hub_checkpoint(
         info = HfApi().model_info(name, revision=revision, timeout=10)
         files = tuple(file.rfilename for file in info.siblings)
         if "config.json" not in files: raise ValueError(f"`name_or_path`: {name} has no config.json: it is no model of transformers.")
-        config = _read_config(name, Path(hf_hub_download(name, "config.json", revision=info.sha)))
+        config = _read_config(name, Path(hf_hub_download(name, "config.json", revision=revision)))  # by name, so that it is found by name offline
     except errors.GatedRepoError: raise PermissionError(_locked(name)) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"`name_or_path`: the hub has no model {name}, or it is private. Check the name; for a private one run `hf auth login`.") from None
