@@ -20,13 +20,14 @@ from .inputs import answer_batch, call_processor, pixel_inputs
 from .mllm import Mllm, NoGradientError, append_ids, model_inputs
 from .ranking import plain_scores
 
-# %% ../nbs/api/24_check.ipynb #6bdd10ae
+# %% ../nbs/api/24_check.ipynb #e5f0929b
 @dataclass(frozen=True)
 class Finding:
     "One thing that was tried."
     name: str  # "gradient", "loss", ...
     ok: bool | None  # None: to know, neither good nor bad
     text: str  # what came out
+    value: float | None = None  # the same as a number: share of the border reached, else a distance
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def tolerance(
     "What rounding may do."
     return 1e-4 if mllm.dtype == torch.float32 else 5e-2
 
-# %% ../nbs/api/24_check.ipynb #0976fd76
+# %% ../nbs/api/24_check.ipynb #2a1f3b78
 def gradient_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -103,9 +104,9 @@ def gradient_finding(
     reached, inner = (pixels.grad != 0).any(1).any(0), slice(width, -width)
     border = reached.sum() - reached[inner, inner].sum()
     share, whole = border.item() / (size**2 - (size - 2 * width)**2), reached.float().mean().item()
-    if not share: return Finding("gradient", False, "does not reach the border: the model crops it away")
+    if not share: return Finding("gradient", False, "does not reach the border: the model crops it away", 0.)
     lost = "" if share == 1 else f" ({1 - share:.1%} of the border is cropped away)"
-    return Finding("gradient", True, f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}")
+    return Finding("gradient", True, f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}", share)
 
 
 def loss_finding(
@@ -124,9 +125,9 @@ def loss_finding(
         own = mllm.model(**longer, labels=labels).loss
     if own is None: return Finding("loss", None, "cannot be compared: the model has none of its own")
     gap = (own - mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss).abs().item()
-    return Finding("loss", gap <= tolerance(mllm), f"is {gap:.0e} from the model's own")
+    return Finding("loss", gap <= tolerance(mllm), f"is {gap:.0e} from the model's own", gap)
 
-# %% ../nbs/api/24_check.ipynb #cdb55bd2
+# %% ../nbs/api/24_check.ipynb #373be785
 def tokens_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -136,7 +137,7 @@ def tokens_finding(
     gap = (tokens - mllm.visual_tokens(images, INSTRUCTIONS)).abs().max().item()
     apart = (tokens[0] - tokens[1]).abs().max().item()
     text = f"{tokens.shape[1]} per picture, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
-    return Finding("tokens", gap <= tolerance(mllm) and apart > 0, text + ("" if apart else "; they do not depend on the picture"))
+    return Finding("tokens", gap <= tolerance(mllm) and apart > 0, text + ("" if apart else "; they do not depend on the picture"), gap)
 
 
 def batch_finding(
@@ -147,7 +148,7 @@ def batch_finding(
     scores = [score_plainly(mllm, images[rows], INSTRUCTIONS[rows], rows.start or 0) for rows in (slice(0, 1), slice(1, 2))]
     beside = torch.cat([score_plainly(mllm, images, INSTRUCTIONS, row)[row:row + 1] for row in (0, 1)])
     gap = (torch.cat(scores) - beside).abs().max().item()
-    return Finding("batch", gap <= tolerance(mllm), f"a picture's scores move by {gap:.0e} beside another one")
+    return Finding("batch", gap <= tolerance(mllm), f"a picture's scores move by {gap:.0e} beside another one", gap)
 
 
 def score_plainly(
@@ -171,9 +172,9 @@ def ranking_finding(
         scores = mllm.rank(images, INSTRUCTIONS, CANDIDATES)
     plain = torch.cat([score_plainly(mllm, images, INSTRUCTIONS, row)[row:row + 1] for row in (0, 1)])
     way, gap = "one pass per candidate (packing is not exact here)" if mllm.packed is False else "packed", (scores - plain).abs().max().item()
-    return Finding("ranking", gap <= tolerance(mllm), f"{way}; {gap:.0e} from the plain way")
+    return Finding("ranking", gap <= tolerance(mllm), f"{way}; {gap:.0e} from the plain way", gap)
 
-# %% ../nbs/api/24_check.ipynb #a13f53ae
+# %% ../nbs/api/24_check.ipynb #200f1305
 def level_gaps(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (B, 3, S, S), multiples of 1/255
@@ -195,7 +196,7 @@ def pixels_finding(
     gaps, exact = (level_gaps(mllm, images, way) for way in (False, True))
     text = f"{gaps.mean():.1f} levels of 255 from bytes on average, at most {gaps.max():.0f}"
     if gaps.max() >= .5: text += f"; with straight_through=True at most {exact.max():.1f}"
-    return Finding("pixels", None, text)
+    return Finding("pixels", None, text, gaps.max().item())
 
 # %% ../nbs/api/24_check.ipynb #bd788db7
 def tried(

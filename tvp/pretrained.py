@@ -20,7 +20,7 @@ from torch import nn
 
 from .mllm import Mllm
 
-# %% ../nbs/api/23_pretrained.ipynb #9b21503a
+# %% ../nbs/api/23_pretrained.ipynb #c0e77357
 @dataclass(frozen=True)
 class Checkpoint:
     "A model's files, before any of them is loaded."
@@ -30,7 +30,7 @@ class Checkpoint:
     config: dict  # config.json
     revision: str | None = None  # commit on the hub; None for a folder
 
-
+# %% ../nbs/api/23_pretrained.ipynb #9c70ae1c
 def _read_config(name: str, file: Path) -> dict:
     try: return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"`name_or_path`: the config.json of {name} is damaged ({error}). Download the model again.") from None
@@ -183,7 +183,7 @@ def quantization_config(
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
 
-# %% ../nbs/api/23_pretrained.ipynb #a10db280
+# %% ../nbs/api/23_pretrained.ipynb #14a16d94
 def _recomputed(forward):
     "A layer's forward that keeps its inputs only."
     from transformers import Cache
@@ -199,7 +199,7 @@ def _recomputed(forward):
     run.checkpointed = True
     return run
 
-
+# %% ../nbs/api/23_pretrained.ipynb #7dc11b28
 def checkpoint_gradients(
     model: nn.Module,  # a model of transformers, or one with its `GradientCheckpointingLayer`s
 ) -> int:  # layers that are computed again
@@ -250,13 +250,13 @@ def load_weights(
                          "so, load the model yourself and give it to tvp.Mllm(model, processor).")
     return model.eval()
 
-# %% ../nbs/api/23_pretrained.ipynb #b672c41f
+# %% ../nbs/api/23_pretrained.ipynb #4a51d267
 def _allow_turns(model: nn.Module) -> None:
     "4-bit layers on a CPU: gradient also after a pass without gradient."
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
 
-
+# %% ../nbs/api/23_pretrained.ipynb #ae510403
 def load_pretrained(
     name_or_path: str | PathLike,  # a folder, or "owner/name" on the hub
     *,
