@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from .inputs import TextInputs, answer_batch, check_images, check_processor, check_texts, is_encoder_decoder, pixel_inputs, text_batch
 
-# %% ../nbs/api/20_mllm.ipynb #1b239056
+# %% ../nbs/api/20_mllm.ipynb #b005cce8
 def vision_owner(
     model: nn.Module,  # an image-text model of transformers
 ) -> nn.Module:  # the (sub)module whose `get_image_features` the forward pass calls, or the vision encoder
     "Where a model turns pixels into the visual tokens that its language model reads."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a loaded model of transformers, got {type(model).__name__}. tvp.load_mllm(name_or_path) loads one.")
     inner = (m for m in model.modules() if m is not model and hasattr(type(m), "get_image_features"))
     owner = next(inner, model)
     if hasattr(type(owner), "get_image_features"): return owner
