@@ -111,7 +111,7 @@ class ChatGLMAttention(nn.Module):
         seen = F.scaled_dot_product_attention(query, key, value, mask)
         return self.dense(seen.transpose(1, 2).flatten(2))
 
-# %% ../nbs/api/26_chatglm.ipynb #1682fec4
+# %% ../nbs/api/26_chatglm.ipynb #c9c2712f
 class ChatGLMMLP(nn.Module):
     "Two projections with a tanh-shaped GELU between them, no gate."
     def __init__(self, config: ChatGLMConfig):
@@ -123,7 +123,7 @@ class ChatGLMMLP(nn.Module):
         "(B, L, D) to (B, L, D)"
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
 
-
+# %% ../nbs/api/26_chatglm.ipynb #5b2a3094
 class ChatGLMBlock(GradientCheckpointingLayer):
     "Attention and MLP whose residuals are the normalised inputs, amplified."
     def __init__(self, config: ChatGLMConfig, layer: int):
@@ -152,7 +152,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _input_embed_layer = "word_embeddings"
 
-# %% ../nbs/api/26_chatglm.ipynb #73b7aee4
+# %% ../nbs/api/26_chatglm.ipynb #bb82e555
 class ChatGLMModel(ChatGLMPreTrainedModel):
     "Blocks between word embeddings and a last layer norm."
     def __init__(self, config: ChatGLMConfig):
@@ -165,7 +165,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
         "Hidden states, (B, L, D), of tokens or of embeddings; embeddings need `position_ids`."
         if position_ids is None:
-            if input_ids is None: raise ValueError("`position_ids` must be given with `inputs_embeds`, got None. Make them from the tokens with `gap_positions`.")
+            if input_ids is None:
+                raise ValueError("`position_ids` must be given with `inputs_embeds`, got None. Make them from the tokens with `gap_positions`.")
             position_ids = gap_positions(input_ids, attention_mask, self.config)
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache): past_key_values = DynamicCache(config=self.config)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
-           'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo', 'command_train_zoo',
-           'whole', 'parser', 'main']
+           'command_check', 'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo',
+           'command_train_zoo', 'whole', 'parser', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -83,7 +83,7 @@ def command_tasks(args: argparse.Namespace) -> None:
         (task.name, "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")), ", ".join(task.candidates), task.description)
         for task in tasks]))
 
-# %% ../nbs/api/90_cli.ipynb #e29fd328
+# %% ../nbs/api/90_cli.ipynb #f14f2045
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
     import torch
@@ -98,11 +98,28 @@ def _task(name: str):
     from tvp.tasks import load_task, task_names
     return load_task(known_name("task", name, task_names()))
 
+# %% ../nbs/api/90_cli.ipynb #7f686b14
 def command_models(args: argparse.Namespace) -> None:
-    "List the models of the small zoo."
+    "List the models that have a name: the small zoo, the registry, the paper's."
+    from tvp.paper import PAPER
+    from tvp.registry import registry_text
     zoo = _zoo()
     print(columns([("model", "vision tower", "class of transformers", "parameters")] + [
         (name, zoo.tower(name), type(zoo[name].model).__name__, f"{sum(p.numel() for p in zoo[name].model.parameters()):,}") for name in zoo]))
+    print("\nThe small zoo, above, ships with the package. The models below come from the hub: tvp.load_mllm(NAME), `tvp check NAME`.\n")
+    print(registry_text(), "\nThe models of the paper, wrapped as its reference does: tvp.load_mllm(NAME, weights=...) says which files it needs.\n", sep="\n")
+    print(columns([("model", "what", "from the hub as a whole")] + [(name, paper.title, paper.whole or "no") for name, paper in PAPER.items()]))
+
+
+def command_check(args: argparse.Namespace) -> int:
+    "Try whether a prompt can be trained through a model. Exit code 1: it cannot."
+    from tvp.zoo import load_mllm
+    try: mllm = load_mllm(args.model)
+    except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
+        raise UsageError(f"cannot load {args.model}: {error.args[0] if isinstance(error, KeyError) else error}") from None
+    check = mllm.check()
+    print(check)
+    return 0 if check.ok else 1
 
 # %% ../nbs/api/90_cli.ipynb #5c82fe8f
 def command_train(args: argparse.Namespace) -> None:
@@ -187,7 +204,7 @@ def _add_command(commands, run, arguments: dict[str, dict]) -> None:
         parser.add_argument(flag, **options | dict(help=options["help"] + told))
     parser.set_defaults(run=run)
 
-# %% ../nbs/api/90_cli.ipynb #491b2ce6
+# %% ../nbs/api/90_cli.ipynb #9c52e0ea
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -208,18 +225,19 @@ def parser() -> argparse.ArgumentParser:
         "--task": dict(metavar="NAME", help="the one it was trained for if not given"),
         "--models": dict(nargs="+", metavar="NAME", help="all if not given")} | out(None, "file for the results, .csv") | force)
     for run in (command_models, command_tasks): _add_command(commands, run, {})
+    _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})
     _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
                  | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given")})
     return top
 
-# %% ../nbs/api/90_cli.ipynb #6f3cd905
+# %% ../nbs/api/90_cli.ipynb #50a87b1f
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
     "The command `tvp`."
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal without arrows still gets its table
     args = parser().parse_args(argv)
-    try: args.run(args)
+    try: return args.run(args) or 0
     except UsageError as error:
         print(f"tvp: {error}", file=sys.stderr)
         return 2

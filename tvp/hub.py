@@ -6,10 +6,10 @@
 __all__ = ['Source', 'kind_of', 'check_tables', 'find_files', 'load_parquet', 'open_folder', 'ask_hub', 'fetch', 'open_source',
            'open_copy', 'stream_tables', 'column_pictures', 'column_labels']
 
-# %% ../nbs/api/12_hub.ipynb #715d804f
+# %% ../nbs/api/12_hub.ipynb #40701325
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def kind_of(
     if isinstance(feature, Value) and "string" in feature.dtype: return "string"
     return "int" if isinstance(feature, Value) and "int" in feature.dtype else str(feature)
 
-# %% ../nbs/api/12_hub.ipynb #4202b386
+# %% ../nbs/api/12_hub.ipynb #bb0f832f
 def check_tables(
     tables: Mapping[str, Any],  # split -> Dataset
     source: Source,  # what is documented
@@ -52,8 +52,8 @@ def check_tables(
         if split not in tables: raise ValueError(f"{where}: there must be a split {split!r}, got {', '.join(tables) or 'none'}.")
         rows, features = len(tables[split]), tables[split].features
         if rows == 0 or rows > expected or (whole and rows != expected):
-            raise ValueError(f"{where}: the split {split!r} must have {expected:,} rows, got {rows:,}. This is another version of the data set, "
-                             "a part of it, or several of its variants in one. Delete what is there, or name another `revision`.")
+            raise ValueError(f"{where}: the split {split!r} must have {expected:,} rows, got {rows:,}. This is another version of the data set, a part of it, or "
+                             f"several of its variants in one. {'Delete it to fetch it again, or name another `revision`' if whole else 'Point `data_dir` to one variant'}.")
         for column, kind in source.columns.items():
             if column not in features: raise ValueError(f"{where}: the split {split!r} must have a column {column!r}, got {', '.join(features)}.")
             if whole and kind_of(features[column]) != kind:
@@ -147,7 +147,7 @@ def open_source(
             return tables, source, f"{source.hub} at {folder.name[:12]}"
     raise missing[0]
 
-# %% ../nbs/api/12_hub.ipynb #bd3fe3b7
+# %% ../nbs/api/12_hub.ipynb #2a84e102
 def _rename(
     table: Any,  # Dataset
     source: Source,
@@ -159,7 +159,7 @@ def _rename(
         if len(wanted) == len(there) == 1 and wanted[0] not in table.features: table = table.rename_column(there[0], wanted[0])
     return table
 
-
+# %% ../nbs/api/12_hub.ipynb #372a4238
 def open_copy(
     task: str,  # for messages
     sources: Sequence[Source],  # one of them must fit

@@ -264,7 +264,7 @@ class IncompleteWeightsError(ValueError):
         super().__init__(f"the files do not make a whole model, so none was built:\n{report}\n"
                          "Add the file that holds what is missing, or a `config` of the geometry that the files have.")
 
-# %% ../nbs/api/25_lavis.ipynb #56000511
+# %% ../nbs/api/25_lavis.ipynb #29d8b805
 def shapes_of(
     model_class: type,  # one of the classes above
     config,  # its config
@@ -276,28 +276,29 @@ def shapes_of(
 
 def take(
     part: str,  # its name
-    place: str | Path,  # where it lies
+    place: str | Path | dict[str, Tensor],  # where it lies; or a state dict
     fills: tuple[str, ...],  # beginnings of the names it is asked for
     shapes: dict[str, tuple[int, ...]],  # of the model
     renames: tuple[tuple[str, str], ...] = (),  # of the model's class
 ) -> tuple[dict[str, Tensor], PartReport]:  # what is used of it
     "Read one part, and account for every tensor."
     ours = lambda name: bool(name) and name.startswith(fills)
-    files = weight_files(place, lambda name: ours(transformers_name(name, renames)))
-    found = renamed({name: value for file in files for name, value in read_weights(file).items()}, renames)
+    given = isinstance(place, dict)
+    files = [] if given else weight_files(place, lambda name: ours(transformers_name(name, renames)))
+    found = renamed(place if given else {name: value for file in files for name, value in read_weights(file).items()}, renames)
     asked = {name: value for name, value in found.items() if ours(name)}
     wrong = {name for name, value in asked.items() if name in shapes and tuple(value.shape) != shapes[name]}
     used = {name: value for name, value in asked.items() if name in shapes and name not in wrong}
     described = tuple(f"{n}: {tuple(asked[n].shape)} in the file, {shapes[n]} in the model" for n in asked if n in wrong)
     left = tuple(name for name in asked if name not in shapes and not name.startswith(SPARE))
     aside = tuple(name for name in found if name not in asked or name not in shapes and name not in left)
-    return used, PartReport(part, str(place), tuple(used), aside, left, described)
+    return used, PartReport(part, "a state dict" if given else str(place), tuple(used), aside, left, described)
 
-# %% ../nbs/api/25_lavis.ipynb #a6db2bc2
+# %% ../nbs/api/25_lavis.ipynb #7e5e7c63
 def assemble(
     model_class: type,  # LavisBlip2, LavisInstructBlip or Bliva
     config,  # its config, of the geometry that the files have
-    sources: dict[str, tuple[str | Path, tuple[str, ...]]],  # part: where it lies, beginnings of the names it fills; later parts win
+    sources: dict[str, tuple[str | Path | dict, tuple[str, ...]]],  # part: where it lies (see `take`), beginnings of the names it fills; later parts win
     dtype: torch.dtype | None = None,  # None: that of the language model's weights
     **how,  # passed to transformers' from_pretrained: device_map, quantization_config, ...
 ) -> tuple[nn.Module, LoadReport]:  # the model, in eval mode
@@ -307,7 +308,7 @@ def assemble(
     for part, (place, fills) in sources.items():
         used, report = take(part, place, fills, shapes, model_class.renames)
         weights.update(used), reports.append(report)
-        if report.left_over: warnings.warn(f"{part} ({place}) has tensors that the model has no place for, {digest(report.left_over)}")
+        if report.left_over: warnings.warn(f"{part} ({report.source}) has tensors that the model has no place for, {digest(report.left_over)}")
     covered = {*weights, *(a for pair in tied.items() if set(pair) & set(weights) for a in pair)}
     report = LoadReport(tuple(reports), tuple(name for name in shapes if name not in covered))
     if not report.complete: raise IncompleteWeightsError(report)

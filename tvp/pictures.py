@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_rgb', 'read_picture', 'Pictures', 'TaskSummary', 'class_notes', 'summarise']
 
-# %% ../nbs/api/11_pictures.ipynb #3646c8d1
+# %% ../nbs/api/11_pictures.ipynb #41d4024d
 import hashlib
 import html
 import io
@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .tasks import Split, Task
+from .tasks import Split, Task, some_names
 
 # %% ../nbs/api/11_pictures.ipynb #108b8e84
 def to_rgb(
@@ -128,7 +128,7 @@ class TaskSummary:
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes or ["nothing suspicious"])
         return f"<p>{html.escape(self.task)}</p>{self.df.to_html(index=False)}<ul>{notes}</ul>"
 
-# %% ../nbs/api/11_pictures.ipynb #6153e8ff
+# %% ../nbs/api/11_pictures.ipynb #6166ec00
 def _size_range(
     sizes: Sequence[tuple[int, int]],  # (width, height)
 ) -> str:
@@ -136,14 +136,7 @@ def _size_range(
     low, high = (f"{w} x {h}" for w, h in (min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1])))
     return low if low == high else f"{low} to {high}"
 
-
-def _names(
-    names: Sequence[str],
-) -> str:
-    "A few names, and how many more."
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-# %% ../nbs/api/11_pictures.ipynb #fbf1c8a4
+# %% ../nbs/api/11_pictures.ipynb #842bb9df
 def class_notes(
     task: Task,
 ) -> list[str]:  # empty if every class has pictures in every split
@@ -152,7 +145,7 @@ def class_notes(
     for name in ("train", "valid", "test"):
         counts = Counter(task.split(name).labels)
         missing = [str(c) for i, c in enumerate(task.candidates) if not counts[i]]
-        if missing: notes.append(f"{name}: no picture of {_names(missing)}")
+        if missing: notes.append(f"{name}: no picture of {some_names(missing, 5)}")
     label, most = counts.most_common(1)[0]
     share = most / len(task.test)
     if share > 1.5 / len(task.candidates) and share > .6: notes.append(f"test: always answering {task.candidates[label]!r} would be right for {share:.0%} of the pictures")
@@ -177,7 +170,7 @@ def _split_row(
     return dict(split=name, pictures=len(split), classes=len(counts), fewest=min(counts), most=max(counts), sizes=_size_range(sizes),
                 repeated=again, seen_before=len(before)), before
 
-# %% ../nbs/api/11_pictures.ipynb #8bbad36e
+# %% ../nbs/api/11_pictures.ipynb #5194502d
 def summarise(
     task: Task,
     read: bool = False,  # decode every picture: slower, finds broken ones
@@ -187,8 +180,6 @@ def summarise(
     for name in ("train", "valid", "test"):
         row, before = _split_row(name, task.split(name), seen, read)
         rows.append(row)
-        if before: notes.append(f"{name}: {len(before)} of its pictures are in an earlier split as well ({_names(before)})")
-    few = list(task.candidates[:12])
-    more = len(task.candidates) - len(few)
-    head = f"{task.name}: {task.metric}, {len(task.candidates)} candidates ({', '.join(few)}{f' and {more} more' if more else ''}). {task.description}".strip()
+        if before: notes.append(f"{name}: {len(before)} of its pictures are in an earlier split as well ({some_names(before, 5)})")
+    head = f"{task.name}: {task.metric}, {len(task.candidates)} candidates ({some_names(task.candidates)}). {task.description}".strip()
     return TaskSummary(head, pd.DataFrame(rows), notes)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'SPECIAL', 'SIZE', 'PATCH', 'QUERIES', 'SMALL', 'toy_tokenizer', 'byte_pair_tokenizer', 'symbol_ids',
-           'small_values', 'small_config', 'loud']
+           'small_numbers', 'small_values', 'small_config', 'loud']
 
 # %% ../nbs/api/33_small.ipynb #580d61d0
 from torch import nn
@@ -58,7 +58,7 @@ SMALL = {name: value for value, names in [
     (.02, "initializer_range"),  # vision towers of the BLIP family default to 1e-10
 ] for name in names.split()}
 
-# %% ../nbs/api/33_small.ipynb #0ae2562d
+# %% ../nbs/api/33_small.ipynb #f295e1fc
 def symbol_ids(
     tokenizer,  # whose special symbols are looked up
     value,  # anything; symbols may sit in lists and dicts
@@ -69,18 +69,28 @@ def symbol_ids(
     return tokenizer.get_added_vocab().get(value, value) if isinstance(value, str) else value
 
 
+def small_numbers(
+    names,  # what a config knows
+    tokenizer,  # whose vocabulary the model reads
+) -> dict:  # small numbers and token ids for those of the names that are understood
+    "What can be guessed from names alone."
+    symbols = {name: name.removesuffix("_id").removesuffix("_index") for name in names if name.endswith(("_token_id", "_token_index"))}
+    ids = {name: symbol_ids(tokenizer, getattr(tokenizer, symbol)) for name, symbol in symbols.items() if hasattr(tokenizer, symbol)}
+    known = SMALL | dict(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id)
+    return {name: value for name, value in known.items() if name in names} | ids
+
+# %% ../nbs/api/33_small.ipynb #8e6cb71c
 def small_values(
     default,  # a config of transformers
     tokenizer,  # whose vocabulary the model reads
-    **changes,  # what `SMALL` cannot know; for an inner config a dict of its own
+    **changes,  # what nobody could guess; for an inner config a dict of its own
 ) -> dict:  # arguments for the config's class
     "The small version of a config."
     from transformers import AutoConfig, PreTrainedConfig
-    known, pad = vars(default), tokenizer.pad_token_id
-    ids = dict(pad_token_id=pad, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=pad)
-    values = {name: value for name, value in (SMALL | ids | {"vocab_size": len(tokenizer)}).items() if name in known}
-    inner = {name for name, value in (known | changes).items() if isinstance(value, PreTrainedConfig) or name.endswith("_config") and value}
-    for name in inner:
+    known = vars(default)
+    values = small_numbers(known, tokenizer)
+    inner = {name for name, value in known.items() if isinstance(value, PreTrainedConfig)}
+    for name in inner | {name for name, value in changes.items() if name.endswith("_config") and isinstance(value, dict)}:
         part = {"model_type": getattr(known[name], "model_type", None)} | changes.pop(name, {})
         kind = part.pop("model_type")
         values[name] = {"model_type": kind, **small_values(AutoConfig.for_model(kind), tokenizer, **part)}
