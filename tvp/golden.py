@@ -47,7 +47,7 @@ def golden_weights(
         if name in weights: weights[name] = tensors[key]
     return base, read_golden(base)[0], weights
 
-# %% ../nbs/api/37_golden.ipynb #4d19e9ee
+# %% ../nbs/api/37_golden.ipynb #01faddd4
 def golden_form(
     golden: dict,  # of golden.json
 ) -> tuple[str, Wrapper]:  # name of the class in `tvp.lavis`, and how the reference wraps its inputs
@@ -75,6 +75,7 @@ def golden_config(
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act", "max_position_embeddings", "vocab_size")
     qformer = {**{k: q[k] for k in same if q.get(k) is not None}, "cross_attention_frequency": q["cross_attention_freq"]}
     text = {"model_type": "t5" if "d_model" in lm else "llama", **{k: v for k, v in lm.items() if v is not None}}
+    text["vocab_size"] = golden["config"].get("lm_num_embeddings", lm["vocab_size"])  # the reference adds tokens to some
     return model_class.config_class(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=q["num_query_tokens"],
                                     image_token_index=0, vision_norm_eps=vit["ln_vision_eps"])
 

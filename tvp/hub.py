@@ -82,7 +82,7 @@ def load_parquet(
         if {split: len(table) for split, table in tables.items()} == rows: return dict(tables)
     raise ValueError(f"the parquet files must hold {rows} rows, got {({split: len(table) for split, table in tables.items()})}. Are they being written?")
 
-# %% ../nbs/api/12_hub.ipynb #6f0eb6de
+# %% ../nbs/api/12_hub.ipynb #1a9c869e
 def open_folder(
     folder: Path,  # must exist
     source: Source,  # what is looked for
@@ -93,6 +93,9 @@ def open_folder(
         saved = load_from_disk(str(folder))
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     if files := find_files(folder, source.files): return load_parquet(files)
+    for kind, ending in (("json", "jsonl"), ("csv", "csv")):  # beside pictures `load_dataset` would see the pictures only
+        rows = {split: str(folder / f"{split}.{ending}") for split in source.files}
+        if all(Path(path).exists() for path in rows.values()): return dict(load_dataset(kind, data_files=rows))
     config = source.config if source.config in get_dataset_config_names(str(folder)) else None
     return dict(load_dataset(str(folder), config))
 
@@ -159,7 +162,7 @@ def _rename(
         if len(wanted) == len(there) == 1 and wanted[0] not in table.features: table = table.rename_column(there[0], wanted[0])
     return table
 
-# %% ../nbs/api/12_hub.ipynb #372a4238
+# %% ../nbs/api/12_hub.ipynb #09b5d7e4
 def open_copy(
     task: str,  # for messages
     sources: Sequence[Source],  # one of them must fit
@@ -172,13 +175,14 @@ def open_copy(
         try:
             tables = {split: _rename(table, source) for split, table in open_folder(folder, source).items()}
             check_tables(tables, source, f"{task} in {folder}", whole=False)
-            return tables, source, str(data_dir)
+            part = [f"{len(tables[split]):,} of {n:,} {split} rows" for split, n in source.rows.items() if len(tables[split]) < n]
+            return tables, source, f"the folder {folder.name}" + (f" ({', '.join(part)})" if part else "")
         except (ValueError, OSError) as error: errors.append(error)
     if isinstance(errors[0], ValueError) and str(errors[0]).startswith(task): raise errors[0]
     raise ValueError(f"{task}: `data_dir` must hold the data set {sources[0].hub}: {', '.join(sources[0].columns)} in parquet files or another format that "
                      f"`datasets` reads; {folder} cannot be read ({errors[0]}).") from errors[0]
 
-# %% ../nbs/api/12_hub.ipynb #d22703ca
+# %% ../nbs/api/12_hub.ipynb #d20ef226
 def stream_tables(
     task: str,  # for messages
     source: Source,
@@ -198,7 +202,7 @@ def stream_tables(
         for column in [c for c, kind in source.columns.items() if kind == "image"]: rows = rows.cast_column(column, Image(decode=False))
         tables[split] = Dataset.from_list(list(rows.take(n)), features=rows.features)
     check_tables(tables, Source(source.hub, source.files, dict(take), source.columns), f"{task} (the first rows of {source.hub})", whole=True)
-    return tables, source, f"the first {' and '.join(f'{n:,}' for n in take.values())} rows of {data_dir or source.hub}"
+    return tables, source, f"the first {' and '.join(f'{n:,} {split}' for split, n in take.items())} rows of {Path(data_dir).name if data_dir else source.hub}"
 
 # %% ../nbs/api/12_hub.ipynb #73737724
 def column_pictures(

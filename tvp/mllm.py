@@ -7,7 +7,8 @@ __all__ = ['vision_encoder', 'vision_owner', 'Encoded', 'captured_features', 'fl
            'decoder_start', 'answer_logits', 'MllmOutput', 'Mllm', 'NoGradientError', 'model_inputs', 'loss_and_tokens',
            'seen_tokens', 'encode', 'generate_text', 'Clip']
 
-# %% ../nbs/api/20_mllm.ipynb #ba41608e
+# %% ../nbs/api/20_mllm.ipynb #431d6228
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -241,7 +242,7 @@ def encode(
     with captured_features(mllm.owner, stop=True) as seen: mllm.model(**inputs, use_cache=False)
     return seen_tokens(mllm, seen, len(images))
 
-# %% ../nbs/api/20_mllm.ipynb #1a824afa
+# %% ../nbs/api/20_mllm.ipynb #729edb4c
 @torch.no_grad()
 def generate_text(
     mllm: Mllm,  # the adapter
@@ -251,7 +252,9 @@ def generate_text(
 ) -> list[str]:  # one text per picture, cut at the end symbol
     "What the model says, most likely token by most likely token."
     inputs = model_inputs(mllm, images, instructions)
-    out = mllm.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=mllm.text.pad_value("input_ids"))
+    how = copy.deepcopy(mllm.model.generation_config)
+    how.update(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=mllm.text.pad_value("input_ids"))
+    out = mllm.model.generate(**inputs, generation_config=how)
     length = inputs["input_ids"].shape[1]
     if out[:, :length].equal(inputs["input_ids"]): out = out[:, length:]  # decoders repeat their instruction
     texts = mllm.text.tokenizer.batch_decode(out, skip_special_tokens=True)

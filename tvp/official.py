@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMES', 'LISTS', 'WORDNET', 'Answers', 'file_pictures', 'photo_split', 'clevr_scenes', 'count_split', 'clevr_folder',
-           'read_jsonl', 'present_objects', 'yes_no_labels', 'yes_no_questions', 'part_by_picture', 'pope_questions',
-           'pope_folder', 'read_memes', 'memes_folder', 'list_files', 'list_folder']
+           'read_jsonl', 'present_objects', 'yes_no_labels', 'yes_no_questions', 'rows_by_picture', 'half_and_half',
+           'pope_questions', 'pope_folder', 'read_memes', 'memes_folder', 'list_files', 'list_folder']
 
 # %% ../nbs/api/12_official.ipynb #7d21237b
 import json
@@ -21,7 +21,7 @@ from .pictures import Pictures
 from .tasks import Split, some_names
 from .world import COUNT, PHOTO, group_of
 
-# %% ../nbs/api/12_official.ipynb #c57a8ccb
+# %% ../nbs/api/12_official.ipynb #ac4065fa
 @dataclass(frozen=True)
 class Answers:
     "Pictures with questions and answers, before validation pictures are set aside."
@@ -29,6 +29,7 @@ class Answers:
     train: Split  # to learn from and to validate with
     test: Split
     place: str  # where it comes from, for descriptions
+    groups: Sequence[str] = ()  # name of the picture of each training row, where several questions share a picture
 
 
 def file_pictures(
@@ -147,21 +148,31 @@ def yes_no_questions(
     there = present_objects(images, questions, labels)
     return Split(pictures, list(questions), list(labels), [there[image] for image in images])
 
-# %% ../nbs/api/12_official.ipynb #f4afc6a5
-def part_by_picture(
-    split: Split,
-    images: Sequence[str],  # name of the picture of each question
+# %% ../nbs/api/12_official.ipynb #0f9ff0ad
+def rows_by_picture(
+    images: Sequence[str],  # name of the picture of each row
     share: float,  # of the pictures that go into the second part
     seed: int,  # of the draw
-) -> tuple[Split, Split]:  # all questions about a picture are in the same part
-    "Divide questions so that no picture is in both parts."
+) -> tuple[list[int], list[int]]:  # rows of the first and of the second part
+    "Divide rows so that no picture is in both parts."
     names = sorted(set(images))
     chosen = set(np.random.default_rng(seed).permutation(names)[:round(share * len(names))].tolist())
     rows = [[row for row, image in enumerate(images) if (image in chosen) == second] for second in (False, True)]
     if not all(rows): raise ValueError(f"`share` must leave pictures on both sides, got {share} of {len(names)} pictures.")
-    return split.select(rows[0]), split.select(rows[1])
+    return rows[0], rows[1]
 
-# %% ../nbs/api/12_official.ipynb #d381b463
+
+def half_and_half(
+    questions: Split,
+    images: Sequence[str],  # name of the picture of each question
+    place: str,  # where they come from
+    seed: int,  # of the division
+) -> Answers:
+    "Yes/no questions: half of the pictures to learn from, the other half to test on."
+    rows = rows_by_picture(images, 0.5, seed)
+    return Answers(("no", "yes"), *map(questions.select, rows), f"{place} about half of the pictures; the other half is for learning", [images[row] for row in rows[0]])
+
+# %% ../nbs/api/12_official.ipynb #0d3b6f85
 def pope_questions(
     file: Path,  # in POPE's format: image, text, label
     folder: Path,  # of the pictures
@@ -184,11 +195,12 @@ def pope_folder(
     folder = Path(folder).expanduser()
     coco = Path(coco_dir) if coco_dir else next((folder / name for name in ("val2014", "images") if (folder / name).is_dir()), folder)
     test, images = pope_questions(folder / f"coco_pope_{subset}.json", coco)
-    if train_file: return Answers(("no", "yes"), pope_questions(Path(train_file), coco)[0], test, f"all {len(test):,} {subset} questions")
-    train, test = part_by_picture(test, images, 0.5, seed)
-    return Answers(("no", "yes"), train, test, f"{subset} questions about half of the pictures; the other half is for learning")
+    if not train_file: return half_and_half(test, images, f"{subset} questions", seed)
+    train, others = pope_questions(Path(train_file), coco)
+    if both := set(images) & set(others): raise ValueError(f"`train_file` must be about other pictures than those tested on, got {len(both)} that are in both.")
+    return Answers(("no", "yes"), train, test, f"all {len(test):,} {subset} questions", others)
 
-# %% ../nbs/api/12_official.ipynb #6774ee5e
+# %% ../nbs/api/12_official.ipynb #a779f08e
 MEMES = 'This is an image with: "{}" written on it. Is it hateful?'
 
 
@@ -211,7 +223,7 @@ def memes_folder(
     known = [test_file] if test_file else ["test_seen.jsonl", "dev_seen.jsonl", "dev.jsonl"]
     found = next((name for name in known if (folder / name).exists()), None)
     if found is None or not (folder / "train.jsonl").exists(): raise ValueError(f"hateful_memes: `data_dir` must hold train.jsonl and {' or '.join(known)}; {folder} does not.")
-    return Answers(("no", "yes"), read_memes(folder / "train.jsonl"), read_memes(folder / found), f"tested on {found}")
+    return Answers(("no", "yes"), read_memes(folder / "train.jsonl"), read_memes(folder / found), f"the official folder, tested on {found}")
 
 # %% ../nbs/api/12_official.ipynb #9bfe090f
 LISTS = {  # task: (list for training, list for testing, line -> file, line -> class)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Checkpoint', 'local_checkpoint', 'cached_checkpoint', 'hub_checkpoint', 'find_checkpoint', 'check_files',
-           'check_config', 'best_device', 'choose_dtype', 'quantization_config', 'checkpoint_gradients',
+           'check_config', 'best_device', 'choose_dtype', 'quantization_config', 'load_options', 'checkpoint_gradients',
            'load_processor', 'load_weights', 'load_pretrained']
 
 # %% ../nbs/api/23_pretrained.ipynb #7f04dd4e
@@ -183,6 +183,21 @@ def quantization_config(
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float16
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
 
+# %% ../nbs/api/23_pretrained.ipynb #d8fb4383
+def load_options(
+    config: dict,  # config.json, for the precision of the checkpoint
+    dtype: str | torch.dtype = "auto",  # see `choose_dtype`
+    device: str | torch.device | None = None,  # None: the graphics card if there is one
+    device_map: str | dict | None = None,  # instead of `device`: accelerate spreads the layers
+    quantization: str | None = None,  # see `quantization_config`
+) -> dict:  # dtype, device_map and, if need be, quantization_config
+    "Where and how precisely a model is held."
+    if device is not None and device_map is not None: raise ValueError("`device` and `device_map` exclude each other. Give one of them.")
+    place = str(device or best_device())
+    chosen = choose_dtype(dtype, config, place, quantization)
+    options = {"dtype": chosen, "device_map": device_map or {"": place}}
+    return {**options, "quantization_config": quantization_config(quantization, chosen)} if quantization else options
+
 # %% ../nbs/api/23_pretrained.ipynb #14a16d94
 def _recomputed(forward):
     "A layer's forward that keeps its inputs only."
@@ -229,7 +244,13 @@ def load_processor(
                          "reaches the pixels through it. Choose another model: `tvp models` lists some.")
     return processor
 
-# %% ../nbs/api/23_pretrained.ipynb #c90f2edb
+# %% ../nbs/api/23_pretrained.ipynb #4a51d267
+def _allow_turns(model: nn.Module) -> None:
+    "4-bit layers on a CPU: gradient also after a pass without gradient."
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+
+# %% ../nbs/api/23_pretrained.ipynb #209856ea
 def load_weights(
     found: Checkpoint,  # from `find_checkpoint`
     **options,  # dtype, device_map, quantization_config, trust_remote_code
@@ -248,15 +269,10 @@ def load_weights(
     if lost := sorted(report["missing_keys"]):
         raise ValueError(f"{damaged}: {len(lost)} weights are missing and would be random, {lost[0]} first. Download it again. If it is meant to be "
                          "so, load the model yourself and give it to tvp.Mllm(model, processor).")
+    if "quantization_config" in options: _allow_turns(model)
     return model.eval()
 
-# %% ../nbs/api/23_pretrained.ipynb #4a51d267
-def _allow_turns(model: nn.Module) -> None:
-    "4-bit layers on a CPU: gradient also after a pass without gradient."
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
-
-# %% ../nbs/api/23_pretrained.ipynb #ae510403
+# %% ../nbs/api/23_pretrained.ipynb #eaede49e
 def load_pretrained(
     name_or_path: str | PathLike,  # a folder, or "owner/name" on the hub
     *,
@@ -271,14 +287,10 @@ def load_pretrained(
     gradient_checkpointing: bool = False,  # see `checkpoint_gradients`
 ) -> Mllm:  # frozen
     "Any model that AutoModelForImageTextToText loads."
-    if device is not None and device_map is not None: raise ValueError("`device` and `device_map` exclude each other. Give one of them.")
     found = find_checkpoint(name_or_path, revision)
     check_files(found), check_config(found, trust_remote_code)
-    place = str(device or best_device())
-    options = {"dtype": choose_dtype(dtype, found.config, place, quantization), "device_map": device_map or {"": place}}
-    if quantization: options["quantization_config"] = quantization_config(quantization, options["dtype"])
+    options = load_options(found.config, dtype, device, device_map, quantization)
     processor = load_processor(found, trust_remote_code)
     model = load_weights(found, trust_remote_code=trust_remote_code, **options)
-    if quantization: _allow_turns(model)
     if gradient_checkpointing: checkpoint_gradients(model)
     return Mllm(model, processor, template, name=found.name, end=end)
