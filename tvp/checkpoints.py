@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .files import read_tensors, write_atomic
 
-# %% ../nbs/api/48_checkpoints.ipynb #253ab866
+# %% ../nbs/api/48_checkpoints.ipynb #90cb1009
 def pack(
     value: Any,  # dicts, lists, tuples, numbers, texts, None and tensors, nested
     tensors: dict[str, Tensor],  # filled with the tensors found
@@ -34,6 +34,7 @@ def pack(
     if value is None or isinstance(value, (bool, int, float, str)): return value
     inside = lambda pairs: [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
     if isinstance(value, Tensor):
+        while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
     if isinstance(value, dict):

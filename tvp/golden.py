@@ -7,7 +7,7 @@ __all__ = ['TOLERANCES', 'CLIP_NAMES', 'read_golden', 'golden_weights', 'golden_
            'language_model_calls', 'unpadded', 'gap', 'loss_gaps', 'label_gap', 'rank_gaps', 'golden_gaps',
            'golden_clip']
 
-# %% ../nbs/api/37_golden.ipynb #af56006a
+# %% ../nbs/api/37_golden.ipynb #c2cbb2ed
 import json
 import re
 from contextlib import contextmanager
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .inputs import answer_batch
 from .mllm import Clip, Mllm
-from .paper import EVERYTHING, WRAPPERS, Wrapper, paper_mllm, paper_processor
+from .paper import paper_mllm, paper_processor
+from .paper_models import EVERYTHING, WRAPPERS, Wrapper
 
-# %% ../nbs/api/37_golden.ipynb #336956d8
+# %% ../nbs/api/37_golden.ipynb #d7d8613b
 def read_golden(
     folder: str | Path,  # with golden.json and io.safetensors
 ) -> tuple[dict, dict[str, Tensor]]:  # what golden.json says; inputs and outputs
@@ -31,7 +32,7 @@ def read_golden(
     if not (folder / "golden.json").is_file(): raise ValueError(f"`folder` must contain golden.json, and {folder} does not.")
     return json.loads((folder / "golden.json").read_text()), load_file(folder / "io.safetensors")
 
-
+# %% ../nbs/api/37_golden.ipynb #f0af9941
 def golden_weights(
     folder: str | Path,  # of a model, or of a training run that borrows one
 ) -> tuple[Path, dict, dict[str, Tensor]]:  # the model's own folder, its golden.json, its weights under LAVIS's names
@@ -47,7 +48,7 @@ def golden_weights(
         if name in weights: weights[name] = tensors[key]
     return base, read_golden(base)[0], weights
 
-# %% ../nbs/api/37_golden.ipynb #01faddd4
+# %% ../nbs/api/37_golden.ipynb #c0000b10
 def golden_form(
     golden: dict,  # of golden.json
 ) -> tuple[str, Wrapper]:  # name of the class in `tvp.lavis`, and how the reference wraps its inputs
@@ -62,7 +63,7 @@ def golden_form(
     if reads: return "LavisInstructBlip", WRAPPERS["instructblip"]
     raise ValueError(f"golden.json must describe a MiniGPT-4, VPGTrans, BLIP-2 T5, InstructBLIP or BLIVA, got {golden.get('family')}, which is none.")
 
-
+# %% ../nbs/api/37_golden.ipynb #a42aac56
 def golden_config(
     golden: dict,  # of golden.json
     model_class: type,  # of `tvp.lavis`
@@ -126,7 +127,7 @@ def gap(
     "How far two tensors are apart."
     return (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
 
-# %% ../nbs/api/37_golden.ipynb #75661d1d
+# %% ../nbs/api/37_golden.ipynb #1551deb0
 def loss_gaps(
     mllm: Mllm,  # from `golden_mllm`, or one that should compute the same
     golden: dict,  # of golden.json
@@ -146,7 +147,7 @@ def loss_gaps(
     gaps["lm_inputs_embeds"] = gap(unpadded(calls[0]["inputs_embeds"].detach(), mask), unpadded(io[f"{variant}.loss.lm_inputs_embeds"], theirs))
     return {**gaps, "lm_labels": label_gap(mllm, texts, calls[0], io, variant)}
 
-
+# %% ../nbs/api/37_golden.ipynb #dd74ff57
 def label_gap(mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], variant: str) -> float:
     "Labels as the reference gives them to the language model, from our answers and our mask; for T5 also what its decoder reads."
     ids, answered = answer_batch(mllm.text, texts["text_input"], texts["text_output"], mllm.end)
@@ -158,7 +159,7 @@ def label_gap(mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], varian
     labels = torch.cat([ids.new_full((len(ids), before), -100), ids], 1)
     return gap(unpadded(labels, call["attention_mask"]), unpadded(theirs, io[f"{variant}.loss.lm_attention_mask"]))
 
-# %% ../nbs/api/37_golden.ipynb #6cb5be82
+# %% ../nbs/api/37_golden.ipynb #edf4479c
 def rank_gaps(
     mllm: Mllm,  # from `golden_mllm`, or one that should compute the same
     golden: dict,  # of golden.json
@@ -175,7 +176,7 @@ def rank_gaps(
     return {"loglik_mean": gap(mean, io[f"{variant}.loglik_mean"]), "loglik_sum": gap(mean * lengths, io[f"{variant}.loglik_sum"]),
             "loglik.lm_attention_mask": gap(mask, theirs), "loglik.lm_inputs_embeds": embeds}
 
-
+# %% ../nbs/api/37_golden.ipynb #1ec352de
 TOLERANCES = {"loglik_sum": 3e-5, "loss_grad_image": 1e-6, "loss_grad_image_stride4": 1e-6, "loss_grad_image_norm": 1e-6,
               "lm_labels": 0., "lm_attention_mask": 0., "loglik.lm_attention_mask": 0.}  # everything else 1e-5
 
@@ -202,7 +203,7 @@ CLIP_NAMES = (  # of OpenAI's CLIP -> of transformers
     (r"^token_embedding", "text_model.embeddings.token_embedding"), (r"^ln_final", "text_model.final_layer_norm"),
 )
 
-# %% ../nbs/api/37_golden.ipynb #08112b69
+# %% ../nbs/api/37_golden.ipynb #19cbdd96
 def _clip_renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "OpenAI's CLIP with transformers' names: fused projections split in three, output projections transposed."
     out = {"visual_projection.weight": weights["visual.proj"].T.contiguous(), "text_projection.weight": weights["text_projection"].T.contiguous()}
@@ -212,7 +213,7 @@ def _clip_renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif not name.endswith(("visual.proj", "text_projection")): out[name] = value
     return out
 
-
+# %% ../nbs/api/37_golden.ipynb #c13b8d53
 def golden_clip(
     folder: str | Path,  # .../golden/train_minigpt4_224
 ) -> Clip:  # the reference's tiny CLIP, 224 pixels

@@ -136,7 +136,7 @@ class MllmOutput:
     loss: Tensor  # scalar, mean cross-entropy per answer token over the whole batch
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
 
-# %% ../nbs/api/20_mllm.ipynb #b08e7c8c
+# %% ../nbs/api/20_mllm.ipynb #f4cb3bf3
 class Mllm:
     "A frozen multimodal language model: pictures in [0, 1] and instructions in, everything that prompting needs out."
     def __init__(
@@ -156,7 +156,7 @@ class Mllm:
         self._scorer = None if ranking is None else Mllm(model, processor, ranking, name, straight_through=straight_through)
 
     scorer = property(lambda self: self._scorer or self)  # the adapter that ranks: this one, or its twin with the template for scores
-    device = property(lambda self: self.model.device)
+    device = property(lambda self: next((p.device for p in self.model.parameters() if p.device.type != "meta"), self.model.device))  # meta: offloaded
     dtype = property(lambda self: self.model.get_input_embeddings().weight.dtype)  # BLIP-2 keeps its queries in float32
     def __repr__(self): return f"Mllm({self.name!r}, {type(self.model).__name__}, {self.model.num_parameters():,} parameters)"
 

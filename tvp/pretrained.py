@@ -272,7 +272,7 @@ def load_weights(
     if "quantization_config" in options: _allow_turns(model)
     return model.eval()
 
-# %% ../nbs/api/23_pretrained.ipynb #eaede49e
+# %% ../nbs/api/23_pretrained.ipynb #44537b0e
 def load_pretrained(
     name_or_path: str | PathLike,  # a folder, or "owner/name" on the hub
     *,
@@ -285,6 +285,7 @@ def load_pretrained(
     template=None,  # instruction -> text; None: the model's chat template, if it has one
     end: str = "",  # end symbol behind an answer, in the loss
     gradient_checkpointing: bool = False,  # see `checkpoint_gradients`
+    straight_through: bool = False,  # pixels as bytes would give them, gradient as floats give it; see `tvp.inputs`
 ) -> Mllm:  # frozen
     "Any model that AutoModelForImageTextToText loads."
     found = find_checkpoint(name_or_path, revision)
@@ -293,4 +294,4 @@ def load_pretrained(
     processor = load_processor(found, trust_remote_code)
     model = load_weights(found, trust_remote_code=trust_remote_code, **options)
     if gradient_checkpointing: checkpoint_gradients(model)
-    return Mllm(model, processor, template, name=found.name, end=end)
+    return Mllm(model, processor, template, name=found.name, end=end, straight_through=straight_through)

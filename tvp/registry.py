@@ -138,13 +138,14 @@ def registry():  # a pandas DataFrame, one row per model, indexed by its short n
             for row in REGISTRY.values()]
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../nbs/api/34_registry.ipynb #112263d2
+# %% ../nbs/api/34_registry.ipynb #3471ff2a
 LEGEND = """\
 None of these was tried with its real weights (no network); its type was, as a tiny random model.
 B: billions of parameters. licence: as on the model's page; "?" could not be looked up.
 gated: first accept the licence on https://huggingface.co/<hub id>, then `hf auth login`.
 canvas, border: VisualPrompt(size, width) for this model alone; models that share a prompt share its canvas.
 GB: ESTIMATED memory for training a prompt, batch of 4, gradient_checkpointing=True. 4 bit: quantization.
+16 bit: say dtype="float16" for BLIP-2, InstructBLIP and Kosmos-2: their weights are published in float32.
 T4: how it fits the 16 GB of a free Colab's card. Formula and facts: `tvp.registry`."""
 
 # %% ../nbs/api/34_registry.ipynb #cbc4c06f

@@ -140,7 +140,7 @@ def some_names(
     "A few names, and how many more there are."
     return ", ".join(str(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/api/10_tasks.ipynb #f842ce45
+# %% ../nbs/api/10_tasks.ipynb #aafa9198
 @dataclass(frozen=True)
 class Task:
     "A task with disjoint splits; see `load_task` for ready ones, and build your own from three `Split`s."
@@ -157,10 +157,7 @@ class Task:
     def __post_init__(self): check_task(self)
     def __repr__(self): return f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test, candidates {some_names(self.candidates)})"
 
-    def split(
-        self,
-        name: str,  # "train", "valid" or "test"
-    ) -> Split:
+    def split(self, name: str) -> Split:  # name: "train", "valid" or "test"
         "A split by its name."
         if name not in ("train", "valid", "test"): raise KeyError(f"`split` must be 'train', 'valid' or 'test', got {name!r}.")
         return getattr(self, name)
@@ -194,9 +191,10 @@ def task_names() -> list[str]:
     "Tasks that come with the package. `tvp.public_tasks.public_task_names()` are those whose pictures come from elsewhere."
     return list(EMBEDDED)
 
-# %% ../nbs/api/10_tasks.ipynb #ff0f2796
+# %% ../nbs/api/10_tasks.ipynb #8a65ca7b
 def load_task(
     name: Any,  # a name, see `task_names()` and `public_task_names()`; or your own data: a Path, or a `datasets.Dataset` or `DatasetDict`
+    /,
     data_dir: str | Path | None = None,  # where a public data set lies; None: the Hugging Face hub
     **options,  # passed on to `tvp.public_tasks.load_public_task` or `tvp.own_tasks.load_own_task`
 ) -> Task:
@@ -210,6 +208,6 @@ def load_task(
         from tvp.own_tasks import load_own_task
         return load_own_task(name, **options)
     from tvp.public_tasks import load_public_task, public_task_names
-    if name in public_task_names(): return load_public_task(name, data_dir, **options)
+    if name.partition("-")[0] in public_task_names(): return load_public_task(name, data_dir, **options)  # "pope-random" is one of three in "pope"
     own = f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})." if Path(name).exists() else ""
     raise KeyError(f"`name` must be one of {', '.join(task_names() + public_task_names())}; got {name!r}.{own}")
