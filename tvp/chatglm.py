@@ -6,7 +6,9 @@
 __all__ = ['ChatGLMConfig', 'gap_positions', 'gap_rotary', 'rotate', 'gap_mask', 'ChatGLMAttention', 'ChatGLMMLP', 'ChatGLMBlock',
            'ChatGLMPreTrainedModel', 'ChatGLMModel', 'ChatGLMForCausalLM']
 
-# %% ../nbs/api/26_chatglm.ipynb #1ea55d90
+# %% ../nbs/api/26_chatglm.ipynb #05b8c435
+from typing import Literal  # in the signatures that transformers gives to configurations
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

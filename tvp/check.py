@@ -127,7 +127,7 @@ def loss_finding(
     gap = (own - mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss).abs().item()
     return Finding("loss", gap <= tolerance(mllm), f"is {gap:.0e} from the model's own", gap)
 
-# %% ../nbs/api/24_check.ipynb #373be785
+# %% ../nbs/api/24_check.ipynb #eec36c2b
 def tokens_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -158,6 +158,7 @@ def score_plainly(
     row: int,  # whose candidates' tokens
 ) -> Tensor:  # (B, N)
     "One pass per candidate."
+    mllm = mllm.scorer  # some models rank with another wrapper than they are trained with
     plan = tuple(mllm.text.answer_ids(INSTRUCTIONS[row], c) for c in CANDIDATES)
     return plain_scores(mllm, model_inputs(mllm, images, instructions), plan)
 
@@ -171,7 +172,7 @@ def ranking_finding(
         warnings.simplefilter("ignore")  # the finding says it
         scores = mllm.rank(images, INSTRUCTIONS, CANDIDATES)
     plain = torch.cat([score_plainly(mllm, images, INSTRUCTIONS, row)[row:row + 1] for row in (0, 1)])
-    way, gap = "one pass per candidate (packing is not exact here)" if mllm.packed is False else "packed", (scores - plain).abs().max().item()
+    way, gap = "one pass per candidate (packing is not exact here)" if mllm.scorer.packed is False else "packed", (scores - plain).abs().max().item()
     return Finding("ranking", gap <= tolerance(mllm), f"{way}; {gap:.0e} from the plain way", gap)
 
 # %% ../nbs/api/24_check.ipynb #200f1305

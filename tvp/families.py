@@ -247,7 +247,7 @@ def tiny_processor(
     if row.chat: parts["chat_template"] = chat_template(row.chat, tokenizer.bos_token if row.begins else "")
     return made(**parts)
 
-# %% ../nbs/api/36_families.ipynb #a0cad978
+# %% ../nbs/api/36_families.ipynb #07d2793c
 def tiny_model(
     kind: str,  # one of `ALL_KINDS`
     seed: int = 0,  # of the random weights
@@ -262,10 +262,13 @@ def tiny_model(
 
 
 def tiny_mllm(
-    kind: str,  # one of `ALL_KINDS`
+    kind: str,  # one of `ALL_KINDS`, or "visualglm"
     seed: int = 0,  # of the random weights
 ) -> Mllm:  # built in a twentieth of a second
     "A random model of a real type with its real processor. Its answers mean nothing; its arithmetic is the real model's."
+    if kind == "visualglm":  # not one of transformers' types: ours
+        from tvp.visualglm import tiny_visualglm
+        return tiny_visualglm(toy_tokenizer(), seed=seed)
     row = family(kind)
     return Mllm(tiny_model(kind, seed), tiny_processor(kind), row.template and row.template.format, name=kind, end=row.end)
 

@@ -8,12 +8,13 @@ __all__ = ['BEGINNINGS', 'INSIDE', 'PLACES', 'TOWER', 'UNUSED', 'SPARE', 'BUFFER
            'transformers_name', 'renamed', 'fetch', 'weight_files', 'read_weights', 'digest', 'PartReport',
            'LoadReport', 'IncompleteWeightsError', 'shapes_of', 'take', 'assemble']
 
-# %% ../nbs/api/25_lavis.ipynb #227cb0da
+# %% ../nbs/api/25_lavis.ipynb #0669b8a6
 import json
 import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal  # in the signatures that transformers gives to configurations
 
 import torch
 from torch import Tensor, nn
@@ -294,12 +295,12 @@ def take(
     aside = tuple(name for name in found if name not in asked or name not in shapes and name not in left)
     return used, PartReport(part, "a state dict" if given else str(place), tuple(used), aside, left, described)
 
-# %% ../nbs/api/25_lavis.ipynb #7e5e7c63
+# %% ../nbs/api/25_lavis.ipynb #6664d5f5
 def assemble(
     model_class: type,  # LavisBlip2, LavisInstructBlip or Bliva
     config,  # its config, of the geometry that the files have
     sources: dict[str, tuple[str | Path | dict, tuple[str, ...]]],  # part: where it lies (see `take`), beginnings of the names it fills; later parts win
-    dtype: torch.dtype | None = None,  # None: that of the language model's weights
+    dtype: torch.dtype | str = "auto",  # "auto": that of the language model's weights
     **how,  # passed to transformers' from_pretrained: device_map, quantization_config, ...
 ) -> tuple[nn.Module, LoadReport]:  # the model, in eval mode
     "A whole model out of several files, or an error that says what is wrong with them."
@@ -312,5 +313,5 @@ def assemble(
     covered = {*weights, *(a for pair in tied.items() if set(pair) & set(weights) for a in pair)}
     report = LoadReport(tuple(reports), tuple(name for name in shapes if name not in covered))
     if not report.complete: raise IncompleteWeightsError(report)
-    dtype = dtype or next(value.dtype for name, value in weights.items() if name.startswith("language_model."))
+    if dtype == "auto": dtype = next(value.dtype for name, value in weights.items() if name.startswith("language_model."))
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **how).eval(), report

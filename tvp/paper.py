@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['paper_processor', 'paper_mllm', 'check_parts', 'read_config', 'paper_config', 'without_origin', 'find',
-           'paper_tokenizers', 'load_options', 'load_paper', 'load_other', 'save_mllm', 'is_saved', 'load_saved']
+           'paper_tokenizers', 'ready', 'load_paper', 'load_other', 'save_mllm', 'is_saved', 'load_saved']
 
-# %% ../nbs/api/28_paper.ipynb #56aee9cd
+# %% ../nbs/api/28_paper.ipynb #d09efe37
 import importlib
 import json
 from copy import deepcopy
@@ -18,7 +18,7 @@ from torch import nn
 
 from .mllm import Mllm
 from .paper_models import EVERYTHING, PAPER, QFORMER, QFORMER_READS, PaperModel, Wrapper, describe_paper
-from .pretrained import best_device, checkpoint_gradients, choose_dtype, quantization_config
+from .pretrained import allow_turns, checkpoint_gradients, load_options
 from .processor import MarkerProcessor, load_processor, save_processor
 
 # %% ../nbs/api/28_paper.ipynb #63203b33
@@ -128,22 +128,17 @@ def paper_tokenizers(
     if "model" in weights and not Path(place).is_dir(): return tokenizer, AutoTokenizer.from_pretrained(place, subfolder="qformer_tokenizer")
     return tokenizer, AutoTokenizer.from_pretrained(QFORMER_READS.where)
 
-# %% ../nbs/api/28_paper.ipynb #e0275cbf
-def load_options(
-    said: str | None,  # precision that the weights are published in
-    dtype: str | torch.dtype = "auto",  # see `tvp.pretrained.choose_dtype`
-    device: str | torch.device | None = None,  # None: the graphics card if there is one
-    device_map: str | dict | None = None,  # instead of `device`: accelerate spreads the layers
-    quantization: str | None = None,  # "8bit" or "4bit"
-) -> dict:  # what transformers' from_pretrained takes
-    "Where and how precisely a model is held."
-    if device is not None and device_map is not None: raise ValueError("`device` and `device_map` exclude each other. Give one of them.")
-    place = str(device or best_device())
-    chosen = choose_dtype(dtype, {"dtype": said} if said else {}, place, quantization)
-    options = {"dtype": None if chosen == "auto" else chosen, "device_map": device_map or {"": place}}
-    return {**options, "quantization_config": quantization_config(quantization, chosen)} if quantization else options
+# %% ../nbs/api/28_paper.ipynb #c06b9faf
+def ready(
+    model: nn.Module,  # of the paper
+    gradient_checkpointing: bool,  # see `tvp.pretrained.checkpoint_gradients`
+) -> nn.Module:  # the same
+    "What is done to a model once it is loaded."
+    allow_turns(model)
+    if gradient_checkpointing: checkpoint_gradients(model)
+    return model
 
-# %% ../nbs/api/28_paper.ipynb #c9bb4047
+
 def load_paper(
     name: str,  # one of `PAPER`
     weights: dict[str, str | Path] | str | Path | None = None,  # part: file, folder or hub id; or one place of a whole model; see `describe_paper`
@@ -151,7 +146,7 @@ def load_paper(
     config: dict | None = None,  # entries of the config that differ from what the files or the paper say
     gradient_checkpointing: bool = False,  # see `tvp.pretrained.checkpoint_gradients`
     reference_ranking: bool = False,  # rank as the reference does where it forgets something: BLIVA without patch tokens
-    **options,  # dtype, device, device_map, quantization; see `load_options`
+    **options,  # dtype, device, device_map, quantization; see `tvp.pretrained.load_options`
 ) -> Mllm:  # frozen; `mllm.report` says where its weights came from
     "A model of the paper from its authors' files, with the reference's arithmetic."
     weights = check_parts(name, weights)
@@ -164,17 +159,16 @@ def load_paper(
     geometry, (tokenizer, reads) = paper_config(paper, weights, config or {}), paper_tokenizers(paper, weights)
     sources = {part: (place, fills[part]) for part in fills if (place := weights.get(part)) and fills[part]}
     said = geometry.text_config.dtype
-    model, report = assemble(find(paper.model_class), geometry, sources, **load_options(str(said).removeprefix("torch.") if said else None, **options))
-    if gradient_checkpointing: checkpoint_gradients(model)
-    mllm = paper_mllm(model, paper_processor(model, tokenizer, paper.wrapper, reads), paper.wrapper, name, reference_ranking)
+    model, report = assemble(find(paper.model_class), geometry, sources, **load_options({"dtype": str(said).removeprefix("torch.")}, **options))
+    mllm = paper_mllm(ready(model, gradient_checkpointing), paper_processor(model, tokenizer, paper.wrapper, reads), paper.wrapper, name, reference_ranking)
     mllm.report = report
     return mllm
 
-# %% ../nbs/api/28_paper.ipynb #e1a0f87d
+# %% ../nbs/api/28_paper.ipynb #744a6a5e
 def load_other(name: str, weights: dict[str, str], gradient_checkpointing: bool = False, **options) -> Mllm:
     "A model of the paper whose files are of another kind than LAVIS's."
-    mllm = find(PAPER[name].loader)(weights["model"], tokenizer=weights.get("tokenizer"), name=name, **load_options(None, **options))
-    if gradient_checkpointing: checkpoint_gradients(mllm.model)
+    mllm = find(PAPER[name].loader)(weights["model"], tokenizer=weights.get("tokenizer"), name=name, **load_options({}, **options))
+    ready(mllm.model, gradient_checkpointing)
     mllm.wrapper = PAPER[name].wrapper
     return mllm
 
@@ -194,7 +188,7 @@ def save_mllm(
     (folder / "tvp.json").write_text(json.dumps(said, indent=2))
     return folder
 
-# %% ../nbs/api/28_paper.ipynb #7d8e9ca0
+# %% ../nbs/api/28_paper.ipynb #622588ac
 def is_saved(
     place: str | Path | None,  # any
 ) -> bool:  # whether `save_mllm` wrote it
@@ -207,7 +201,7 @@ def load_saved(
     *,
     gradient_checkpointing: bool = False,  # see `tvp.pretrained.checkpoint_gradients`
     reference_ranking: bool = False,  # see `load_paper`; a model that was saved with it keeps it
-    **options,  # dtype, device, device_map, quantization; see `load_options`
+    **options,  # dtype, device, device_map, quantization; see `tvp.pretrained.load_options`
 ) -> Mllm:  # frozen, with the numbers it was saved with
     "Read a model that `save_mllm` wrote."
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -217,9 +211,8 @@ def load_saved(
         raise ValueError(f"`folder` must be written by save_mllm (tvp-mllm, version 1), got {said.get('format')}, version {said.get('version')} in {folder}.")
     for module in said["modules"]:
         if module.startswith("tvp."): importlib.import_module(module)  # registers its classes with transformers
-    how = load_options(json.loads((folder / "config.json").read_text()).get("dtype"), **options)
-    model = AutoModelForImageTextToText.from_pretrained(folder, **{**how, "dtype": how["dtype"] or "auto"}).eval()
-    if gradient_checkpointing: checkpoint_gradients(model)
+    how = load_options(json.loads((folder / "config.json").read_text()), **options)
+    model = ready(AutoModelForImageTextToText.from_pretrained(folder, **how).eval(), gradient_checkpointing)
     ours = (folder / "marker_processor.json").is_file()
     processor = load_processor(folder) if ours else AutoProcessor.from_pretrained(folder, backend="torchvision")
     wrapper = Wrapper(**{key: tuple(value) if isinstance(value, list) else value for key, value in said["wrapper"].items()})

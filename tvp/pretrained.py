@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Checkpoint', 'local_checkpoint', 'cached_checkpoint', 'hub_checkpoint', 'find_checkpoint', 'check_files',
            'check_config', 'best_device', 'choose_dtype', 'quantization_config', 'load_options', 'checkpoint_gradients',
-           'load_processor', 'load_weights', 'load_pretrained']
+           'load_processor', 'allow_turns', 'load_weights', 'load_pretrained']
 
 # %% ../nbs/api/23_pretrained.ipynb #7f04dd4e
 import importlib.util
@@ -244,13 +244,13 @@ def load_processor(
                          "reaches the pixels through it. Choose another model: `tvp models` lists some.")
     return processor
 
-# %% ../nbs/api/23_pretrained.ipynb #4a51d267
-def _allow_turns(model: nn.Module) -> None:
+# %% ../nbs/api/23_pretrained.ipynb #219d5feb
+def allow_turns(model: nn.Module) -> None:
     "4-bit layers on a CPU: gradient also after a pass without gradient."
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
 
-# %% ../nbs/api/23_pretrained.ipynb #209856ea
+# %% ../nbs/api/23_pretrained.ipynb #fb3dd757
 def load_weights(
     found: Checkpoint,  # from `find_checkpoint`
     **options,  # dtype, device_map, quantization_config, trust_remote_code
@@ -269,7 +269,7 @@ def load_weights(
     if lost := sorted(report["missing_keys"]):
         raise ValueError(f"{damaged}: {len(lost)} weights are missing and would be random, {lost[0]} first. Download it again. If it is meant to be "
                          "so, load the model yourself and give it to tvp.Mllm(model, processor).")
-    if "quantization_config" in options: _allow_turns(model)
+    if "quantization_config" in options: allow_turns(model)
     return model.eval()
 
 # %% ../nbs/api/23_pretrained.ipynb #44537b0e

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['shared_dir', 'ALL_KINDS', 'KINDS', 'VQ_KINDS', 'tiny_clip', 'tiny_mllm', 'tiny_model', 'tiny_processor',
-           'toy_tokenizer', 'golden_clip', 'golden_mllm']
+           'toy_tokenizer', 'golden_chatglm', 'golden_clip', 'golden_gaps', 'golden_mllm']
 
-# %% ../nbs/api/38_testing.ipynb #0f7fb388
+# %% ../nbs/api/38_testing.ipynb #e04d0544
 import os
 from pathlib import Path
 
 from .families import ALL_KINDS, KINDS, VQ_KINDS, tiny_clip, tiny_mllm, tiny_model, tiny_processor, toy_tokenizer
-from .golden import golden_clip, golden_mllm
+from .golden import golden_clip, golden_gaps, golden_mllm
+from .visualglm_golden import golden_chatglm
 
-# %% ../nbs/api/38_testing.ipynb #15a56894
-_all_ = ["ALL_KINDS", "KINDS", "VQ_KINDS", "tiny_clip", "tiny_mllm", "tiny_model", "tiny_processor", "toy_tokenizer", "golden_clip", "golden_mllm"]
+# %% ../nbs/api/38_testing.ipynb #feb0a85a
+_all_ = ["ALL_KINDS", "KINDS", "VQ_KINDS", "tiny_clip", "tiny_mllm", "tiny_model", "tiny_processor", "toy_tokenizer", "golden_chatglm", "golden_clip", "golden_gaps", "golden_mllm"]
 
 # %% ../nbs/api/38_testing.ipynb #88e83096
 def shared_dir() -> Path | None:  # a folder that contains `golden`, or None

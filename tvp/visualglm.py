@@ -6,10 +6,11 @@
 __all__ = ['TEMPLATE', 'VisualGLMConfig', 'VisualGLMForConditionalGeneration', 'as_mllm', 'tiny_visualglm', 'IceTextTokenizer',
            'tiny_ice_text']
 
-# %% ../nbs/api/27_visualglm.ipynb #cdc11f75
+# %% ../nbs/api/27_visualglm.ipynb #0ba14e78
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Literal  # in the signatures that transformers gives to configurations
 
 import torch
 from torch import nn

@@ -128,12 +128,12 @@ def find_files(
     if not place.is_file(): return files, weights
     return files, next((p for p in place.parents[:2] if (p / "model_config.json").is_file()), place.parent)
 
-# %% ../nbs/api/27_visualglm_files.ipynb #d306d0b7
+# %% ../nbs/api/27_visualglm_files.ipynb #5fae6841
 def load_visualglm(
     weights: str | Path,  # the hub's folder or id, SAT's folder, or one file
     tokenizer: str | Path | None = None,  # ice_text.model; None: it lies in the same place
     name: str = "visualglm-6b",  # for tables
-    dtype: torch.dtype | None = None,  # None: that of the files, half precision
+    dtype: torch.dtype | str = "auto",  # "auto": that of the files, half precision
     **how,  # passed to transformers' from_pretrained: device_map, quantization_config, ...
 ) -> Mllm:  # frozen; `mllm.report` says what was loaded
     "VisualGLM-6B from the authors' files: no remote code, no unpickling, every tensor in its place."
@@ -147,7 +147,7 @@ def load_visualglm(
     stored = {name: value for file in files for name, value in read_weights(file).items()}
     tensors = visualglm_tensors(stored, config)
     report = check_whole(tensors, config, str(weights), tuple(filter(unused, stored)))
-    dtype = dtype or tensors["language_model.lm_head.weight"].dtype
+    if dtype == "auto": dtype = tensors["language_model.lm_head.weight"].dtype
     model = VisualGLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **how)
     mllm = as_mllm(model, IceTextTokenizer(vocabulary), name)
     mllm.report = report

@@ -1,0 +1,48 @@
+"""Make the prompts that ship with the package: one TVP prompt for each embedded task, learned on tiny-minigpt4.
+
+    python benchmarks/gallery.py            # into tvp/data/gallery; about five minutes on one core
+
+The recipe, its range and the seed are fixed beforehand; test pictures are looked at once, for the table on the card.
+"""
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from range_study import make as make_learner
+
+from tvp.recipes import find_recipe
+from tvp.ship import GALLERY
+from tvp.tasks import load_task, task_names
+from tvp.transfer import evaluate_transfer
+from tvp.zoo import load_zoo
+
+SOURCE, SEED, RANGE = "tiny-minigpt4", 0, "uint8"
+
+
+def make(task_name: str, folder: Path) -> None:
+    "One prompt with its card."
+    zoo, task = load_zoo("tiny"), load_task(task_name)
+    learner, start = make_learner(SOURCE, task_name, SEED, RANGE, find_recipe("TVP").lr), time.monotonic()
+    prompt = learner.fit()
+    seconds = time.monotonic() - start
+    prompt.provenance |= {"fit": task.fit}
+    results = evaluate_transfer(prompt, task, zoo, seed=SEED)
+    shutil.rmtree(folder, ignore_errors=True)
+    prompt.save_pretrained(folder, model_card_kwargs=dict(results=results, seconds=seconds, license="apache-2.0", name=f"tvp/data/gallery/{folder.name}"))
+    print(folder.name, results.summary().query("method == 'TVP'")[["group", "clean", "prompted", "gain"]].round(3).to_string(index=False), sep="\n", flush=True)
+
+
+def main() -> None:
+    "Make all of them."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=GALLERY, help="folder for the prompts' folders")
+    parser.add_argument("--task", choices=task_names(), nargs="+", default=task_names())
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.task: make(name, args.out / f"{name}-tvp")
+
+
+if __name__ == "__main__":
+    main()
