@@ -80,7 +80,7 @@ def golden_config(
     return model_class.config_class(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=q["num_query_tokens"],
                                     image_token_index=0, vision_norm_eps=vit["ln_vision_eps"])
 
-# %% ../nbs/api/37_golden.ipynb #03084320
+# %% ../nbs/api/37_golden.ipynb #c08ddcbd
 @contextmanager
 def without_progress():
     "No progress bar of transformers: these models load in a tenth of a second."
@@ -100,6 +100,7 @@ def golden_mllm(
     from transformers import AutoTokenizer
     from tvp import lavis
     base, golden, weights = golden_weights(folder)
+    if "qformer" not in golden["config"]: raise ValueError(f"`folder` must hold a model of LAVIS's form, got {folder}. ChatGLM's is read by golden_chatglm.")
     form, wrapper = golden_form(golden)
     model_class = getattr(lavis, form)
     config = golden_config(golden, model_class, weights["visual_encoder.pos_embed"].shape[1])
