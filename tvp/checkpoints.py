@@ -6,9 +6,10 @@
 __all__ = ['FORMAT', 'VERSION', 'pack', 'unpack', 'digest', 'write_checkpoint', 'read_checkpoint', 'checkpoint_file',
            'differences', 'random_states', 'set_random_states', 'held_signals']
 
-# %% ../nbs/api/48_checkpoints.ipynb #7545f983
+# %% ../nbs/api/48_checkpoints.ipynb #bcce2483
 import hashlib
 import json
+import os
 import random
 import signal
 import threading
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .files import read_tensors, write_atomic
 
-# %% ../nbs/api/48_checkpoints.ipynb #90cb1009
+# %% ../nbs/api/48_checkpoints.ipynb #531edcdf
 def pack(
     value: Any,  # dicts, lists, tuples, numbers, texts, None and tensors, nested
     tensors: dict[str, Tensor],  # filled with the tensors found
@@ -37,7 +38,7 @@ def pack(
         while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": name}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(key is None or isinstance(key, (bool, int, float, str)) for key in value):
         plain = all(isinstance(key, str) and key[:1] != "$" for key in value)
         return dict(inside(value.items())) if plain else {"$items": inside(value.items())}
     if isinstance(value, (list, tuple)):
@@ -97,7 +98,7 @@ def read_checkpoint(
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{Path(path).name!r} is no checkpoint of this tvp. ({type(error).__name__}: {error})") from None
 
-# %% ../nbs/api/48_checkpoints.ipynb #d4478b54
+# %% ../nbs/api/48_checkpoints.ipynb #0e1e4103
 def checkpoint_file(
     place: str | Path,  # a file that ends in .safetensors, or a folder
 ) -> Path:
@@ -105,19 +106,20 @@ def checkpoint_file(
     if not isinstance(place, (str, Path)) or not str(place).strip() or "\0" in str(place):
         raise TypeError(f"`checkpoint` must be a folder or a file that ends in .safetensors, as str or pathlib.Path; got {place!r}.")
     place = Path(place)
-    return place if place.suffix == ".safetensors" and not place.is_dir() else place / "checkpoint.safetensors"
+    return place if place.suffix == ".safetensors" and not os.path.isdir(place) else place / "checkpoint.safetensors"
 
-# %% ../nbs/api/48_checkpoints.ipynb #55fb6d6d
+# %% ../nbs/api/48_checkpoints.ipynb #c85c0c26
 def differences(
     there: Any,  # a description: nested dicts
     here: Any,  # another one
     name: str = "",  # of what is compared
 ) -> list[str]:  # one line for each difference
-    "Where two descriptions differ."
+    "Where two descriptions differ. Things of different names (key `name`) are not compared any further."
     if isinstance(there, dict) and isinstance(here, dict):
-        keys, missing = {**there, **here}, "nothing"
-        return [line for key in keys for line in differences(there.get(key, missing), here.get(key, missing), f"{name} {key}".strip())]
-    return [] if there == here else [f"{name} is {there!r} there and {here!r} here"]
+        keys = ["name"] if there.get("name") != here.get("name") else {**there, **here}
+        return [line for key in keys for line in differences(there.get(key), here.get(key), f"{name} {key}".strip())]
+    say = lambda value: "nothing" if value is None else repr(value)
+    return [] if there == here else [f"{name} is {say(there)} there and {say(here)} here"]
 
 # %% ../nbs/api/48_checkpoints.ipynb #71ee3ee0
 def random_states() -> dict:

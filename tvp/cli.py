@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
            'command_check', 'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo',
-           'command_train_zoo', 'whole', 'parser', 'main']
+           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -177,6 +177,50 @@ def command_demo(args: argparse.Namespace) -> None:
     print(f"{duration(demo.seconds['all together'])}. Written to {folder}: {', '.join(file.name for file in files)}")
     print(f"Open {files[-1]} in a browser.")
 
+# %% ../nbs/api/90_cli.ipynb #bf45c6f5
+def named_model(
+    text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
+) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
+    "A model as it is typed."
+    from tvp.paper import PAPER
+    name, _, place = text.partition("=")
+    if not name: raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
+    parts = {"model", *(part.name for part in PAPER[name].parts)} if name in PAPER else set()
+    if place.partition("=")[0] not in parts or "=" not in place: return name, place or None
+    pairs = [item.partition("=") for item in place.split(",")]
+    if wrong := [part for part, _, where in pairs if part not in parts or not where]:
+        raise UsageError(f"the parts of {name} are {', '.join(sorted(parts))}, each as PART=PLACE; got {', '.join(map(repr, wrong))}.")
+    return name, {part: where for part, _, where in pairs}
+
+# %% ../nbs/api/90_cli.ipynb #b3178b48
+def reproduction_folder(
+    path: str | Path,  # as typed
+    force: bool,  # start anew?
+) -> Path:  # exists and can be written to
+    "A folder for a new reproduction, or that of one that was stopped."
+    left = list(Path(path).glob("training-*.safetensors"))
+    folder = output_folder(path, force or bool(left))
+    if force:
+        for file in left: file.unlink()
+    return folder
+
+
+def command_reproduce(args: argparse.Namespace) -> None:
+    "Repeat the paper's experiment: train a prompt on one model, ask all, put the published numbers beside it."
+    import shlex
+    from tvp.experiment import MENDABLE, plan_reproduction, say_error
+    from tvp.reproduce import run_plan
+    models, say = dict(named_model(text) for text in args.models) if args.models else None, lambda line: print("-", line, flush=True)
+    folder = reproduction_folder(args.out, args.force)
+    try: plan = plan_reproduction(args.task, args.source, args.method, models, args.clip, args.data_dir, args.epochs, args.limit, args.seed or 42, args.prompt, say)
+    except MENDABLE as error: raise UsageError(say_error(error)) from None
+    print(plan)
+    try: reproduction = run_plan(plan, folder, say)
+    except ValueError as error: raise UsageError(f"{error} What is done so far is in {folder}.") from None
+    files = reproduction.save(folder, {"command": shlex.join(["tvp", *args.typed])} | ({"peak memory": peak} if (peak := peak_memory()) else {}))
+    print("", reproduction.table(), "", sep="\n")
+    print(f"Written to {folder}: {', '.join(file.name for file in files)}\nOpen {files[-1]} in a browser.")
+
 # %% ../nbs/api/90_cli.ipynb #70215a88
 def command_train_zoo(args: argparse.Namespace) -> None:
     "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
@@ -204,7 +248,22 @@ def _add_command(commands, run, arguments: dict[str, dict]) -> None:
         parser.add_argument(flag, **options | dict(help=options["help"] + told))
     parser.set_defaults(run=run)
 
-# %% ../nbs/api/90_cli.ipynb #9c52e0ea
+# %% ../nbs/api/90_cli.ipynb #b9181ab9
+def _add_reproduce(commands, output: dict[str, dict]) -> None:
+    "The arguments of `tvp reproduce`."
+    _add_command(commands, command_reproduce, {
+        "task": dict(metavar="TASK", help="cifar10, cifar100, svhn, pets, clevr, pope, ...; see `tvp tasks` for those that need no download"),
+        "--source": dict(default="minigpt4-7b", metavar="NAME", help="model to train on"),
+        "--models": dict(nargs="+", metavar="NAME=PLACE", help="models to ask, each with its folder, hub id or parts (NAME=PART=PLACE,PART=PLACE); the paper's six if not given"),
+        "--clip": dict(default="openai/clip-vit-base-patch32", metavar="PLACE", help="folder or hub id of the CLIP"),
+        "--data-dir": dict(metavar="DIR", help="where the pictures lie; the hub if not given"),
+        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP, or all"),
+        "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given"),
+        "--limit": dict(type=whole, metavar="N", help="test pictures at most; all if not given"),
+        "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
+        "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
+
+# %% ../nbs/api/90_cli.ipynb #22fccc5a
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -224,19 +283,21 @@ def parser() -> argparse.ArgumentParser:
     _add_command(commands, command_evaluate, {"prompt": dict(metavar="PROMPT", help="a .safetensors file, or the reference's .pth")} | {
         "--task": dict(metavar="NAME", help="the one it was trained for if not given"),
         "--models": dict(nargs="+", metavar="NAME", help="all if not given")} | out(None, "file for the results, .csv") | force)
+    _add_reproduce(commands, out("tvp-reproduce", "folder for prompts, results and report; a run that was stopped goes on there") | force)
     for run in (command_models, command_tasks): _add_command(commands, run, {})
     _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})
     _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
                  | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given")})
     return top
 
-# %% ../nbs/api/90_cli.ipynb #50a87b1f
+# %% ../nbs/api/90_cli.ipynb #60fb343c
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
     "The command `tvp`."
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal without arrows still gets its table
     args = parser().parse_args(argv)
+    args.typed = list(sys.argv[1:] if argv is None else argv)
     try: return args.run(args) or 0
     except UsageError as error:
         print(f"tvp: {error}", file=sys.stderr)

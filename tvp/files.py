@@ -14,14 +14,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# %% ../nbs/api/02_files.ipynb #b018daef
+# %% ../nbs/api/02_files.ipynb #924f8659
 def cannot_write(
     path: Path,  # where the file should have gone
     size: int,  # of its content, bytes
     error: OSError,  # what the system said
 ) -> OSError:  # of the same kind, with a message that helps
     "What went wrong, what it means for what was there, and what to do."
-    there = "The file that was there before is untouched." if path.is_file() else "Nothing was left behind."
+    there = "The file that was there before is untouched." if os.path.isfile(path) else "Nothing was left behind."
     return OSError(error.errno, f"cannot write {str(path)!r} ({size / 1e6:.1f} MB): {error.strerror or error}. {there} "
                                 "Make room, or choose a folder that can be written to.")
 
@@ -66,14 +66,14 @@ def remove_leftovers(
     for part in left: part.unlink(missing_ok=True)
     return left
 
-# %% ../nbs/api/02_files.ipynb #48d77093
+# %% ../nbs/api/02_files.ipynb #0148d02a
 def check_file(
     path: str | Path,  # as handed in
     limit: int,  # bytes
 ) -> Path:  # of a file that is there
     "A file that exists and is not absurdly large."
     path = check_path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    if not os.path.isfile(path): raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if path.stat().st_size > limit:
         raise ValueError(f"{path.name!r} has {path.stat().st_size:,} bytes; what it should hold never has more than {limit:,}.")
     return path

@@ -7,7 +7,7 @@ __all__ = ['StepRecord', 'CleanTokens', 'Position', 'Learner', 'update', 'move',
            'training_steps', 'remaining_steps', 'training_batches', 'training_facts', 'update_rule', 'step_record',
            'records_frame', 'LiveCurve', 'fit']
 
-# %% ../nbs/api/50_learner.ipynb #0de1989e
+# %% ../nbs/api/50_learner.ipynb #7fadc0a6
 import math
 import sys
 import time
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from .arguments import check_kind, check_whole
 from .checkpoints import checkpoint_file, held_signals
-from .guards import check_finite, check_inputs, check_optimizer, check_parts, check_rows, check_whole, memory_error
-from .losses import StepContext, TaskLoss, check_losses, weigh
+from .guards import check_finite, check_inputs, check_optimizer, check_parts, check_rows, check_terms, memory_error
+from .losses import StepContext, TaskLoss, weigh
 from .mllm import Mllm
 from .prompt import VisualPrompt
 from .tasks import Batch, Task
@@ -74,7 +75,7 @@ class Position:
     before: int = 0  # epochs of the learner's earlier trainings
     done: int = 0  # updates made in this one
 
-# %% ../nbs/api/50_learner.ipynb #cbae5505
+# %% ../nbs/api/50_learner.ipynb #4bc6e6ca
 class Learner:
     "Trains a prompt on one frozen source model: the loop of TVP (sec. 3), of EVP, and of VP."
     def __init__(self, prompt: VisualPrompt,  # moved to the source's device
@@ -90,7 +91,7 @@ class Learner:
                  accelerator: Any = None):  # accelerate.Accelerator; None: a plain one, made at the first step
         check_parts(prompt, source, task, scheduler, augment, accelerator)
         self.prompt, self.source, self.task, self.device = prompt.to(source.device), source, task, source.device
-        self.losses = check_losses([TaskLoss()] if losses is None else losses)
+        self.losses = check_terms([TaskLoss()] if losses is None else losses)
         if optimizer is None: optimizer = NormalizedGradient(prompt.parameters(), 10.0, prompt.canvas_gradient_norm)
         self.optimizer, self.scheduler, self.augment = check_optimizer(optimizer, prompt), scheduler, bool(augment)
         self.batch_size, self.seed, self.epochs = check_rows(task, batch_size), check_whole("seed", seed, 0, 2**32), check_whole("epochs", epochs)
@@ -282,7 +283,7 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #175326fa
+# %% ../nbs/api/50_learner.ipynb #7a087419
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
@@ -293,6 +294,7 @@ def fit(
     "Drain the steps with a progress bar, checkpoints and, in a notebook, a live curve."
     from tvp.resume import begin, save_checkpoint
     file, every = None if checkpoint is None else checkpoint_file(checkpoint), check_whole("every", every)
+    check_kind("resume", resume, bool)
     steps, at, curve = begin(learner, epochs, file, resume), learner.position, LiveCurve(learner)
     bar = tqdm(steps, desc=learner.task.name, initial=at.done, total=at.epochs * learner.per_epoch, unit="step", delay=2)
     with held_signals() as came, bar:

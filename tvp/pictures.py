@@ -151,11 +151,22 @@ def class_notes(
     if share > 1.5 / len(task.candidates) and share > .6: notes.append(f"test: always answering {task.candidates[label]!r} would be right for {share:.0%} of the pictures")
     return notes
 
-# %% ../nbs/api/11_pictures.ipynb #f0a331fb
+# %% ../nbs/api/11_pictures.ipynb #e63bea46
+def _label(
+    images: Sequence,
+    i: int,
+) -> str:  # the file with its folder, or the row of the user's table
+    "A picture's place in a few words."
+    if not isinstance(images, Pictures): return str(i)
+    source = images.source(i)
+    path = source.get("path") if isinstance(source, dict) else source if isinstance(source, (str, Path)) else None
+    return "/".join(Path(path).parts[-2:]) if path else f"row {int(images.rows[i])}"
+
+# %% ../nbs/api/11_pictures.ipynb #4f54b282
 def _split_row(
     name: str,  # of the split
     split: Split,
-    seen: dict[bytes, tuple[str, int]],  # fingerprint -> where it was first seen; filled here
+    seen: dict[bytes, tuple[str, int, str]],  # fingerprint -> where it was first seen; filled here
     read: bool,  # decode every picture
 ) -> tuple[dict, list[str]]:  # a row of the table; where pictures of earlier splits turned up again
     "One row of the summary."
@@ -163,8 +174,8 @@ def _split_row(
     for i in range(len(split)):
         digest, size = _look(split.images, i, read)
         sizes.append(size)
-        first = seen.setdefault(digest, (name, i))
-        if first[0] != name: before.append(f"{first[0]} {first[1]} = {name} {i}")
+        first = seen.setdefault(digest, (name, i, _label(split.images, i)))
+        if first[0] != name: before.append(f"{first[0]} {first[2]} = {name} {_label(split.images, i)}")
         elif first[1] != i: again += 1
     counts = Counter(split.labels).values()
     return dict(split=name, pictures=len(split), classes=len(counts), fewest=min(counts), most=max(counts), sizes=_size_range(sizes),

@@ -184,13 +184,15 @@ def load_perturbation(
     if found.shape != (3, size, size) or not 0 < size <= MAX_SIZE: raise ValueError(f"`perturbation` has shape {tuple(found.shape)}")
     return found.detach().float().contiguous()
 
-# %% ../nbs/api/02_prompt_files.ipynb #61f7824d
+# %% ../nbs/api/02_prompt_files.ipynb #db2cc2c2
 def read_reference(
     path: Path,  # a .pth file
 ) -> VisualPrompt:
     "Read a prompt of the authors' released code."
     try: delta = load_perturbation(path)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
+    except pickle.UnpicklingError:  # torch's own words would recommend to switch the protection off
+        raise ValueError(f"{path.name!r} is not a prompt of the reference code: it holds something other than tensors, which could run code. It is not read.") from None
+    except (zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{path.name!r} is not a prompt of the reference code: it must hold one tensor `perturbation` of shape "
                          f"(3, size, size), size up to {MAX_SIZE}. ({type(error).__name__}: {str(error)[:300]})") from None
     size, width = delta.shape[-1], zero_interior_width(delta)

@@ -136,7 +136,7 @@ def read_clevr(
         splits.append(count_split(column_pictures(tables[split], "image", f"{name} {split}", data_dir or "."), numbers, candidates))
     return Answers([str(n) for n in candidates], *splits, place)
 
-# %% ../nbs/api/12_public_tasks.ipynb #441a9b1b
+# %% ../nbs/api/12_public_tasks.ipynb #77dc3c64
 def read_pope(
     name: str,  # "pope"
     data_dir: str | Path | None,  # the official question files, a folder like the hub's, or None
@@ -157,7 +157,7 @@ def read_pope(
     questions = yes_no_questions(column_pictures(table, "image", f"{name} {subset}", data_dir or "."), images, list(table["question"]), labels)
     return half_and_half(questions, images, f"{place}, {subset} questions", seed)
 
-
+# %% ../nbs/api/12_public_tasks.ipynb #18979281
 def read_memes_task(
     name: str,  # "hateful_memes"
     data_dir: str | Path | None,  # the official folder
@@ -190,10 +190,10 @@ def public_task_names() -> list[str]:
     "Tasks whose pictures come from the hub or from `data_dir`."
     return list(PUBLIC_TASKS)
 
-# %% ../nbs/api/12_public_tasks.ipynb #f12b04b0
+# %% ../nbs/api/12_public_tasks.ipynb #b160052d
 def public_table() -> pd.DataFrame:  # task, hub, revision, rows, columns, metric, fit, flip
     "Everything that is known of the ten, a row for each place that has one."
-    rows = [dict(task=name, hub=source.hub, revision=source.revision or "main", rows=" + ".join(f"{n:,} {split}" for split, n in source.rows.items()),
+    rows = [dict(task=name, hub=source.hub, revision=source.revision or ("main" if source.files else ""), rows=" + ".join(f"{n:,} {split}" for split, n in source.rows.items()),
                  columns=", ".join(f"{column} ({kind})" for column, kind in source.columns.items()), metric=task.metric, fit=task.fit, flip=task.flip)
             for name, task in PUBLIC_TASKS.items() for source in SOURCES.get(name, [Source("(official folder only)", {}, {}, {})])]
     return pd.DataFrame(rows).set_index("task")
@@ -220,15 +220,16 @@ def _validation(
     rows = rows_by_picture(answers.groups, share, seed)
     return answers.train.select(rows[0]), answers.train.select(rows[1])
 
-# %% ../nbs/api/12_public_tasks.ipynb #6b2e481c
+# %% ../nbs/api/12_public_tasks.ipynb #03dea5b1
 def load_public_task(
-    name: str,  # one of `public_task_names()`
+    name: str,  # one of `public_task_names()`; "pope-random" is short for "pope" with subset="random"
     data_dir: str | Path | None = None,  # a folder with the same data; None: the hub
     valid: float = 0.1,  # part of the training pictures that becomes the validation split
     seed: int = 0,  # of all draws: validation pictures, order
     **options,  # fields of `Source`: hub, revision, files, ...; and options of the task's reader: subset, stream, counts, ...
 ) -> Task:
     "One of the paper's ten data sets as a task."
+    if name.startswith("pope-"): name, options["subset"] = "pope", name.removeprefix("pope-")
     if name not in PUBLIC_TASKS: raise KeyError(f"`name` must be one of {', '.join(PUBLIC_TASKS)}; got {name!r}.")
     task, sources = PUBLIC_TASKS[name], _overridden(name, options)
     from inspect import signature

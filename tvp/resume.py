@@ -6,10 +6,11 @@
 __all__ = ['pack_records', 'unpack_records', 'plain_facts', 'describe_loss', 'identity', 'learner_state', 'set_state', 'refill',
            'save_checkpoint', 'load_checkpoint', 'begin']
 
-# %% ../nbs/api/52_resume.ipynb #9a472308
+# %% ../nbs/api/52_resume.ipynb #4b7c1075
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from itertools import groupby, islice
@@ -142,7 +143,7 @@ def load_checkpoint(
         raise ValueError(f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: {error})") from None
     refill(learner, state["filled"])
 
-# %% ../nbs/api/52_resume.ipynb #0354beab
+# %% ../nbs/api/52_resume.ipynb #b8abfb84
 def begin(
     learner: Learner,
     epochs: int | None,  # as for `fit`
@@ -150,7 +151,7 @@ def begin(
     resume: bool,
 ) -> Iterator[StepRecord]:  # the steps to make
     "Start a training, or go on with one; and try whether its checkpoint can be written."
-    there = file is not None and file.exists()
+    there = file is not None and os.path.exists(file)
     if there and not resume:
         raise FileExistsError(f"there is a checkpoint at {str(file)!r}. Go on from it with resume=True, choose another place with checkpoint=..., "
                               "or remove it to start again.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NormalizedGradient', 'cosine_by_epoch', 'cosine_by_step']
 
-# %% ../nbs/api/45_updates.ipynb #f024bc20
+# %% ../nbs/api/45_updates.ipynb #f368998a
 import math
 from collections.abc import Callable
 
@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# %% ../nbs/api/45_updates.ipynb #5da63b4b
+from .arguments import check_number, check_whole
+
+# %% ../nbs/api/45_updates.ipynb #b45fac38
 class NormalizedGradient(Optimizer):
     "Gradient steps of set length: delta - lr * g / (norm + 1e-10) (EVP, Wu et al. 2024; TVP's reference code)."
     def __init__(self, params,  # parameters, as for any optimizer
                  lr: float = 10.0,  # length of a step, in pixel values, > 0
                  norm: Callable[[], Tensor] | None = None):  # gives the divisor; None: the norm of the parameters' own gradients
-        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
-            raise ValueError(f"`lr` must be a finite number > 0, got {lr!r}. The paper's is 10.")
+        check_number("lr", lr, above=True, hint="The paper's is 10.")
         if norm is not None and not callable(norm): raise TypeError(f"`norm` must be a function, got {norm!r}. Try prompt.canvas_gradient_norm.")
         super().__init__(params, {"lr": lr})
         self.norm = norm
@@ -44,13 +45,12 @@ def cosine_by_epoch(
     "A cosine from 1 to 0 that is constant within an epoch (TVP's and EVP's reference code)."
     return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * (step // per_epoch) / epochs)) / 2)
 
-# %% ../nbs/api/45_updates.ipynb #c39b7219
+# %% ../nbs/api/45_updates.ipynb #b8132ada
 def cosine_by_step(
     warmup: int = 1000,  # updates of linear growth before the cosine; the paper's VP has 1000
 ) -> Callable[[Optimizer, int, int], LRScheduler]:  # a schedule
     "Linear warm-up, then a cosine to 0 that moves with every update (VP, Bahng et al. 2022)."
-    if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"`warmup` must be a whole number of updates, 0 or more; got {warmup!r}.")
+    check_whole("warmup", warmup, 0)
     def schedule(optimizer: Optimizer, per_epoch: int, epochs: int) -> LRScheduler:
         rest = max(1, per_epoch * epochs - warmup)
         def factor(step: int) -> float:

@@ -1,0 +1,138 @@
+"""Where does a prompt stop helping? The studies behind nbs/explanations/06_bad_pictures.ipynb and 07_beyond_the_task.ipynb.
+
+    python benchmarks/transfer_study.py train  --work DIR     # the prompts, if they are not there: those of the transfer study
+    python benchmarks/beyond_study.py tasks       --work DIR     # other pictures with the same answers, and other tasks
+    python benchmarks/beyond_study.py corruptions --work DIR     # nineteen corruptions at three severities; needs imagecorruptions
+    python benchmarks/beyond_study.py collect     --work DIR     # tables into benchmarks/results
+
+Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
+"""
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Generator
+from transfer_study import SEEDS, prompt_path, write
+
+from tvp.corruptions import CORRUPTIONS, every_corruption
+from tvp.embedded_tasks import SIDE, _draw_groups, worse_camera
+from tvp.prompt import VisualPrompt
+from tvp.recipes import METHODS, find_recipe
+from tvp.studies import evaluate_generalisation, evaluate_retention
+from tvp.tasks import Split, Task, load_task, task_names
+from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
+from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _integers, _uniform, draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors
+from tvp.zoo import load_zoo
+
+SOURCE, PICTURES, SEVERITIES = "tiny-minigpt4", 300, (1, 3, 5)
+SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava")  # for the corruptions: the source, two on its tower, one on another
+CAMERAS = {"good camera": dict(contrast=.9, blotches=.02, light=1.), "dark room": dict(contrast=.5, blotches=.05, light=.5)}
+RESULTS = Path(__file__).parent / "results"
+
+
+def photographed(images: torch.Tensor, camera: str, g: Generator) -> torch.Tensor:
+    "Drawings through one of CAMERAS."
+    how = CAMERAS[camera]
+    return worse_camera(images.clamp(0, 1) * how["light"], how["contrast"], how["blotches"], g)
+
+
+def draw_shapes(n: int, camera: str, g: Generator) -> Split:
+    "The task `shapes`, through another camera."
+    shape, color = _integers((n, 1), len(SHAPES), g), _integers((n, 1), len(COLORS), g)
+    images, _ = draw_backgrounds(n, SIDE, g)
+    draw_objects(images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g)
+    return Split(photographed(images, camera, g), [PHOTO] * n, shape[:, 0].tolist(), [SHAPES[i] for i in shape[:, 0]])
+
+
+def draw_counting(n: int, camera: str, g: Generator) -> Split:
+    "The task `counting`, through another camera."
+    images, objects = _draw_groups(n, 1, g)
+    return Split(photographed(images, camera, g), [COUNT] * n, [len(o) - 1 for o in objects], [group_of(len(o)) for o in objects])
+
+
+def draw_printed(n: int, g: Generator) -> Split:
+    "Printed digits, through the camera of the task `digits`, which has handwriting."
+    label, bank = _integers((n,), 10, g), glyph_bank()[0]
+    images, _ = draw_backgrounds(n, SIDE, g)
+    middle = torch.full((n,), SIDE / 2)
+    mask = place_glyphs(bank[label, _integers((n,), bank.shape[1], g)], _uniform((n,), 22, 30, g), middle, middle, SIDE, g)
+    paint(images, torch.arange(n), mask, vary_colors(_integers((n,), len(COLORS), g), g))
+    return Split(worse_camera(images, .5, .03, g), [PHOTO] * n, label.tolist(), [DIGITS[i] for i in label])
+
+
+def relatives(home: Task) -> list[Task]:
+    "Other data with the candidates of a task."
+    g = Generator().manual_seed(9)
+    if home.name == "digits": return [replace(home, name="printed digits", test=draw_printed(PICTURES, g))]
+    draw = {"shapes": draw_shapes, "counting": draw_counting}.get(home.name)
+    return [replace(home, name=f"{home.name}, {camera}", test=draw(PICTURES, camera, g)) for camera in CAMERAS] if draw else []
+
+
+def prompts_of(work: Path, home: str, methods=METHODS) -> dict[str, VisualPrompt]:
+    "The prompts of the transfer study for one task: `method seed` -> prompt."
+    epochs = find_recipe("TVP").epochs
+    return {f"{method} {seed}": VisualPrompt.load(prompt_path(work, home, SOURCE, method, epochs, seed)) for method in methods for seed in SEEDS}
+
+
+def by_seed(results: TransferResults) -> TransferResults:
+    "Runs of all seeds at once, as a run for each seed."
+    runs = []
+    for run in results.runs:
+        for seed in SEEDS:
+            scores = {(method.rpartition(" ")[0] or method, target): s for (method, target), s in run.scores.items() if method in ("none", "frame") or method.endswith(f" {seed}")}
+            runs.append(replace(run, scores=scores, seed=seed))
+    return TransferResults(runs)
+
+
+def save(path: Path, results: TransferResults) -> None:
+    "Two tables: by group of models, and TVP against EVP."
+    results = by_seed(results)
+    compared = results.compare("TVP", "EVP").assign(method="TVP - EVP")
+    write(path, pd.concat([results.summary(), compared]).round(4).to_csv(index=False))
+
+
+def tasks(work: Path, mine) -> None:
+    "Each task's prompts on every task, and on other data with the same answers."
+    zoo = load_zoo("tiny")
+    for home in mine(task_names()):
+        path = work / "beyond" / f"tasks-{home}.csv"
+        if path.exists(): continue
+        task, prompts = load_task(home), prompts_of(work, home) | {"frame": VisualPrompt(zoo.size, zoo.width)}
+        how = dict(source=SOURCE, limit=PICTURES)
+        results = evaluate_retention(prompts, task, [load_task(name) for name in task_names() if name != home], zoo, **how)
+        if others := relatives(task): results = TransferResults([*results.runs, *evaluate_generalisation(prompts, task, others, zoo, **how).runs[1:]])
+        save(path, results)
+
+
+def corruptions(work: Path, mine) -> None:
+    "Two tasks with bad pictures."
+    zoo = load_zoo("tiny")
+    for home, kind in mine([(home, kind) for home in ("shapes", "digits") for kind in ("clean", *CORRUPTIONS)]):
+        path = work / "beyond" / f"corruption-{home}-{kind}.csv"
+        if path.exists(): continue
+        bad = None if kind == "clean" else every_corruption(kind, SEVERITIES)
+        save(path, evaluate_transfer(prompts_of(work, home, METHODS[1:]), load_task(home), zoo, source=SOURCE, limit=PICTURES // 2, targets=SOME, corruption=bad))
+
+
+def collect(work: Path, mine) -> None:
+    "Small tables of all results."
+    for name, pattern in (("beyond_tasks", "tasks-*.csv"), ("beyond_corruptions", "corruption-*.csv")):
+        tables = [pd.read_csv(path) for path in sorted((work / "beyond").glob(pattern))]
+        if tables: write(RESULTS / f"{name}.csv", pd.concat(tables).to_csv(index=False))
+
+
+def main() -> None:
+    "Run one stage."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tasks", "corruptions", "collect"))
+    parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
+    args = parser.parse_args()
+    i, n = map(int, args.shard.split("/"))
+    torch.set_num_threads(1)
+    globals()[args.stage](args.work, lambda jobs: jobs[i::n])
+
+
+if __name__ == "__main__": main()
