@@ -26,8 +26,9 @@ from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
 from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _integers, _uniform, draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors
 from tvp.zoo import load_zoo
 
-SOURCE, PICTURES, SEVERITIES = "tiny-minigpt4", 300, (1, 3, 5)
-SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava")  # for the corruptions: the source, two on its tower, one on another
+SOURCE, SEVERITIES = "tiny-minigpt4", (1, 3, 5)
+PICTURES, BAD_PICTURES = 200, 80  # of each task; of each corruption at each severity
+SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava")  # the source, two on its tower, one on another
 CAMERAS = {"good camera": dict(contrast=.9, blotches=.02, light=1.), "dark room": dict(contrast=.5, blotches=.05, light=.5)}
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,8 +100,8 @@ def tasks(work: Path, mine) -> None:
     for home in mine(task_names()):
         path = work / "beyond" / f"tasks-{home}.csv"
         if path.exists(): continue
-        task, prompts = load_task(home), prompts_of(work, home) | {"frame": VisualPrompt(zoo.size, zoo.width)}
-        how = dict(source=SOURCE, limit=PICTURES)
+        task, prompts = load_task(home), prompts_of(work, home, METHODS[1:]) | {"frame": VisualPrompt(zoo.size, zoo.width)}
+        how = dict(source=SOURCE, limit=PICTURES, targets=SOME)
         results = evaluate_retention(prompts, task, [load_task(name) for name in task_names() if name != home], zoo, **how)
         if others := relatives(task): results = TransferResults([*results.runs, *evaluate_generalisation(prompts, task, others, zoo, **how).runs[1:]])
         save(path, results)
@@ -113,7 +114,7 @@ def corruptions(work: Path, mine) -> None:
         path = work / "beyond" / f"corruption-{home}-{kind}.csv"
         if path.exists(): continue
         bad = None if kind == "clean" else every_corruption(kind, SEVERITIES)
-        save(path, evaluate_transfer(prompts_of(work, home, METHODS[1:]), load_task(home), zoo, source=SOURCE, limit=PICTURES // 2, targets=SOME, corruption=bad))
+        save(path, evaluate_transfer(prompts_of(work, home, METHODS[1:]), load_task(home), zoo, source=SOURCE, limit=BAD_PICTURES, targets=SOME, corruption=bad))
 
 
 def collect(work: Path, mine) -> None:

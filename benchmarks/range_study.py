@@ -2,7 +2,7 @@
 
     python benchmarks/range_study.py tune     --work DIR     # the step length of `unit` and `uint8`, on validation pictures
     python benchmarks/range_study.py train    --work DIR     # all prompts
-    python benchmarks/range_study.py evaluate --work DIR     # all models, validation and test pictures, PNG and JPEG
+    python benchmarks/range_study.py evaluate --work DIR     # all models, validation and test pictures; as JPEG on test pictures
     python benchmarks/range_study.py collect  --work DIR     # tables into benchmarks/results
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import safe_open
-from transfer_study import SEEDS, SOURCES, TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, write
+from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, write
 
 from tvp.jpeg import sent_prompts
 from tvp.learner import Learner
@@ -26,6 +26,9 @@ from tvp.tasks import load_task, task_names
 from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
 from tvp.zoo import load_zoo
 
+SOURCES, SEEDS = ("tiny-minigpt4",), (0,)  # more of them: more entries, and hours
+TARGETS = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-blip2-t5", "tiny-llava", "tiny-llava-siglip")  # the source, two on its tower, two on others
+LIMIT = 500  # test pictures
 RANGES = ("free", "unit", "uint8")
 LRS = (5, 15, 45, 135)  # of `unit` and `uint8`; free has its recipe's, 45
 QUALITIES = (95, 85, 75)
@@ -88,8 +91,8 @@ def evaluate(work: Path, mine) -> None:
         prompts = {range: VisualPrompt.load(prompt_path(work, task, source, range, seed)) for range in RANGES}
         prompts["clipped"] = prompts["free"].to_range("uint8")
         sent = {name if name.startswith("no") else name.replace("prompt", "uint8"): p
-                for name, p in sent_prompts(prompts["uint8"], QUALITIES).items() if "JPEG" in name}
-        result = evaluate_transfer(prompts | sent, load_task(task), load_zoo("tiny"), source=source, split=split, seed=seed)
+                for name, p in sent_prompts(prompts["uint8"], QUALITIES).items() if "JPEG" in name and split == "test"}
+        result = evaluate_transfer(prompts | sent, load_task(task), load_zoo("tiny"), source=source, split=split, seed=seed, targets=TARGETS, limit=LIMIT)
         save_run(result.only_run(), path)
 
 
@@ -114,7 +117,7 @@ def collect(work: Path, mine) -> None:
         results = TransferResults(map(load_run, sorted((work / split).glob("*.safetensors"))))
         write(RESULTS / f"ranges_{split}_groups.csv", results.summary().round(4).to_csv(index=False))
         write(RESULTS / f"ranges_{split}_mean.csv", results.mean().round(4).to_csv(index=False))
-        against = [(m, "free") for m in ("clipped", "unit", "uint8")] + [(f"uint8, JPEG {q}", "uint8") for q in QUALITIES]
+        against = [(m, "free") for m in ("clipped", "unit", "uint8")] + [(f"uint8, JPEG {q}", "uint8") for q in QUALITIES if split == "test"]
         write(RESULTS / f"ranges_{split}_compare.csv", pd.concat([results.compare(*pair) for pair in against]).round(4).to_csv(index=False))
     write(RESULTS / "ranges_rows.csv", results.df.round(4).to_csv(index=False))
 

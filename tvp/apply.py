@@ -6,7 +6,7 @@
 __all__ = ['MAX_PICTURE_BYTES', 'MAX_PIXELS', 'FORMATS', 'open_picture', 'check_pixels_fit', 'find_fit', 'prompted_picture',
            'inside', 'find_pictures', 'check_targets', 'apply_to_folder', 'warn_of_clipping', 'apply_prompt']
 
-# %% ../nbs/api/14_apply.ipynb #40c1b6a8
+# %% ../nbs/api/14_apply.ipynb #25195465
 import io
 import os
 import warnings
@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .files import write_atomic
 from .pictures import read_picture
 from .prompt import VisualPrompt, clipping, pixels_to_pil
-from .prompt_files import as_path, write_whole
+from .prompt_files import as_path
 from .tasks import fit
 
 # %% ../nbs/api/14_apply.ipynb #1d45609e
@@ -119,7 +120,7 @@ def check_targets(
     there = [place for place in taken if place.exists() or place.is_symlink()]
     if there and not overwrite: raise FileExistsError(f"{str(there[0])!r} exists" + (f", and {len(there) - 1} more" if there[1:] else "") + ". Choose another `out`, or pass overwrite=True.")
 
-# %% ../nbs/api/14_apply.ipynb #96597a7d
+# %% ../nbs/api/14_apply.ipynb #5a0faa94
 def apply_to_folder(
     prompt: VisualPrompt,
     source: str | Path,  # a picture, or a folder that is searched with its subfolders
@@ -135,7 +136,7 @@ def apply_to_folder(
     for picture, place in tqdm(found.items(), desc="apply", unit="picture", delay=2):
         buffer = io.BytesIO()
         prompted_picture(prompt, picture, how, repr(str(picture))).save(buffer, "PNG")
-        write_whole(place, buffer.getvalue())
+        write_atomic(place, buffer.getvalue())
     return list(found.values())
 
 # %% ../nbs/api/14_apply.ipynb #27d629bd

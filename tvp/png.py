@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAD_PNG', 'check_exact', 'alpha', 'rgba', 'save_png', 'open_png', 'load_png']
 
-# %% ../nbs/api/03_png.ipynb #069c8b29
+# %% ../nbs/api/03_png.ipynb #b605e1d2
 import io
 import struct
 import zlib
@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .files import write_atomic
 from .prompt import MAX_SIZE, VisualPrompt, clipping, from_pixels
-from .prompt_files import FORMAT, as_path, check_file, filled, prompt_facts, read_facts, with_suffix, write_whole
+from .prompt_files import FORMAT, as_path, check_file, filled, prompt_facts, read_facts, with_suffix
 
 # %% ../nbs/api/03_png.ipynb #a58e55a2
 def check_exact(
@@ -49,7 +50,7 @@ def rgba(
     seen = alpha(prompt)
     return Image.fromarray(np.dstack([levels * (seen > 0)[..., None], seen]))
 
-# %% ../nbs/api/03_png.ipynb #ce0e4cad
+# %% ../nbs/api/03_png.ipynb #62537056
 def save_png(
     prompt: VisualPrompt,  # of range uint8
     path: str | Path,  # ends in .png; missing folders are made
@@ -61,7 +62,7 @@ def save_png(
     text, file = PngInfo(), io.BytesIO()
     for name, fact in prompt_facts(prompt).items(): text.add_text(name, fact)
     rgba(prompt).save(file, "PNG", pnginfo=text, optimize=True)
-    return write_whole(path, file.getvalue())
+    return write_atomic(path, file.getvalue())
 
 # %% ../nbs/api/03_png.ipynb #17f8558f
 BAD_PNG = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, Image.DecompressionBombError)

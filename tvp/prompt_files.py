@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_STORY', 'FORMAT', 'VERSION', 'READS', 'READERS', 'as_path', 'with_suffix', 'check_file',
-           'write_whole', 'prompt_facts', 'read_story', 'read_facts', 'filled', 'save_prompt', 'read_safetensors',
+           'prompt_facts', 'read_story', 'read_facts', 'filled', 'save_prompt', 'read_safetensors',
            'zero_interior_width', 'load_perturbation', 'read_reference', 'read_png', 'read_prompt']
 
-# %% ../nbs/api/02_prompt_files.ipynb #39e98589
+# %% ../nbs/api/02_prompt_files.ipynb #7dc78db3
 import json
 import os
 import pickle
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .files import write_atomic
 from .prompt import MAX_SIZE, VisualPrompt, border_mask
 
 # %% ../nbs/api/02_prompt_files.ipynb #61a4fbf8
@@ -53,21 +54,6 @@ def check_file(
     "Refuse a file that is not there, is no file, or is far too large."
     if not path.is_file(): raise FileNotFoundError(f"there is no prompt at {str(path)!r}.")
     if (size := path.stat().st_size) > most: raise ValueError(f"{path.name!r} is too large for a prompt: {size:,} bytes, at most {most:,} are read.")
-    return path
-
-# %% ../nbs/api/02_prompt_files.ipynb #bf3f474d
-def write_whole(
-    path: Path,  # missing folders are made
-    data: bytes,
-) -> Path:  # the same
-    "Write a file, all or nothing."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:200]}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/api/02_prompt_files.ipynb #8c0f5ce8
@@ -130,17 +116,17 @@ def filled(
     prompt.delta.data.copy_(delta)
     return prompt
 
-# %% ../nbs/api/02_prompt_files.ipynb #f5a43b00
+# %% ../nbs/api/02_prompt_files.ipynb #ef503076
 def save_prompt(
     prompt: VisualPrompt,
     path: str | Path,  # ends in .safetensors; missing folders are made
 ) -> Path:  # where it was written
-    "Write numbers, geometry, range and provenance, all or nothing."
+    "Write numbers, geometry, range and provenance, all or nothing (tvp.files.write_atomic)."
     path = with_suffix(as_path(path), ".safetensors")
     delta = prompt.delta.detach().cpu()
     if not delta.isfinite().all(): raise ValueError("`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller learning rate.")
     if prompt.kind != "random-patch": delta = delta * prompt.mask.cpu()  # what nobody sees is not kept
-    return write_whole(path, save({"delta": delta.contiguous()}, prompt_facts(prompt)))
+    return write_atomic(path, save({"delta": delta.contiguous()}, prompt_facts(prompt)))
 
 # %% ../nbs/api/02_prompt_files.ipynb #bd39d32c
 def read_safetensors(

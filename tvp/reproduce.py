@@ -181,7 +181,7 @@ def run_facts(
                                         f"clipping to a picture keeps {figures['energy kept']:.1%} of the energy")
     return said | {"seeds": ", ".join(map(str, plan.seeds)), "time": ", ".join(f"{name} {duration(s)}" for name, s in reproduction.seconds.items()) + f" on {os.cpu_count()} cores"}
 
-# %% ../nbs/api/79_reproduce.ipynb #aca5ff66
+# %% ../nbs/api/79_reproduce.ipynb #168c5850
 def reproduction_report(
     reproduction: Reproduction,
     facts: Mapping[str, Any] = {},  # more facts, such as the command
@@ -197,7 +197,7 @@ def reproduction_report(
     return page(title, [
         ("", f'<h1>{title}</h1><p class="lead">Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(reproduction.models)} models that are asked.</p>'),
         ("Published and measured", result_html(reproduction)),
-        ("Every model", picture_html(png(plot_transfer(results.mean())), "Grey: without a prompt. Stems: what each prompt changes, with 95 % intervals. Red triangle: negative transfer.")),
+        ("Every model", picture_html(png(plot_transfer(results.mean())), "Grey: without a prompt. Stems: what each prompt changes, with 95 % intervals. Red triangle: negative transfer.", 240 + 120 * len(reproduction.models))),
         ("What was measured, in words", list_html(said)), ("The prompt", pictures),
         ("The models", f'<div class="scroll">{reproduction.models.to_html(border=0, classes="tvp-table")}</div>'),
         ("How it was run", facts_html({**facts, **run_facts(reproduction), **versions()}))])

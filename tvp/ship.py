@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'WEIGHTS', 'GALLERY', 'as_code', 'markdown_table', 'results_table', 'fingerprint', 'story', 'limits',
            'prompt_card', 'write_folder', 'read_folder', 'check_config', 'clear_errors', 'prompt_names', 'load_prompt']
 
-# %% ../nbs/api/78_ship.ipynb #257e2543
+# %% ../nbs/api/78_ship.ipynb #32998790
 import hashlib
 import html
 import json
@@ -22,9 +22,10 @@ import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from .files import write_atomic
 from .png import save_png
 from .prompt import VisualPrompt, clipping
-from .prompt_files import MAX_STORY, as_path, check_file, prompt_facts, read_prompt, read_safetensors, save_prompt, write_whole
+from .prompt_files import MAX_STORY, as_path, check_file, prompt_facts, read_prompt, read_safetensors, save_prompt
 from .report import caveats, duration, versions
 from .transfer import TransferResults
 
@@ -152,7 +153,7 @@ def prompt_card(
     data = ModelCardData(library_name="tvp", license=license, tags=["visual-prompting", "tvp"])
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
-# %% ../nbs/api/78_ship.ipynb #14ac6816
+# %% ../nbs/api/78_ship.ipynb #c6d1574b
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
@@ -165,7 +166,7 @@ def write_folder(
     save_prompt(prompt, folder / WEIGHTS)
     facts = prompt_facts(prompt)
     config = facts | {"size": prompt.size, "width": prompt.width, "inner": prompt.inner, "provenance": prompt.provenance}
-    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())
     if prompt.range == "uint8": save_png(prompt, folder / "prompt.png")
     else:
         prompt.to_pil().save(folder / ".prompt.png", "PNG")

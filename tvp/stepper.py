@@ -130,7 +130,7 @@ def remembered(
     if accuracy.step.nunique() > 1: kept["before" if same else old["method"]] = accuracy
     return {name: rows for name, rows in kept.items() if name != settings["method"]}
 
-# %% ../nbs/api/79_stepper.ipynb #69fcc611
+# %% ../nbs/api/79_stepper.ipynb #7c1dd576
 def step_now(stepper: SteppedTraining, n: int) -> StepRecord | None:
     "Updates in the foreground; whatever runs is paused."
     stepper.background.stop()
@@ -144,6 +144,7 @@ def run(stepper: SteppedTraining, updates: int | None) -> asyncio.Task | None:
     stepper.error = None
     return stepper.background.start()
 
+# %% ../nbs/api/79_stepper.ipynb #973b8332
 def piece(stepper: SteppedTraining) -> bool:  # is there more to do?
     "One small piece of the training."
     done = stepper.training.advance()

@@ -90,7 +90,7 @@ def watched_models(
     if unknown: raise ValueError(f"`models` must be among {', '.join(zoo)}; got {', '.join(map(repr, unknown))}.")
     return list(dict.fromkeys([source, *(zoo if models is None else models)]))
 
-# %% ../nbs/api/79_watch.ipynb #e4357e7f
+# %% ../nbs/api/79_watch.ipynb #f5a71338
 def advance(
     training: WatchedTraining,
 ) -> StepRecord | Check | None:  # what was done; None when all is done
@@ -109,13 +109,13 @@ def step(
     n: int = 1,  # updates, > 0
 ) -> StepRecord | None:  # of the last update made; None when the training was over already
     "Updates, each with the looks before and after it."
-    last, made = None, 0
-    while not training.over and (made < check_count("n", n) or training.due):
+    last, made, n = None, 0, check_count("n", n)
+    while not training.over and (made < n or training.due):
         piece = training.advance()
         if isinstance(piece, StepRecord): last, made = piece, made + 1
     return last
 
-# %% ../nbs/api/79_watch.ipynb #b6367160
+# %% ../nbs/api/79_watch.ipynb #228a0562
 def headline(
     training: WatchedTraining,
     name: str,  # of a model
@@ -136,6 +136,7 @@ def ask(
     (metric, clean), (_, prompted) = training.known[key], headline(training, name, training.prompt)
     return Check(len(training.learner.records), name, model_group(training, name), metric, clean, prompted, training.pictures)
 
+# %% ../nbs/api/79_watch.ipynb #cc056f87
 def model_group(
     training: WatchedTraining,
     name: str,  # of a model

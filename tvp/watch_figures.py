@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'tidy_axes', 'training_colour', 'draw_prompt', 'shown_answers', 'relative', 'draw_answers', 'loss_panels',
-           'draw_losses', 'split_accuracy', 'draw_accuracy', 'part_drawing', 'part_png', 'training_title',
-           'watch_figure']
+           'shown_updates', 'draw_losses', 'split_accuracy', 'draw_accuracy', 'part_drawing', 'part_png',
+           'training_title', 'watch_figure']
 
 # %% ../nbs/api/79_watch_figures.ipynb #273d7f79
 import io
@@ -91,13 +91,21 @@ def draw_answers(
         _draw_picture(ax, image, name, best.answer, best.right)
     _draw_bars(axes[2], answers, training_colour(training))
 
-# %% ../nbs/api/79_watch_figures.ipynb #bf7273b1
+# %% ../nbs/api/79_watch_figures.ipynb #716b6d39
 def loss_panels(
     training: WatchedTraining,
 ) -> dict[str, str]:  # column of the history -> title
     "The panels of this training, the same from its first update to its last."
     short = {"task": "task loss", "fca": "FCA", "tse": "TSE", "grad_norm": "gradient norm"}
     return {name: short.get(name, name) for name in [*(term.name for term in training.learner.losses), "grad_norm"]}
+
+def shown_updates(
+    training: WatchedTraining,
+    earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training
+) -> int:  # right end of the axis
+    "As far as anybody has come, and 20 at least."
+    made = [len(training.learner.records), *(int(rows.step.max()) for rows in (earlier or {}).values())]
+    return max(min(20, training.total), *made)
 
 def draw_losses(
     figure,  # matplotlib Figure or SubFigure, empty
@@ -108,12 +116,12 @@ def draw_losses(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (name, title) in zip(axes, panels.items()):
         tidy_axes(ax, title)
-        ax.set_xlim(0, training.total)
-        ax.locator_params(axis="x", nbins=3)
+        ax.set_xlim(0, shown_updates(training))
+        ax.locator_params(axis="x", nbins=3, integer=True)
         if name not in history: continue
         ax.plot(history.step, history[name], color=training_colour(training), lw=0.7, alpha=0.35)
         mean = history[name].rolling(max(1, len(history) // 10), min_periods=1).mean()
-        ax.plot(history.step, mean, color=training_colour(training), lw=1.6)
+        ax.plot(history.step, mean, color=training_colour(training), lw=1.6, marker="o" if len(history) < 15 else None, ms=3)
 
 # %% ../nbs/api/79_watch_figures.ipynb #90f32b22
 def split_accuracy(
@@ -131,7 +139,7 @@ def _draw_curve(ax, curve: pd.DataFrame, method: str, now: bool) -> None:
     ax.plot(curve.index, curve.prompted, color=style["color"], ls="-" if now else style["linestyle"], marker="o" if now and len(curve) < 15 else None,
             ms=3, lw=2.2 if now else 1.4, alpha=1 if now else 0.8, zorder=4 if now else 5, label=method or "prompt")
 
-# %% ../nbs/api/79_watch_figures.ipynb #97bf0cfe
+# %% ../nbs/api/79_watch_figures.ipynb #7f31a651
 def draw_accuracy(
     figure,  # matplotlib Figure or SubFigure, empty
     training: WatchedTraining,
@@ -146,7 +154,7 @@ def draw_accuracy(
         for method, pair in curves.items(): _draw_curve(ax, pair[i], method, method == training.method)
         clean = curves[training.method][i].clean
         if len(clean): ax.axhline(clean.iloc[0], color=METHOD_COLOURS["none"], lw=1.6, zorder=2, label="no prompt")
-        ax.set_xlim(0, training.total)
+        ax.set_xlim(0, shown_updates(training, earlier))
         ax.locator_params(axis="x", integer=True)
     for (_, group), rows in frame[frame.group != "source"].groupby(["model", "group"]):
         axes[1].plot(rows.step, 100 * rows.prompted, color=training_colour(training), lw=0.7, alpha=0.45, ls="--" if "other" in group else "-", zorder=1)
