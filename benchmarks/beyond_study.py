@@ -27,8 +27,8 @@ from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _integers, _uniform,
 from tvp.zoo import load_zoo
 
 SOURCE, SEVERITIES = "tiny-minigpt4", (1, 3, 5)
-PICTURES, BAD_PICTURES = 200, 80  # of each task; of each corruption at each severity
-SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava")  # the source, two on its tower, one on another
+PICTURES, BAD_PICTURES = 200, 60  # of each task; of each corruption at each severity
+SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava", "tiny-llava-siglip")  # the source, two on its tower, two on others
 CAMERAS = {"good camera": dict(contrast=.9, blotches=.02, light=1.), "dark room": dict(contrast=.5, blotches=.05, light=.5)}
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,10 +88,10 @@ def by_seed(results: TransferResults) -> TransferResults:
 
 
 def save(path: Path, results: TransferResults) -> None:
-    "Two tables: by group of models, and TVP against EVP."
+    "Rows for each group of models (`group`), for each model (`target`), and for TVP against EVP by group."
     results = by_seed(results)
     compared = results.compare("TVP", "EVP").assign(method="TVP - EVP")
-    write(path, pd.concat([results.summary(), compared]).round(4).to_csv(index=False))
+    write(path, pd.concat([results.summary(), compared, results.mean()]).round(4).to_csv(index=False))
 
 
 def tasks(work: Path, mine) -> None:

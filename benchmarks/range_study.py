@@ -111,7 +111,7 @@ def collect(work: Path, mine) -> None:
     rows = []
     for path in sorted((work / "prompts").glob("*-free-*.safetensors")):
         prompt = VisualPrompt.load(path)
-        rows.append(dict(task=prompt.provenance["task"], source=prompt.provenance["source"], seed=prompt.provenance["seed"], **dict(zip(("outside", "kept"), clipping(prompt)))))
+        if prompt.provenance["seed"] in SEEDS: rows.append(dict(task=prompt.provenance["task"], source=prompt.provenance["source"], seed=prompt.provenance["seed"], **dict(zip(("outside", "kept"), clipping(prompt)))))
     write(RESULTS / "ranges_clipping.csv", pd.DataFrame(rows).round(4).to_csv(index=False))
     for split in ("valid", "test"):
         results = TransferResults(map(load_run, sorted((work / split).glob("*.safetensors"))))

@@ -264,7 +264,7 @@ def move_slider(page):
 def change_method(page):
     "Another method brings its recipe."
     page.choose("method", "VP")
-    page.until("VP's learning rate", lambda: page.slider("learning rate")[1].inner_text() == "4")
+    page.until("VP's learning rate", lambda: float(page.slider("learning rate")[1].inner_text()) == 4)
     page.must_be("no FCA for VP", float(page.slider("FCA weight")[1].inner_text()) == 0)
     page.click("step")
     page.until("a step of VP", lambda: page.update() == 1)

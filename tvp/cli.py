@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
-           'command_check', 'command_train', 'load_prompt_file', 'command_evaluate', 'peak_memory', 'command_demo',
-           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser', 'main']
+           'command_check', 'command_train', 'load_prompt_file', 'command_apply', 'command_evaluate', 'peak_memory',
+           'command_demo', 'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole',
+           'parser', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -133,14 +134,23 @@ def command_train(args: argparse.Namespace) -> None:
     print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
-# %% ../nbs/api/90_cli.ipynb #cbf58d00
+# %% ../nbs/api/90_cli.ipynb #c3ff0e7f
 def load_prompt_file(
     path: str,  # as typed
 ):  # the prompt
     "A saved prompt, or a line that says why not."
-    from tvp.prompt import VisualPrompt
-    try: return VisualPrompt.load(path)
-    except (ValueError, KeyError, OSError) as error: raise UsageError(f"cannot read the prompt {path}: {error}") from None
+    from tvp.ship import load_prompt
+    try: return load_prompt(path)
+    except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
+
+
+def command_apply(args: argparse.Namespace) -> None:
+    "Make prompted pictures, for any other program to look at."
+    prompt = load_prompt_file(args.prompt)
+    try: written = prompt.apply(args.pictures, args.out, fit=args.fit, overwrite=args.force)
+    except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(str(error)) from None
+    print(f"{len(written)} prompted in {args.out}")
+
 
 def command_evaluate(args: argparse.Namespace) -> None:
     "Evaluate a saved prompt on every model, with and without it."
@@ -192,7 +202,7 @@ def named_model(
         raise UsageError(f"the parts of {name} are {', '.join(sorted(parts))}, each as PART=PLACE; got {', '.join(map(repr, wrong))}.")
     return name, {part: where for part, _, where in pairs}
 
-# %% ../nbs/api/90_cli.ipynb #b3178b48
+# %% ../nbs/api/90_cli.ipynb #916456ae
 def reproduction_folder(
     path: str | Path,  # as typed
     force: bool,  # start anew?
@@ -210,9 +220,11 @@ def command_reproduce(args: argparse.Namespace) -> None:
     import shlex
     from tvp.experiment import MENDABLE, plan_reproduction, say_error
     from tvp.reproduce import run_plan
-    models, say = dict(named_model(text) for text in args.models) if args.models else None, lambda line: print("-", line, flush=True)
+    models = dict(named_model(text) for text in args.models) if args.models else None
+    say = lambda line: print("-", line, flush=True)
     folder = reproduction_folder(args.out, args.force)
-    try: plan = plan_reproduction(args.task, args.source, args.method, models, args.clip, args.data_dir, args.epochs, args.limit, args.seed or 42, args.prompt, say)
+    how = dict(clip=args.clip, data_dir=args.data_dir, epochs=args.epochs, limit=args.limit, seeds=args.seed or 42, prompt=args.prompt)
+    try: plan = plan_reproduction(args.task, args.source, args.method, models, say=say, **how)
     except MENDABLE as error: raise UsageError(say_error(error)) from None
     print(plan)
     try: reproduction = run_plan(plan, folder, say)
@@ -263,7 +275,7 @@ def _add_reproduce(commands, output: dict[str, dict]) -> None:
         "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
         "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
 
-# %% ../nbs/api/90_cli.ipynb #22fccc5a
+# %% ../nbs/api/90_cli.ipynb #1cdd7710
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -283,6 +295,9 @@ def parser() -> argparse.ArgumentParser:
     _add_command(commands, command_evaluate, {"prompt": dict(metavar="PROMPT", help="a .safetensors file, or the reference's .pth")} | {
         "--task": dict(metavar="NAME", help="the one it was trained for if not given"),
         "--models": dict(nargs="+", metavar="NAME", help="all if not given")} | out(None, "file for the results, .csv") | force)
+    _add_command(commands, command_apply, {
+        "prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"), "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
+        "out": dict(metavar="OUT", help="folder for the prompted ones"), "--fit": dict(choices=("crop", "letterbox"), help="how pictures that are not square are fitted")} | force)
     _add_reproduce(commands, out("tvp-reproduce", "folder for prompts, results and report; a run that was stopped goes on there") | force)
     for run in (command_models, command_tasks): _add_command(commands, run, {})
     _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})

@@ -7,7 +7,7 @@ __all__ = ['PAPER_CLIP', 'SIZE', 'WIDTH', 'MENDABLE', 'in_words', 'load_named', 
            'check_place', 'check_models', 'Plan', 'chosen_recipes', 'chosen_seeds', 'check_ready', 'plan_reproduction',
            'train_one', 'train_prompts', 'Watched', 'model_facts', 'ask', 'ask_models']
 
-# %% ../nbs/api/66_experiment.ipynb #2273b07e
+# %% ../nbs/api/66_experiment.ipynb #f0d331f0
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from .learner import check_whole
+from .arguments import check_whole
 from .mllm import Mllm
 from .paper import PAPER, check_parts
 from .prompt import VisualPrompt
@@ -29,7 +29,7 @@ from .tiny import TINY
 from .transfer import TransferResults, rank_task
 from .zoo import SIX, Zoo, load_clip, load_mllm
 
-# %% ../nbs/api/66_experiment.ipynb #50da0843
+# %% ../nbs/api/66_experiment.ipynb #c22e29a2
 PAPER_CLIP = "openai/clip-vit-base-patch32"  # of Task Semantics Enrichment
 SIZE, WIDTH = 224, 30  # canvas and border of the paper, pixels; processors resize the canvas to what their models see
 
@@ -52,7 +52,7 @@ def load_named(
     place = name if place is None else place
     return load_mllm(place, **({} if place in TINY else options))
 
-
+# %% ../nbs/api/66_experiment.ipynb #8fed62cc
 def named_zoo(
     models: Mapping[str, Any],  # name -> place
     clip: str | Path,  # folder or hub id
@@ -63,7 +63,7 @@ def named_zoo(
     towers = {name: "eva-clip-g" if name in PAPER else name for name in models}
     return Zoo(load, towers, SIZE, WIDTH, lambda: load_clip(clip), keep=1)
 
-# %% ../nbs/api/66_experiment.ipynb #d7cdf123
+# %% ../nbs/api/66_experiment.ipynb #1909c8ec
 MENDABLE = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError)  # what a wrong name, place or file raises
 
 
@@ -89,9 +89,10 @@ def refuse(
     problems: Mapping[str, str],  # from `collect`
 ) -> None:
     "All problems as one error, or nothing."
-    if problems: raise ValueError("nothing has been trained yet, since this must be mended first.\n" + "\n".join(f"- {name}: {text}" for name, text in problems.items()))
+    lines = "\n".join(f"- {name}: {text}" for name, text in problems.items())
+    if problems: raise ValueError(f"nothing has been trained yet, since this must be mended first.\n{lines}")
 
-# %% ../nbs/api/66_experiment.ipynb #c4ead842
+# %% ../nbs/api/66_experiment.ipynb #a44363b3
 def check_place(
     name: str,  # a model of the paper
     place: Any,  # folder, file, hub id or parts; None: where it usually is
@@ -101,7 +102,7 @@ def check_place(
         if not Path(where).exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?", where):
             raise ValueError(f"there is no file or folder {where} ({part}), and a hub id has the form owner/name.")
 
-
+# %% ../nbs/api/66_experiment.ipynb #b57db95b
 def check_models(
     models: Mapping[str, Any],  # name -> place
     clip: str | Path | None,  # folder or hub id; None: not needed
@@ -116,7 +117,7 @@ def check_models(
     if clip is not None: checks[f"CLIP {clip}"] = lambda: load_clip(clip, "cpu")  # small enough to be loaded as it is
     refuse(collect(checks))
 
-# %% ../nbs/api/66_experiment.ipynb #d101d287
+# %% ../nbs/api/66_experiment.ipynb #f1df9b9d
 @dataclass(frozen=True)
 class Plan:
     "What is to be trained and asked; all of it checked."
@@ -138,10 +139,11 @@ class Plan:
 
     def __str__(self) -> str:
         test = min(self.limit or len(self.task.test), len(self.task.test))
-        train = "no training, a ready prompt" if self.ready else f"{', '.join(self.methods)}, seed {', '.join(map(str, self.seeds))}, {len(self.task.train):,} pictures to train on"
+        seeds = ", ".join(map(str, self.seeds))
+        train = f"{', '.join(self.methods)}, seed {seeds}, {len(self.task.train):,} pictures to train on" if self.recipes else "no training, a ready prompt"
         return f"{self.task.name} on {self.source}: {train}; {test:,} test pictures; models {', '.join(self.zoo)}"
 
-# %% ../nbs/api/66_experiment.ipynb #1c426620
+# %% ../nbs/api/66_experiment.ipynb #2b9aa76b
 def chosen_recipes(
     method: str | Sequence[str],  # VP, EVP, TVP, several of them, or "all"
     epochs: int | None,  # None: the recipe's
@@ -152,7 +154,7 @@ def chosen_recipes(
     changes = {} if epochs is None else {"epochs": check_whole("epochs", epochs)}
     return {name: find_recipe(name, "paper", **changes) for name in names}
 
-
+# %% ../nbs/api/66_experiment.ipynb #3c2bd9f7
 def chosen_seeds(
     seeds: int | Sequence[int],
 ) -> tuple[int, ...]:
@@ -161,7 +163,7 @@ def chosen_seeds(
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
     return tuple(check_whole("seeds", seed, 0, 2**32) for seed in seeds)
 
-# %% ../nbs/api/66_experiment.ipynb #7b70a2f0
+# %% ../nbs/api/66_experiment.ipynb #42810ea8
 def check_ready(
     prompt: VisualPrompt,  # trained already
     task: str,  # that it is asked about
@@ -170,9 +172,10 @@ def check_ready(
     "A prompt is not to be taken for one of another task or another source."
     for name, wanted in (("task", task), ("source", source)):
         said = prompt.provenance.get(name, wanted)
-        if said != wanted: raise ValueError(f"`prompt` says that its {name} is {said}, got {name}={wanted!r}. Other combinations are for tvp.evaluate_transfer.")
+        if said != wanted:
+            raise ValueError(f"`prompt` says that its {name} is {said}, got {name}={wanted!r}. Other combinations are for tvp.evaluate_transfer.")
 
-# %% ../nbs/api/66_experiment.ipynb #131834f2
+# %% ../nbs/api/66_experiment.ipynb #5071097e
 def plan_reproduction(
     task: str | Task,  # "cifar10", ...; or a task that is loaded
     source: str = "minigpt4-7b",  # name of the model to train on
@@ -198,7 +201,8 @@ def plan_reproduction(
     if ready is not None: check_ready(ready, task.name, source)
     if hasattr(models, "clip"): zoo, places = models, {}
     else:
-        check_models(models, clip if ready is None and any(recipe.tse for recipe in recipes.values()) else None, options, say)
+        judged = ready is None and any(recipe.tse for recipe in recipes.values())
+        check_models(models, clip if judged else None, options, say)
         zoo, places = named_zoo(models, clip, options), {name: in_words(place) for name, place in models.items()}
     return Plan(task, zoo, source, {} if ready is not None else recipes, seeds, limit, places, ready)
 
@@ -234,7 +238,7 @@ def train_prompts(
             histories.setdefault(method, history)
     return prompts, histories
 
-# %% ../nbs/api/66_experiment.ipynb #4d0fed80
+# %% ../nbs/api/66_experiment.ipynb #b7354bc2
 class Watched:
     "A task that shows a progress bar while its pictures are taken."
     def __init__(self, task: Task, text: str): self.task, self.text = task, text  # text stands before the bar
@@ -249,7 +253,8 @@ def model_facts(
     mllm: Mllm,
 ) -> dict[str, Any]:
     "What a model is, for tables."
-    return {"class": type(mllm.model).__name__, "parameters": mllm.model.num_parameters(), "precision": str(mllm.dtype).removeprefix("torch."), "device": str(mllm.device)}
+    return {"class": type(mllm.model).__name__, "parameters": mllm.model.num_parameters(),
+            "precision": str(mllm.dtype).removeprefix("torch."), "device": str(mllm.device)}
 
 # %% ../nbs/api/66_experiment.ipynb #3fe376f9
 def ask(
@@ -267,7 +272,7 @@ def ask(
             scores[seed, method], *_ = rank_task(mllm, Watched(plan.task, f"{name}, {method}, seed {seed}"), prompt=prompt, **how)
     return scores, labels, index, model_facts(mllm)
 
-# %% ../nbs/api/66_experiment.ipynb #4cbdc3d1
+# %% ../nbs/api/66_experiment.ipynb #1cb5e275
 def ask_models(
     plan: Plan,
     prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
@@ -282,6 +287,8 @@ def ask_models(
         said, labels, index, facts[name] = ask(plan, name, prompts)
         for (seed, method), values in said.items(): scores[seed][method, name] = values
         towers = {name: tower(name) for name in names}
-        results = TransferResults([TransferRun(plan.task.name, plan.source, seed, plan.task.metric, labels, scores[seed], towers, index) for seed in prompts])
+        same = dict(metric=plan.task.metric, labels=labels, towers=towers, index=index)
+        results = TransferResults([TransferRun(plan.task.name, plan.source, seed, scores=scores[seed], **same) for seed in prompts])
         keep(results)
-    return results, pd.DataFrame.from_dict(facts, "index").assign(place=lambda df: [plan.places.get(name, "given") for name in df.index])
+    about = pd.DataFrame.from_dict(facts, "index")
+    return results, about.assign(place=[plan.places.get(name, "given") for name in about.index])

@@ -188,7 +188,7 @@ def save_mllm(
     (folder / "tvp.json").write_text(json.dumps(said, indent=2))
     return folder
 
-# %% ../nbs/api/28_paper.ipynb #622588ac
+# %% ../nbs/api/28_paper.ipynb #cad603a3
 def is_saved(
     place: str | Path | None,  # any
 ) -> bool:  # whether `save_mllm` wrote it
@@ -212,7 +212,9 @@ def load_saved(
     for module in said["modules"]:
         if module.startswith("tvp."): importlib.import_module(module)  # registers its classes with transformers
     how = load_options(json.loads((folder / "config.json").read_text()), **options)
-    model = ready(AutoModelForImageTextToText.from_pretrained(folder, **how).eval(), gradient_checkpointing)
+    model, report = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **how)
+    if lost := sorted(report["missing_keys"]): raise ValueError(f"`folder`: {folder} lacks {len(lost)} weights, {lost[0]} first. Save or copy it again.")
+    ready(model.eval(), gradient_checkpointing)
     ours = (folder / "marker_processor.json").is_file()
     processor = load_processor(folder) if ours else AutoProcessor.from_pretrained(folder, backend="torchvision")
     wrapper = Wrapper(**{key: tuple(value) if isinstance(value, list) else value for key, value in said["wrapper"].items()})

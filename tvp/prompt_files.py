@@ -70,7 +70,7 @@ def prompt_facts(
     return {"format": FORMAT, "version": VERSION, "size": str(prompt.size), "width": str(prompt.width), "kind": prompt.kind,
             "range": prompt.range, "provenance": story}
 
-# %% ../nbs/api/02_prompt_files.ipynb #75b61bf0
+# %% ../nbs/api/02_prompt_files.ipynb #2f0592a3
 def read_story(
     text: Any,  # JSON
 ) -> dict:
@@ -81,6 +81,7 @@ def read_story(
     if not isinstance(story, dict): raise ValueError(f"`provenance` must be a JSON object, got {type(story).__name__}")
     return story
 
+# %% ../nbs/api/02_prompt_files.ipynb #e02f04fa
 def read_facts(
     facts: Mapping[str, str],  # metadata of a safetensors file, or text of a PNG
     name: str,  # of the file, for messages

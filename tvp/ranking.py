@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'check_candidates', 'log_probabilities', 'plain_scores', 'pack', 'packed_mask', 'chunks', 'no_pictures',
-           'packed_scores', 'continuations', 'decoder_scores', 'fast_scores', 'slow_from_now', 'fast_is_exact', 'rank']
+           'packed_scores', 'continuations', 'decoder_scores', 'decoded', 'fast_scores', 'slow_from_now',
+           'fast_is_exact', 'group_scores', 'rank']
 
-# %% ../nbs/api/22_ranking.ipynb #c4252576
+# %% ../nbs/api/22_ranking.ipynb #66da4c27
 import inspect
 import warnings
 from collections import defaultdict
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import check_images, check_texts, pad_rows
-from .mllm import Mllm, answer_logits, captured_features, decoder_start, model_inputs, position_ids
+from .mllm import Mllm, answer_logits, captured_features, decoder_start, last_position, model_inputs, position_ids
 
 # %% ../nbs/api/22_ranking.ipynb #a5715b7b
 def check_candidates(
@@ -120,7 +121,7 @@ def packed_scores(
         scores = scores + continuations(mllm, inputs["attention_mask"], positions, cache, extra, plan, chunk)
     return scores / lengths
 
-# %% ../nbs/api/22_ranking.ipynb #2fcaae9a
+# %% ../nbs/api/22_ranking.ipynb #2de73618
 def continuations(
     mllm: Mllm,  # the adapter
     attention_mask: Tensor,  # (B, L), of the instructions
@@ -132,7 +133,7 @@ def continuations(
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first, 0 for candidates outside the chunk
     "One pass over some candidates side by side."
     packed, batch = pack([plan[n] for n in chunk], mllm.device), len(attention_mask)
-    mask, steps = packed_mask(attention_mask, packed, mllm.dtype), positions[..., -1:] + 1 + packed["offset"]
+    mask, steps = packed_mask(attention_mask, packed, mllm.dtype), last_position(positions) + 1 + packed["offset"]
     current, lengths = packed["current"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
     extra = {n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v for n, v in extra.items()}
     logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, past_key_values=cache, **extra).logits.float()
@@ -141,37 +142,51 @@ def continuations(
     gains = log_probabilities(logits, packed["following"].expand(batch, -1))
     return gains.new_zeros(batch, len(plan)).index_add(1, torch.tensor(chunk, device=mllm.device)[packed["owner"]], gains)
 
-# %% ../nbs/api/22_ranking.ipynb #d8bc4ac4
+# %% ../nbs/api/22_ranking.ipynb #1bd00ea3
 def decoder_scores(
     mllm: Mllm,  # the adapter, an encoder-decoder
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
+    limit: int = 500,  # rows of the decoder per pass at most; fewer if the vocabulary is large
 ) -> Tensor:  # (B, N)
-    "One pass of the encoder; the decoder then reads the candidates of several tokens as one batch."
-    from transformers.modeling_outputs import BaseModelOutput
+    "One pass of the encoder; the decoder then reads the candidates of several tokens as batches."
     model, batch, longer = mllm.model, len(inputs["input_ids"]), [n for n, ids in enumerate(plan) if len(ids) > 1]
-    out = model(**inputs, decoder_input_ids=torch.full((batch, 1), start := decoder_start(model), device=mllm.device))
+    out = model(**inputs, decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device), use_cache=False)
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
-    if not longer: return scores
     hidden = out.encoder_last_hidden_state if "encoder_last_hidden_state" in out else out.language_model_outputs.encoder_last_hidden_state
-    rows = [torch.tensor([[start, *plan[n]]], device=mllm.device) for n in longer]
-    ids, mask = pad_rows(rows, start, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
-    repeat = lambda tensor: tensor.repeat_interleave(len(longer), 0)
-    decoder = getattr(model, "language_model", model)
-    logits = decoder(encoder_outputs=BaseModelOutput(repeat(hidden)), attention_mask=repeat(inputs["attention_mask"]), decoder_input_ids=ids[:, :-1]).logits
-    gains = log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(longer), -1)
-    scores[:, longer] = (gains * mask).sum(-1) / mask.sum(1)
+    room = min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan)))) // batch  # 2**28 logits are a gigabyte
+    for some in torch.tensor(longer, dtype=torch.long).split(max(1, room)):
+        if len(some): scores[:, some] = decoded(mllm, hidden, inputs["attention_mask"], [plan[n] for n in some])
     return scores
 
-# %% ../nbs/api/22_ranking.ipynb #fe30c3a6
+
+def decoded(
+    mllm: Mllm,  # the adapter, an encoder-decoder
+    hidden: Tensor,  # (B, L, D), what the encoder made
+    attention_mask: Tensor,  # (B, L)
+    plan: list[tuple[int, ...]],  # N candidates
+) -> Tensor:  # (B, N)
+    "One pass of the decoder over B * N rows."
+    from transformers.modeling_outputs import BaseModelOutput
+    start, batch = decoder_start(mllm.model), len(hidden)
+    rows = [torch.tensor([[start, *ids]], device=mllm.device) for ids in plan]
+    ids, mask = pad_rows(rows, start, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
+    repeat = lambda tensor: tensor.repeat_interleave(len(plan), 0)
+    decoder = getattr(mllm.model, "language_model", mllm.model)
+    logits = decoder(encoder_outputs=BaseModelOutput(repeat(hidden)), attention_mask=repeat(attention_mask), decoder_input_ids=ids[:, :-1],
+                     use_cache=False).logits
+    gains = log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(plan), -1)
+    return (gains * mask).sum(-1) / mask.sum(1)
+
+# %% ../nbs/api/22_ranking.ipynb #5b5b054a
 def fast_scores(
     mllm: Mllm,  # the adapter
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
-    **limit,  # of `packed_scores`
+    **limit,  # per pass
 ) -> Tensor:  # (B, N)
-    "Packed for decoders, one batch for encoder-decoders."
-    return decoder_scores(mllm, inputs, plan) if mllm.text.seq2seq else packed_scores(mllm, inputs, plan, **limit)
+    "Packed for decoders, rows of one batch for encoder-decoders."
+    return (decoder_scores if mllm.text.seq2seq else packed_scores)(mllm, inputs, plan, **limit)
 
 
 def slow_from_now(
@@ -188,17 +203,31 @@ def fast_is_exact(
     inputs: dict[str, Tensor],  # pixels and instructions of one or two samples
     plan: Candidates,  # the task's candidates
 ) -> bool:  # False after a warning
-    "Compare the fast way, in two passes, with the plain way on the longest candidates."
+    "Compare the fast way, in two passes, with the plain way on the longest candidates, which are put together if all are single tokens."
     some = tuple(sorted(plan, key=len)[-4:])
+    if len(some[-1]) == 1: some = (some[0] + some[-1], some[-1] + some[0])
     try:
         fast = fast_scores(mllm, inputs, some, limit=max(1, sum(map(len, some)) // 2))
         gap = (plain_scores(mllm, inputs, some) - fast).abs().max().item()
-        if gap <= (1e-4 if mllm.dtype == torch.float32 else 5e-2): return True
+        if gap <= (1e-4 if mllm.dtype == torch.float32 else .1): return True
         slow_from_now(mllm, f"is {gap:.2g} away from one pass per candidate")
     except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")  # whatever it is, the plain way remains
     return False
 
-# %% ../nbs/api/22_ranking.ipynb #0ee1699c
+# %% ../nbs/api/22_ranking.ipynb #18be7cea
+def group_scores(
+    mllm: Mllm,  # the adapter
+    inputs: dict[str, Tensor],  # pixels and instructions of B samples
+    plan: Candidates,  # N candidates
+) -> Tensor:  # (B, N)
+    "The fast way as long as it works: a sliding window may be long enough for one task's candidates and too short for another's."
+    try:
+        if mllm.packed: return fast_scores(mllm, inputs, plan)
+    except torch.OutOfMemoryError: raise
+    except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")
+    return plain_scores(mllm, inputs, plan)
+
+
 @torch.no_grad()
 def rank(
     mllm: Mllm,  # the adapter
@@ -208,14 +237,15 @@ def rank(
 ) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
     "Score candidate answers, each normalised by its own length."
     check_images(images), check_texts(len(images), instructions=instructions), check_candidates(candidates)
-    groups = defaultdict(list)
+    groups, size = defaultdict(list), tuple(images.shape[-2:])
+    for instruction in set(instructions): mllm.text.row(instruction, size)  # once, at the right size: it also tells how an answer begins
     for row, instruction in enumerate(instructions):  # nearly always one group: the instruction seldom changes a candidate's tokens
         groups[tuple(mllm.text.answer_ids(instruction, c) for c in candidates)].append(row)
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
     for plan, rows in groups.items():
         select = lambda rows: model_inputs(mllm, images[rows], [instructions[r] for r in rows])
-        if mllm.packed is None and any(len(ids) > 1 for ids in plan):
+        if mllm.packed is None:
             length = lambda row: len(instructions[row])
             mllm.packed = fast_is_exact(mllm, select(sorted({min(rows, key=length), max(rows, key=length)})), plan)
-        scores[rows] = (plain_scores if mllm.packed is False else fast_scores)(mllm, select(rows), plan)
+        scores[rows] = group_scores(mllm, select(rows), plan)
     return scores

@@ -115,15 +115,16 @@ def step(
         if isinstance(piece, StepRecord): last, made = piece, made + 1
     return last
 
-# %% ../nbs/api/79_watch.ipynb #228a0562
+# %% ../nbs/api/79_watch.ipynb #6f6cde21
 def headline(
     training: WatchedTraining,
     name: str,  # of a model
     prompt: VisualPrompt | None,  # None: the picture fills the canvas
 ) -> tuple[str, float]:  # name of the metric and its value
     "One number for one model on the validation pictures."
-    task = training.task
-    scores, labels, _ = rank_task(training.zoo[name], task, training.prompt.size, prompt, "valid", training.pictures)
+    task, learner = training.task, training.learner
+    mllm = learner.source if name == training.source else training.zoo[name]  # a zoo of large models may have let go of the source
+    scores, labels, _ = rank_task(mllm, task, training.prompt.size, prompt, "valid", training.pictures)
     return next(iter(evaluate_metric(task.metric, scores, labels).items()))
 
 def ask(
@@ -166,13 +167,13 @@ def watched_picture(
     with torch.no_grad():
         return fit([image], prompt.size, how), prompt(fit([image], prompt.inner, how).to(prompt.delta.device)).cpu()
 
-# %% ../nbs/api/79_watch.ipynb #00c444c4
+# %% ../nbs/api/79_watch.ipynb #23679be0
 def ranked_answers(
     training: WatchedTraining,
     picture: int = 0,  # number among the validation pictures
 ) -> pd.DataFrame:  # a row for each candidate, best first: answer, before, after, right
     "Mean log-likelihood per token of each candidate, to the source."
-    task, mllm = training.task, training.zoo[training.source]
+    task, mllm = training.task, training.learner.source
     before, after = (mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[0].double().cpu().numpy()
                      for images in watched_picture(training, picture))
     right = np.arange(len(task.candidates)) == task.valid.labels[picture]

@@ -91,7 +91,7 @@ def draw_answers(
         _draw_picture(ax, image, name, best.answer, best.right)
     _draw_bars(axes[2], answers, training_colour(training))
 
-# %% ../nbs/api/79_watch_figures.ipynb #716b6d39
+# %% ../nbs/api/79_watch_figures.ipynb #0f70162e
 def loss_panels(
     training: WatchedTraining,
 ) -> dict[str, str]:  # column of the history -> title
@@ -107,6 +107,7 @@ def shown_updates(
     made = [len(training.learner.records), *(int(rows.step.max()) for rows in (earlier or {}).values())]
     return max(min(20, training.total), *made)
 
+# %% ../nbs/api/79_watch_figures.ipynb #54587a16
 def draw_losses(
     figure,  # matplotlib Figure or SubFigure, empty
     training: WatchedTraining,
@@ -118,7 +119,9 @@ def draw_losses(
         tidy_axes(ax, title)
         ax.set_xlim(0, shown_updates(training))
         ax.locator_params(axis="x", nbins=3, integer=True)
-        if name not in history: continue
+        if not len(history):
+            ax.set_yticks([])
+            continue
         ax.plot(history.step, history[name], color=training_colour(training), lw=0.7, alpha=0.35)
         mean = history[name].rolling(max(1, len(history) // 10), min_periods=1).mean()
         ax.plot(history.step, mean, color=training_colour(training), lw=1.6, marker="o" if len(history) < 15 else None, ms=3)
@@ -139,7 +142,7 @@ def _draw_curve(ax, curve: pd.DataFrame, method: str, now: bool) -> None:
     ax.plot(curve.index, curve.prompted, color=style["color"], ls="-" if now else style["linestyle"], marker="o" if now and len(curve) < 15 else None,
             ms=3, lw=2.2 if now else 1.4, alpha=1 if now else 0.8, zorder=4 if now else 5, label=method or "prompt")
 
-# %% ../nbs/api/79_watch_figures.ipynb #7f31a651
+# %% ../nbs/api/79_watch_figures.ipynb #00eef270
 def draw_accuracy(
     figure,  # matplotlib Figure or SubFigure, empty
     training: WatchedTraining,
@@ -158,7 +161,8 @@ def draw_accuracy(
         ax.locator_params(axis="x", integer=True)
     for (_, group), rows in frame[frame.group != "source"].groupby(["model", "group"]):
         axes[1].plot(rows.step, 100 * rows.prompted, color=training_colour(training), lw=0.7, alpha=0.45, ls="--" if "other" in group else "-", zorder=1)
-    axes[0].set_ylabel(f"{frame.metric.iloc[0] if len(frame) else 'score'} in %", fontsize=8)
+    if not len(frame) and not earlier: return axes[0].set_yticks([])  # nobody has been asked
+    axes[0].set_ylabel(f"{pd.concat([*(earlier or {}).values(), frame]).metric.iloc[0]} in %", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False, loc="best")
 
 # %% ../nbs/api/79_watch_figures.ipynb #e47a591a

@@ -52,10 +52,10 @@ class TrainingStepper(SteppedTraining):
     def refresh(self, whole: bool = False) -> None: "Bring the live view up to date, if there is one."; self._view and self._view.refresh(whole)
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
 
-# %% ../nbs/api/80_widgets.ipynb #65e17340
+# %% ../nbs/api/80_widgets.ipynb #c453a82c
 def labelled(kind, description: str, value, **traits):
     "A control with its name."
-    return kind(value=value, description=description, layout={"width": "224px"}, style={"description_width": "82px"}, **traits)
+    return kind(value=value, description=description, layout={"width": "286px"}, style={"description_width": "86px"}, **traits)
 
 def choice_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
     "What to train, on whom, how."
@@ -73,13 +73,13 @@ def slider_controls(stepper: TrainingStepper) -> dict:  # name of the setting ->
             "width": labelled(IntSlider, "border", s["width"], min=1, max=stepper.zoo.size // 3, **still),
             "fca": labelled(FloatSlider, "FCA weight", s["fca"], **weight), "tse": labelled(FloatSlider, "TSE weight", s["tse"], **weight)}
 
-# %% ../nbs/api/80_widgets.ipynb #ddc237ab
+# %% ../nbs/api/80_widgets.ipynb #14e50464
 def button_controls() -> dict:  # name of the action -> widget
     "What to do."
     from ipywidgets import Button
     icons = {"step": ("step-forward", "one update"), "run": ("play", "updates until you pause"), "pause": ("pause", "no further update"),
              "reset": ("refresh", "the same settings from the start")}
-    return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "84px"}) for name, (icon, tip) in icons.items()}
+    return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
 
 # %% ../nbs/api/80_widgets.ipynb #337028af
 def numbers_html(stepper: TrainingStepper) -> str:
@@ -101,14 +101,14 @@ def models_html(training: WatchedTraining) -> str:
     body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
     return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
 
-# %% ../nbs/api/80_widgets.ipynb #84e09c44
+# %% ../nbs/api/80_widgets.ipynb #3a5c8e6e
 class StepperView:
     "The controls and pictures of one stepper."
     def __init__(self, stepper: TrainingStepper):
         from ipywidgets import HTML, Image, IntProgress, IntSlider
         self.stepper, self.following, self.next_draw, self.turn = stepper, None, 0.0, 0
         self.settings, self.buttons = choice_controls(stepper) | slider_controls(stepper), button_controls()
-        self.progress, self.numbers, self.models = IntProgress(layout={"width": "300px"}), HTML(), HTML()
+        self.progress, self.numbers, self.models = IntProgress(layout={"width": "170px"}), HTML(), HTML()
         self.picture = labelled(IntSlider, "picture", stepper.picture, min=0, max=stepper.training.pictures - 1, continuous_update=False)
         self.images = {name: Image(format="png", layout={"width": f"{78 * width:.0f}px"}) for name, (width, _) in PARTS.items()}
         self.box = stepper_layout(self)
@@ -124,13 +124,13 @@ class StepperView:
 
     def refresh(self, whole: bool = False) -> None: refresh_view(self, whole)
 
-# %% ../nbs/api/80_widgets.ipynb #99852f8e
+# %% ../nbs/api/80_widgets.ipynb #9c5c0d93
 def stepper_layout(view: StepperView):  # ipywidgets VBox
     "Controls above, pictures in two columns, numbers below."
     from ipywidgets import HBox, VBox
     wrap, s = {"flex_flow": "row wrap", "align_items": "center"}, view.settings
-    controls = [HBox([s["task"], s["source"], s["method"], s["width"]], layout=wrap), HBox([s["lr"], s["fca"], s["tse"], view.picture], layout=wrap),
-                HBox([*view.buttons.values(), view.progress], layout=wrap), view.numbers]
+    controls = [HBox([s["task"], s["source"], s["method"]], layout=wrap), HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
+                HBox([*view.buttons.values(), s["width"], view.picture], layout=wrap), HBox([view.progress, view.numbers], layout=wrap)]
     columns = [VBox([view.images["prompt"], view.images["answers"]]), VBox([view.images["losses"], view.images["accuracy"]])]
     return VBox([*controls, HBox(columns, layout={"flex_flow": "row wrap"}), view.models])
 
