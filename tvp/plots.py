@@ -207,7 +207,7 @@ def plot_history(
     if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-# %% ../nbs/api/70_plots.ipynb #f96a594d
+# %% ../nbs/api/70_plots.ipynb #7000b9ae
 def prompt_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
@@ -219,7 +219,7 @@ def prompt_title(
     prompt: VisualPrompt,
 ) -> str:  # three lines
     "Method, source and task, as far as the prompt knows them; size and range; range of the colours."
-    known, delta, scale = prompt.provenance, prompt.delta.detach(), prompt_scale(prompt)
+    known, delta, scale = prompt.provenance, shown_prompt(prompt).detach(), prompt_scale(prompt)
     what = str(known.get("method", f"{prompt.kind} prompt"))
     if known.get("source"): what += f" on {known['source']}"
     if known.get("task"): what += f", {known['task']}"

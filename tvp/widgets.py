@@ -101,14 +101,14 @@ def models_html(training: WatchedTraining) -> str:
     body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
     return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
 
-# %% ../nbs/api/80_widgets.ipynb #3a5c8e6e
+# %% ../nbs/api/80_widgets.ipynb #07b8d10a
 class StepperView:
     "The controls and pictures of one stepper."
     def __init__(self, stepper: TrainingStepper):
         from ipywidgets import HTML, Image, IntProgress, IntSlider
         self.stepper, self.following, self.next_draw, self.turn = stepper, None, 0.0, 0
         self.settings, self.buttons = choice_controls(stepper) | slider_controls(stepper), button_controls()
-        self.progress, self.numbers, self.models = IntProgress(layout={"width": "170px"}), HTML(), HTML()
+        self.progress, self.numbers, self.models = IntProgress(layout={"width": "110px"}), HTML(), HTML()
         self.picture = labelled(IntSlider, "picture", stepper.picture, min=0, max=stepper.training.pictures - 1, continuous_update=False)
         self.images = {name: Image(format="png", layout={"width": f"{78 * width:.0f}px"}) for name, (width, _) in PARTS.items()}
         self.box = stepper_layout(self)
