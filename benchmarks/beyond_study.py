@@ -121,7 +121,9 @@ def collect(work: Path, mine) -> None:
     "Small tables of all results."
     for name, pattern in (("beyond_tasks", "tasks-*.csv"), ("beyond_corruptions", "corruption-*.csv")):
         tables = [pd.read_csv(path) for path in sorted((work / "beyond").glob(pattern))]
-        if tables: write(RESULTS / f"{name}.csv", pd.concat(tables).to_csv(index=False))
+        if not tables: continue
+        rows = pd.concat(tables).drop(columns=["source", "metric", "tower", "baseline"])  # one source, one metric
+        write(RESULTS / f"{name}.csv", rows[rows.target.isna() | rows.method.isin(["EVP", "TVP"])].to_csv(index=False))
 
 
 def main() -> None:
