@@ -7,14 +7,13 @@
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
 """
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Generator
-from transfer_study import SEEDS, prompt_path, write
+from transfer_study import SEEDS, prompt_path, run_stage, write
 
 from tvp.corruptions import CORRUPTIONS, every_corruption
 from tvp.embedded_tasks import SIDE, _draw_groups, worse_camera
@@ -126,16 +125,4 @@ def collect(work: Path, mine) -> None:
         write(RESULTS / f"{name}.csv", rows[rows.target.isna() | rows.method.isin(["EVP", "TVP"])].to_csv(index=False))
 
 
-def main() -> None:
-    "Run one stage."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tasks", "corruptions", "collect"))
-    parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
-    args = parser.parse_args()
-    i, n = map(int, args.shard.split("/"))
-    torch.set_num_threads(1)
-    globals()[args.stage](args.work, lambda jobs: jobs[i::n])
-
-
-if __name__ == "__main__": main()
+if __name__ == "__main__": run_stage(__doc__, tasks, corruptions, collect)

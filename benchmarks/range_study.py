@@ -7,15 +7,13 @@
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
 """
-import argparse
 import itertools
 import json
 from pathlib import Path
 
 import pandas as pd
-import torch
 from safetensors import safe_open
-from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, write
+from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, run_stage, write
 
 from tvp.jpeg import sent_prompts
 from tvp.learner import Learner
@@ -122,17 +120,4 @@ def collect(work: Path, mine) -> None:
     write(RESULTS / "ranges_rows.csv", results.df.round(4).to_csv(index=False))
 
 
-def main() -> None:
-    "Run one stage."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tune", "train", "evaluate", "collect"))
-    parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
-    args = parser.parse_args()
-    i, n = map(int, args.shard.split("/"))
-    torch.set_num_threads(1)
-    globals()[args.stage](args.work, lambda jobs: jobs[i::n])
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": run_stage(__doc__, tune, train, evaluate, collect)

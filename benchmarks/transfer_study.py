@@ -137,17 +137,20 @@ def collect(work: Path, mine) -> None:
     plot_transfer(test.mean().query("task == 'shapes' and source == 'tiny-minigpt4' and method != 'frame'")).figure.savefig(picture, dpi=150, bbox_inches="tight")
 
 
-def main() -> None:
-    "Run one stage."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("tune", "train", "evaluate", "collect"))
+def run_stage(
+    description: str,  # for --help
+    *stages,  # functions (folder of work, jobs -> this process's share of them)
+) -> None:
+    "The command line of a study: one of its stages, or a share of it."
+    named = {stage.__name__: stage for stage in stages}
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=tuple(named))
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
     args = parser.parse_args()
     i, n = map(int, args.shard.split("/"))
     torch.set_num_threads(1)
-    globals()[args.stage](args.work, lambda jobs: jobs[i::n])
+    named[args.stage](args.work, lambda jobs: jobs[i::n])
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": run_stage(__doc__, tune, train, evaluate, collect)

@@ -93,7 +93,7 @@ def agrees(
     if mllm.dtype == torch.float32: return gap <= 1e-4
     return True if gap <= .05 else None if gap <= .5 else False
 
-# %% ../nbs/api/24_check.ipynb #c23788c1
+# %% ../nbs/api/24_check.ipynb #dee86e1e
 def gradient_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -110,7 +110,7 @@ def gradient_finding(
     lost = "" if share == 1 else f" ({1 - share:.1%} of the border is cropped away)"
     return Finding("gradient", True, f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}", share)
 
-
+# %% ../nbs/api/24_check.ipynb #0ecbae7f
 def loss_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -129,7 +129,7 @@ def loss_finding(
     gap = (own - mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss).abs().item()
     return Finding("loss", agrees(mllm, gap), f"is {gap:.0e} from the model's own", gap)
 
-# %% ../nbs/api/24_check.ipynb #b03dacf3
+# %% ../nbs/api/24_check.ipynb #f53a8423
 def tokens_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -141,7 +141,7 @@ def tokens_finding(
     text = f"{tokens.shape[1]} per picture, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
     return Finding("tokens", agrees(mllm, gap) if apart else False, text + ("" if apart else "; they do not depend on the picture"), gap)
 
-
+# %% ../nbs/api/24_check.ipynb #25e27abf
 def batch_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -164,7 +164,7 @@ def score_plainly(
     plan = tuple(mllm.text.answer_ids(INSTRUCTIONS[row], c) for c in CANDIDATES)
     return plain_scores(mllm, model_inputs(mllm, images, instructions), plan)
 
-
+# %% ../nbs/api/24_check.ipynb #5ccb29b7
 def ranking_finding(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (2, 3, S, S)

@@ -161,7 +161,7 @@ def plain_template(
     raise ValueError(f"`template` must be given for {type(processor).__name__}: it has no chat template, and neither an instruction alone nor one "
                      f"behind an image token will do ({problem}). For example template=lambda instruction: '<image> ' + instruction.")
 
-# %% ../nbs/api/19_inputs.ipynb #3e182060
+# %% ../nbs/api/19_inputs.ipynb #f62c638d
 class TextInputs:
     "Token ids of instructions and answers, made by a model's own processor and kept."
     def __init__(
@@ -217,7 +217,7 @@ class TextInputs:
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id) if name.endswith("input_ids") else ()
         return next((i for i in ids if i is not None), 0)
 
-
+# %% ../nbs/api/19_inputs.ipynb #49b0cf13
 def without_end(
     row: dict[str, Tensor],  # text inputs of one sample
     tokenizer,  # of a decoder

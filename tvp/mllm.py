@@ -192,14 +192,14 @@ class Mllm:
         from tvp.check import check_mllm  # built on this module, too
         return check_mllm(self)
 
-# %% ../nbs/api/20_mllm.ipynb #d1754d85
+# %% ../nbs/api/20_mllm.ipynb #5bfe2706
 class NoGradientError(ValueError):
     "A model through which no prompt can be trained."
     def __init__(self, mllm: Mllm):
         super().__init__(f"no gradient reaches the pixels through {mllm.name} ({type(mllm.model).__name__}): it turns a picture into discrete tokens "
                          "(vector quantisation), whose choice has no derivative. Train on another model; this one can still be a target.")
 
-
+# %% ../nbs/api/20_mllm.ipynb #6e9a5ef3
 def model_inputs(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -213,7 +213,7 @@ def model_inputs(
     device, dtype = mllm.device, mllm.dtype
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in both.items()}
 
-
+# %% ../nbs/api/20_mllm.ipynb #5b58d1b9
 def loss_and_tokens(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]

@@ -6,9 +6,7 @@
 __all__ = ['rank_task', 'write_atomic', 'TransferResults', 'plot_results', 'named_prompts', 'rank_everything',
            'evaluate_transfer']
 
-# %% ../nbs/api/60_transfer.ipynb #8116e428
-import os
-import tempfile
+# %% ../nbs/api/60_transfer.ipynb #3c989123
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .files import write_atomic as write_file
 from .mllm import Mllm
 from .prompt import VisualPrompt
 from .tables import (TIDY_COLUMNS, TransferRun, describe_runs, group_rows, merge_runs, metric_details, runs_together, table_html,
@@ -62,23 +61,14 @@ def rank_task(
                          f"{task.name!r} {'without a' if prompt is None else 'with the'} prompt. Load the model in float32.")
     return scores, torch.cat(labels).numpy(), torch.cat(index).numpy()
 
-# %% ../nbs/api/60_transfer.ipynb #7457e68c
+# %% ../nbs/api/60_transfer.ipynb #1d2b0f5c
 def write_atomic(
-    path: str | os.PathLike,  # where the file goes; its folder must exist
+    path: str | Path,  # where the file goes; its folder must exist
     content: str | bytes,  # all of it
 ) -> Path:  # the same path
-    "Write a whole file or nothing."
-    path, data = Path(path), content.encode() if isinstance(content, str) else content
-    if not path.parent.is_dir(): raise FileNotFoundError(f"`path`: there is no folder {path.parent}. Make it first.")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file: file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp gives 600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    "Write a whole file or nothing, into a folder that is there: a mistyped folder is not made."
+    if not Path(path).parent.is_dir(): raise FileNotFoundError(f"`path`: there is no folder {Path(path).parent}. Make it first.")
+    return write_file(path, content)
 
 # %% ../nbs/api/60_transfer.ipynb #f73b5f9c
 class TransferResults:

@@ -105,7 +105,7 @@ class Zoo(Mapping):
 
     def __repr__(self): return f"Zoo({self.size} px, border {self.width} px: {', '.join(f'{n} ({t})' for n, t in self._towers.items())})"
 
-# %% ../nbs/api/35_zoo.ipynb #846d9445
+# %% ../nbs/api/35_zoo.ipynb #ececc9f1
 SIX = ("minigpt4-7b", "instructblip-7b", "blip2-flan-t5-xl", "vpgtrans-7b", "bliva-7b", "visualglm-6b")  # of the paper
 
 
@@ -123,7 +123,7 @@ def paper_zoo(
     load = {n: (lambda n=n: load_mllm(n, **options, **({"weights": weights[n]} if n in weights else {}))) for n in SIX}
     return Zoo(load, dict.fromkeys(SIX, "eva-clip-g"), 224, 30, load_clip_b32, keep=1)
 
-
+# %% ../nbs/api/35_zoo.ipynb #dd100d1a
 def load_zoo(
     name: str | Mapping[str, str | PathLike] = "tiny",  # "tiny", "paper", or name -> what `load_mllm` takes
     *,
