@@ -10,14 +10,14 @@ Every stage skips what is there already, so it can be interrupted. `--shard 0/2`
 import argparse
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from tvp.files import write_atomic as write  # the other studies take it from here
 from tvp.prompt import VisualPrompt
 from tvp.recipes import METHODS, find_recipe, make_learner
 from tvp.tasks import load_task, task_names
@@ -34,14 +34,6 @@ GRID = {
     "TVP": [dict(lr=lr, fca=fca, tse=tse) for lr in (15, 45) for fca in (.005, .02) for tse in (.005, .02)],
 }
 RESULTS = Path(__file__).parent / "results"
-
-
-def write(path: Path, text: str) -> None:
-    "Write beside the file, then rename."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def tuned(work: Path) -> pd.DataFrame:
@@ -101,9 +93,7 @@ def save_run(run: TransferRun, path: Path) -> None:
     "All scores of a run in one file."
     tensors = {"|".join(key): torch.from_numpy(scores) for key, scores in run.scores.items()}
     tensors |= dict(labels=torch.from_numpy(run.labels), index=torch.from_numpy(run.index))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path.with_suffix(".part"), dict(run=json.dumps({k: getattr(run, k) for k in ("task", "source", "seed", "metric", "towers")})))
-    os.replace(path.with_suffix(".part"), path)
+    write(path, save(tensors, dict(run=json.dumps({k: getattr(run, k) for k in ("task", "source", "seed", "metric", "towers")}))))
 
 
 def load_run(path: Path) -> TransferRun:

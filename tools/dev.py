@@ -101,6 +101,7 @@ def docs():
     kept = {path: path.read_bytes() for path in (ROOT / "README.md", ROOT / "docs" / "README.md")}
     try:
         run(BIN / "nbdev_docs", cwd=ROOT, env=environment(OMP_NUM_THREADS="1"))
+        run(PYTHON, ROOT / "tools" / "checks.py", "texts", cwd=ROOT, env=environment())  # llms.txt, and every page as Markdown
     finally:  # nbdev_docs replaces docs/ as a whole and may render README.md in Quarto's own style
         for path, content in kept.items():
             path.parent.mkdir(exist_ok=True)

@@ -24,14 +24,14 @@ def check_whole(
     limits = f">= {low}" if high is None else f"in [{low}, {high}]"
     raise ValueError(f"`{name}` must be a whole number {limits}, got {value!r}.{hint and ' '}{hint}")
 
-# %% ../nbs/api/03_arguments.ipynb #52e0b938
+# %% ../nbs/api/03_arguments.ipynb #5ab1588f
 def check_number(
     name: str,  # of the parameter
     value: Any,  # what came
     low: float = 0.0,  # must not be below
     above: bool = False,  # must it be more than `low`?
     hint: str = "",  # what to do
-) -> float:
+) -> float:  # the value
     "A finite number that is large enough."
     fine = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and (value > low if above else value >= low)
     if fine: return float(value)

@@ -15,7 +15,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:  # None: nothing runs he
     try: return asyncio.get_running_loop()
     except RuntimeError: return None
 
-# %% ../nbs/api/79_background.ipynb #3b6cd56b
+# %% ../nbs/api/79_background.ipynb #43028041
 class Background:
     "Pieces of work between the cells; where there is no event loop, all of them at once."
     def __init__(self, work: Callable[[], bool],  # does one small piece; is there more?
@@ -36,7 +36,7 @@ class Background:
         self.running = False
 
     def call(self, action: Callable[[], None]) -> None:
-        "Do it where the work is done: now, or as soon as that thread is free."
+        "Do an action where the work is done: now, or as soon as that thread is free."
         if self.loop is None or running_loop() is self.loop: action()
         else: self.loop.call_soon_threadsafe(action)
 

@@ -36,7 +36,7 @@ def changed_answers(
     return pd.DataFrame({"row": rows, "right": words[run.labels[at]], "before": words[predictions(clean)[at]], "after": words[predictions(prompted)[at]],
                          "change": np.where(now[at], "fixed", "broken")})
 
-# %% ../nbs/api/81_cases.ipynb #f84b0d62
+# %% ../nbs/api/81_cases.ipynb #5a89d159
 def find_prompts(
     prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt],  # one, several, or by method
 ) -> dict[tuple, VisualPrompt]:  # (method, source, seed) -> prompt
@@ -47,7 +47,7 @@ def find_prompts(
 
 def prompt_of(
     found: Mapping[tuple, VisualPrompt],  # from `find_prompts`
-    method: str,
+    method: str,  # its name in the results
     run: TransferRun,
 ) -> VisualPrompt | None:  # None: not among them
     "The prompt behind a result; one that does not say its source or seed is taken for any."

@@ -95,10 +95,10 @@ def gap_mask(
     if attention_mask is not None: see = see & attention_mask.bool()[:, None]
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
 
-# %% ../nbs/api/26_chatglm.ipynb #dc591694
+# %% ../nbs/api/26_chatglm.ipynb #cf2313db
 class ChatGLMAttention(nn.Module):
     "Attention with two rotary positions per token."
-    def __init__(self, config: ChatGLMConfig, layer: int):
+    def __init__(self, config: ChatGLMConfig, layer: int):  # its number, from 0
         super().__init__()
         self.layer, self.heads = layer, config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -125,10 +125,10 @@ class ChatGLMMLP(nn.Module):
         "(B, L, D) to (B, L, D)"
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden), approximate="tanh"))
 
-# %% ../nbs/api/26_chatglm.ipynb #5b2a3094
+# %% ../nbs/api/26_chatglm.ipynb #3056e394
 class ChatGLMBlock(GradientCheckpointingLayer):
     "Attention and MLP whose residuals are the normalised inputs, amplified."
-    def __init__(self, config: ChatGLMConfig, layer: int):
+    def __init__(self, config: ChatGLMConfig, layer: int):  # its number, from 0
         super().__init__()
         self.alpha = (2 * config.residual_layers) ** .5
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
-           'command_check', 'command_train', 'load_prompt_file', 'command_apply', 'command_evaluate', 'peak_memory',
-           'command_demo', 'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole',
-           'parser', 'main']
+           'command_check', 'training_checkpoint', 'fit_or_explain', 'command_train', 'load_prompt_file',
+           'command_apply', 'named_corruption', 'save_rows', 'command_evaluate', 'peak_memory', 'command_demo',
+           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -84,7 +84,7 @@ def command_tasks(args: argparse.Namespace) -> None:
         (task.name, "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")), ", ".join(task.candidates), task.description)
         for task in tasks]))
 
-# %% ../nbs/api/90_cli.ipynb #f14f2045
+# %% ../nbs/api/90_cli.ipynb #53718a9e
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
     import torch
@@ -94,10 +94,15 @@ def _zoo(*names: str):
     for name in names: known_name("model", name, zoo)
     return zoo
 
-def _task(name: str):
-    "A task by its name."
+def _task(name: str, data_dir: str | None = None, public: bool = False):
+    "A task by its name: one that comes with the package, or a public one, from a folder or the hub."
+    from tvp.experiment import MENDABLE, say_error
+    from tvp.public_tasks import public_task_names
     from tvp.tasks import load_task, task_names
-    return load_task(known_name("task", name, task_names()))
+    names = task_names() + public_task_names() * public
+    if not (public and name.startswith("pope-")): known_name("task", name, names)
+    try: return load_task(name, data_dir=data_dir)
+    except MENDABLE as error: raise UsageError(say_error(error)) from None
 
 # %% ../nbs/api/90_cli.ipynb #7f686b14
 def command_models(args: argparse.Namespace) -> None:
@@ -122,19 +127,56 @@ def command_check(args: argparse.Namespace) -> int:
     print(check)
     return 0 if check.ok else 1
 
-# %% ../nbs/api/90_cli.ipynb #5c82fe8f
+# %% ../nbs/api/90_cli.ipynb #f2572140
+def training_checkpoint(
+    place: str | None,  # --checkpoint, as typed
+    resume: bool,  # --resume
+) -> Path | None:  # the file; None: no checkpoints are wanted
+    "Where a training is kept, if that harms nobody."
+    from tvp.checkpoints import checkpoint_file
+    if place is None and resume: raise UsageError("--resume needs --checkpoint FOLDER: the place from which to go on.")
+    if place is None: return None
+    try: file = checkpoint_file(place)
+    except TypeError as error: raise UsageError(str(error)) from None
+    if file.exists() and not resume:
+        raise UsageError(f"there is a checkpoint at {file}. Go on from it with --resume, choose another place with --checkpoint, or remove it to start again.")
+    return file
+
+
+def fit_or_explain(
+    learner,  # ready to fit
+    epochs: int | None,  # as typed
+    file: Path | None,  # for checkpoints
+    resume: bool,
+) -> int:  # updates made earlier, in the training that goes on
+    "Train; what the user can mend becomes one line, and a stop says where to go on."
+    from tvp.checkpoints import read_checkpoint
+    try:
+        done = read_checkpoint(file).get("position", {}).get("done", 0) if file and file.exists() else 0
+        learner.fit(epochs, file, resume=resume)
+    except (ValueError, OSError) as error: raise UsageError(str(error)) from None
+    except KeyboardInterrupt:
+        if file and file.exists(): print(f"\ntvp: what is done so far is kept in {file}; the same command with --resume goes on.", end="", file=sys.stderr)
+        raise
+    return done
+
+
 def command_train(args: argparse.Namespace) -> None:
     "Train one prompt and save it."
     from tvp.recipes import METHODS, make_learner
     known_name("method", args.method, METHODS)
-    task, zoo = _task(args.task), _zoo(args.source)
-    file = output_file(args.out, ".safetensors", args.force)
-    learner = make_learner(args.method, zoo, args.source, task, args.seed, **({"epochs": args.epochs} if args.epochs else {}))
-    learner.fit().save(file)
-    print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps, task loss "
+    task, zoo = _task(args.task, args.data_dir, public=True), _zoo(args.source)
+    file, kept = output_file(args.out, ".safetensors", args.force), training_checkpoint(args.checkpoint, args.resume)
+    changes = {"range": args.range} | ({"epochs": args.epochs} if args.epochs else {})
+    try: learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
+    except ValueError as error: raise UsageError(str(error)) from None
+    done = fit_or_explain(learner, args.epochs, kept, args.resume)
+    learner.prompt.save(file)
+    earlier = f", {done} of them made earlier" if done else ""
+    print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
-# %% ../nbs/api/90_cli.ipynb #c3ff0e7f
+# %% ../nbs/api/90_cli.ipynb #041e1384
 def load_prompt_file(
     path: str,  # as typed
 ):  # the prompt
@@ -152,17 +194,42 @@ def command_apply(args: argparse.Namespace) -> None:
     print(f"{len(written)} prompted in {args.out}")
 
 
+def named_corruption(
+    text: str,  # NAME or NAME:SEVERITY
+):  # a Corruption
+    "What happens to the pictures, as it is typed."
+    from tvp.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+    name, colon, severity = text.partition(":")
+    known_name("corruption", name, CORRUPTIONS)
+    if not colon: return Corruption(name)
+    if severity not in map(str, SEVERITIES): raise UsageError(f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got {text!r}. Try {name}:3.")
+    return Corruption(name, int(severity))
+
+
+def save_rows(
+    results,  # of `evaluate_transfer`
+    file: Path,
+) -> Path:
+    "The tidy columns, and those that say what was done to the pictures."
+    from tvp.files import write_atomic
+    from tvp.tables import CONDITIONS, TIDY_COLUMNS
+    df = results.df
+    return write_atomic(file, df[[*TIDY_COLUMNS, *(name for name in CONDITIONS if name in df)]].to_csv(index=False))
+
+
 def command_evaluate(args: argparse.Namespace) -> None:
     "Evaluate a saved prompt on every model, with and without it."
     prompt = load_prompt_file(args.prompt)
     name = args.task or prompt.provenance.get("task")
     if not name: raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
-    task, zoo = _task(name), _zoo(*args.models or [])
+    corruption = [named_corruption(text) for text in args.corruption or []]
+    task, zoo = _task(name, args.data_dir, public=True), _zoo(*args.models or [])
     file = output_file(args.out, ".csv", args.force) if args.out else None
     from tvp.transfer import evaluate_transfer
-    results = evaluate_transfer(prompt, task, zoo, targets=args.models, seed=prompt.provenance.get("seed", 0))
+    try: results = evaluate_transfer(prompt, task, zoo, targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None)
+    except (ValueError, ImportError) as error: raise UsageError(str(error)) from None
     print(results.table())
-    if file: print(f"\nsaved as {results.save_csv(file)}")
+    if file: print(f"\nsaved as {save_rows(results, file)}")
 
 # %% ../nbs/api/90_cli.ipynb #09b0fce3
 def peak_memory() -> str | None:  # in GB, or None where the system does not say
@@ -275,7 +342,24 @@ def _add_reproduce(commands, output: dict[str, dict]) -> None:
         "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
         "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
 
-# %% ../nbs/api/90_cli.ipynb #1cdd7710
+# %% ../nbs/api/90_cli.ipynb #fc1a7053
+def _add_train_and_evaluate(commands, source: dict[str, dict], out, force: dict[str, dict]) -> None:
+    "The arguments of `tvp train` and `tvp evaluate`."
+    data = {"--data-dir": dict(metavar="FOLDER", help="where the pictures of a public task (cifar10, ...) lie; the hub if not given")}
+    _add_command(commands, command_train, {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`, or a public one: cifar10, svhn, ...")} | data | source | {
+        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP or TVP"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
+        "--range": dict(choices=("free", "unit", "uint8"), default="free", help="of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly"),
+        "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given, the checkpoint's with --resume"),
+        "--checkpoint": dict(metavar="FOLDER", help="keep the training there, every 100 updates and when it is stopped"),
+        "--resume": dict(action="store_true", help="go on from the checkpoint, if there is one: the same prompt as if nothing had happened")}
+        | out("prompt.safetensors", "file for the prompt") | force)
+    _add_command(commands, command_evaluate, {"prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the reference's .pth")} | {
+        "--task": dict(metavar="NAME", help="the one it was trained for if not given")} | data | {
+        "--models": dict(nargs="+", metavar="NAME", help="all if not given"),
+        "--corruption": dict(nargs="+", metavar="NAME[:SEVERITY]", help="evaluate on pictures with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if not given")}
+        | out(None, "file for the results, .csv") | force)
+
+# %% ../nbs/api/90_cli.ipynb #ee594794
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -288,13 +372,7 @@ def parser() -> argparse.ArgumentParser:
     out = lambda default, text: {"--out": dict(default=default, metavar="PATH", help=text)}
     _add_command(commands, command_demo, task | source | {"--seeds": dict(type=whole, default=1, metavar="N", help="prompts of each method")}
                  | out("tvp-demo", "folder for the results") | force)
-    _add_command(commands, command_train, task | source | {
-        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP or TVP"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
-        "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given")}
-        | out("prompt.safetensors", "file for the prompt") | force)
-    _add_command(commands, command_evaluate, {"prompt": dict(metavar="PROMPT", help="a .safetensors file, or the reference's .pth")} | {
-        "--task": dict(metavar="NAME", help="the one it was trained for if not given"),
-        "--models": dict(nargs="+", metavar="NAME", help="all if not given")} | out(None, "file for the results, .csv") | force)
+    _add_train_and_evaluate(commands, source, out, force)
     _add_command(commands, command_apply, {
         "prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"), "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
         "out": dict(metavar="OUT", help="folder for the prompted ones"), "--fit": dict(choices=("crop", "letterbox"), help="how pictures that are not square are fitted")} | force)

@@ -109,7 +109,7 @@ def corrupt(
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it works around
         return Image.fromarray(np.uint8(getattr(library, name)(image.convert("RGB"), severity)))
 
-# %% ../nbs/api/14_corruptions.ipynb #089944df
+# %% ../nbs/api/14_corruptions.ipynb #0a9805dc
 class Corrupted(Sequence):
     "Pictures that are corrupted when asked for, each in its own way, always the same."
     def __init__(
@@ -127,7 +127,7 @@ class Corrupted(Sequence):
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"Corrupted({self.name} {self.severity}: {len(self)} pictures, corrupted when asked for)"
-    def select(self, rows): return Corrupted(self.images, self.name, self.severity, self.seed, [self.rows[i] for i in rows], self.keep)
+    def select(self, rows: Sequence[int]) -> "Corrupted": "The pictures of some rows."; return Corrupted(self.images, self.name, self.severity, self.seed, [self.rows[i] for i in rows], self.keep)
 
     def __getitem__(self, i):
         if isinstance(i, slice): return self.select(range(len(self))[i])
@@ -159,7 +159,7 @@ def cifar10_c(
     labels = [list(candidates).index(classes[label]) for label in labels[rows]]
     return Split(Pictures(pictures[rows], name=f"{file.name}, severity {severity}"), [like.instructions[0]] * n, labels, [candidates[label] for label in labels])
 
-# %% ../nbs/api/14_corruptions.ipynb #3711b9f2
+# %% ../nbs/api/14_corruptions.ipynb #a15c3732
 @dataclass(frozen=True)
 class Corruption:
     "What happens to the pictures that are evaluated: `Corruption('fog', 3)(task)` is the task with foggy test pictures."
@@ -180,7 +180,7 @@ class Corruption:
 
 def every_corruption(
     names: Iterable[str] | str = CORRUPTIONS,  # some of CORRUPTIONS, or the name of one of FAMILIES
-    severities: Iterable[int] = SEVERITIES,
+    severities: Iterable[int] = SEVERITIES,  # 1 (faint) to 5
     **more: Any,  # other fields of Corruption: seed, files
 ) -> list[Corruption]:
     "Several corruptions at several severities."

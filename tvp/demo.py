@@ -25,7 +25,7 @@ from .tables import target_group
 from .tasks import Task
 from .transfer import TransferResults, evaluate_transfer, write_atomic
 
-# %% ../nbs/api/77_demo.ipynb #6a5cc5e3
+# %% ../nbs/api/77_demo.ipynb #6f2d52ae
 @dataclass
 class Demo:
     "What a demo has made: prompts, how they were trained, and what they do to every model."
@@ -38,7 +38,7 @@ class Demo:
     seconds: dict[str, float] = field(default_factory=dict)  # what took how long
 
     @property
-    def results(self) -> TransferResults: return TransferResults.concat(self.parts)
+    def results(self) -> TransferResults: "All parts together."; return TransferResults.concat(self.parts)
 
     @property
     def first(self) -> VisualPrompt:

@@ -63,12 +63,12 @@ def named_zoo(
     towers = {name: "eva-clip-g" if name in PAPER else name for name in models}
     return Zoo(load, towers, SIZE, WIDTH, lambda: load_clip(clip), keep=1)
 
-# %% ../nbs/api/66_experiment.ipynb #1909c8ec
+# %% ../nbs/api/66_experiment.ipynb #171cb60a
 MENDABLE = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError)  # what a wrong name, place or file raises
 
 
 def say_error(
-    error: BaseException,
+    error: BaseException,  # with a message, or not
 ) -> str:
     "What an error says; a KeyError would put it in quotes."
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
@@ -117,7 +117,7 @@ def check_models(
     if clip is not None: checks[f"CLIP {clip}"] = lambda: load_clip(clip, "cpu")  # small enough to be loaded as it is
     refuse(collect(checks))
 
-# %% ../nbs/api/66_experiment.ipynb #f1df9b9d
+# %% ../nbs/api/66_experiment.ipynb #349091b7
 @dataclass(frozen=True)
 class Plan:
     "What is to be trained and asked; all of it checked."
@@ -132,10 +132,10 @@ class Plan:
     batch_size: int = 32  # pictures per question, as in the reference
 
     @property
-    def size(self) -> int: return self.zoo.size if self.ready is None else self.ready.size
+    def size(self) -> int: "Side of the canvas, pixels."; return self.zoo.size if self.ready is None else self.ready.size
 
     @property
-    def methods(self) -> list[str]: return list(self.recipes) or [self.ready.provenance.get("method", "prompt")]
+    def methods(self) -> list[str]: "Names of the methods to train, or of the ready prompt's."; return list(self.recipes) or [self.ready.provenance.get("method", "prompt")]
 
     def __str__(self) -> str:
         test = min(self.limit or len(self.task.test), len(self.task.test))
@@ -154,10 +154,10 @@ def chosen_recipes(
     changes = {} if epochs is None else {"epochs": check_whole("epochs", epochs)}
     return {name: find_recipe(name, "paper", **changes) for name in names}
 
-# %% ../nbs/api/66_experiment.ipynb #3c2bd9f7
+# %% ../nbs/api/66_experiment.ipynb #52981171
 def chosen_seeds(
-    seeds: int | Sequence[int],
-) -> tuple[int, ...]:
+    seeds: int | Sequence[int],  # one or several
+) -> tuple[int, ...]:  # in the order given
     "One seed or several, each once."
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
@@ -238,20 +238,20 @@ def train_prompts(
             histories.setdefault(method, history)
     return prompts, histories
 
-# %% ../nbs/api/66_experiment.ipynb #b7354bc2
+# %% ../nbs/api/66_experiment.ipynb #6ebfe4b8
 class Watched:
     "A task that shows a progress bar while its pictures are taken."
     def __init__(self, task: Task, text: str): self.task, self.text = task, text  # text stands before the bar
     def __getattr__(self, name: str) -> Any: return getattr(self.task, name)
     def batches(self, split: str, size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        "The task's own batches, counted."
+        "The task's own batches of a split, counted: `size`, `batch_size` and `limit` are those of `Task.batches`."
         total = -(-min(limit or len(self.task.split(split)), len(self.task.split(split))) // batch_size)
         return iter(tqdm(self.task.batches(split, size, batch_size, limit=limit), self.text, total, unit="batch", leave=False, delay=2))
 
 
 def model_facts(
     mllm: Mllm,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # class, parameters, precision, device
     "What a model is, for tables."
     return {"class": type(mllm.model).__name__, "parameters": mllm.model.num_parameters(),
             "precision": str(mllm.dtype).removeprefix("torch."), "device": str(mllm.device)}

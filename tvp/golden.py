@@ -159,9 +159,9 @@ def loss_gaps(
     gaps["lm_inputs_embeds"] = gap(unpadded(calls[0]["inputs_embeds"].detach(), mask), unpadded(io[f"{variant}.loss.lm_inputs_embeds"], theirs))
     return {**gaps, "lm_labels": label_gap(mllm, texts, calls[0], io, variant)}
 
-# %% ../nbs/api/37_golden.ipynb #dd74ff57
-def label_gap(mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], variant: str) -> float:
-    "Labels as the reference gives them to the language model, from our answers and our mask; for T5 also what its decoder reads."
+# %% ../nbs/api/37_golden.ipynb #b899609c
+def label_gap(mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], variant: str) -> float:  # 0.0 where all agree
+    "Labels in `io` as the reference gives them to the language model, per `variant`, from our answers to `texts` and our mask; for T5 also what `call` shows its decoder read."
     ids, answered = answer_batch(mllm.text, texts["text_input"], texts["text_output"], mllm.end)
     theirs = io[f"{variant}.loss.lm_labels"]
     if mllm.text.seq2seq:

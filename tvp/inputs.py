@@ -7,12 +7,14 @@ __all__ = ['check_images', 'check_texts', 'check_processor', 'call_processor', '
            'pad_rows', 'answer_tokens', 'is_encoder_decoder', 'plain_template', 'TextInputs', 'without_end',
            'text_batch', 'answer_batch', 'pixel_inputs']
 
-# %% ../nbs/api/19_inputs.ipynb #da06d89c
+# %% ../nbs/api/19_inputs.ipynb #652b42e6
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
+
+from .arguments import check_texts as check_list
 
 # %% ../nbs/api/19_inputs.ipynb #b814a559
 def check_images(
@@ -33,7 +35,7 @@ def check_images(
     if low >= 0 and high > 10:  # large and nowhere negative: not a prompt that ran away, but bytes
         raise ValueError(f"`images` must be in [0, 1], got values up to {high:.0f}. Divide by 255.")
 
-# %% ../nbs/api/19_inputs.ipynb #313dd4de
+# %% ../nbs/api/19_inputs.ipynb #0cc42464
 def check_texts(
     batch: int,  # number of pictures
     **texts: list[str],  # parameter name -> one text per picture
@@ -42,7 +44,7 @@ def check_texts(
     for name, values in texts.items():
         if isinstance(values, str):
             raise TypeError(f"`{name}` must be a list with one text per picture, got one string. Use [{values!r}] * {batch}.")
-        if len(values) != batch:
+        if len(check_list(name, values)) != batch:
             raise ValueError(f"`{name}` must have one text per picture, got {len(values)} texts for {batch} pictures. Give one per picture.")
 
 # %% ../nbs/api/19_inputs.ipynb #861f3c5a

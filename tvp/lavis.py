@@ -70,7 +70,7 @@ class BlivaConfig(LavisInstructBlipConfig):
     "InstructBLIP with patch tokens."
     model_type = "bliva"
 
-# %% ../nbs/api/25_lavis.ipynb #8f2c5bd5
+# %% ../nbs/api/25_lavis.ipynb #10e7ed3a
 class Bliva(LavisInstructBlip):
     "BLIVA (Hu et al. 2023): the queries of an InstructBLIP, then the projected patches of its vision tower."
     config_class = BlivaConfig
@@ -81,7 +81,7 @@ class Bliva(LavisInstructBlip):
         self.post_init()
 
     def get_image_features(self, pixel_values, qformer_input_ids, qformer_attention_mask=None, interpolate_pos_encoding=False, **kwargs):
-        "Query tokens and patch tokens, (B, queries + patches, D), in `pooler_output`."
+        "Query tokens and patch tokens, (B, queries + patches, D), in `pooler_output`; the parameters are those of InstructBLIP."
         ask = {**kwargs, "return_dict": True, "output_hidden_states": True}
         out = super().get_image_features(pixel_values, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding, **ask)
         patches = self.patch_projection(out.vision_outputs.hidden_states[-2][:, 1:])
@@ -237,7 +237,7 @@ class PartReport:
         if self.shapes: lines += ["  shapes differ: " + digest(self.shapes)]
         return "\n".join(lines)
 
-# %% ../nbs/api/25_lavis.ipynb #6e7abff1
+# %% ../nbs/api/25_lavis.ipynb #1f3bacd3
 @dataclass(frozen=True, repr=False)
 class LoadReport:
     "Where a model's weights came from, and whether they are complete."
@@ -245,7 +245,7 @@ class LoadReport:
     missing: tuple[str, ...]  # parameters that nobody filled
 
     @property
-    def complete(self) -> bool: return not self.missing and not any(part.shapes for part in self.parts)
+    def complete(self) -> bool: "Every weight was found, in its shape."; return not self.missing and not any(part.shapes for part in self.parts)
 
     @property
     def df(self):

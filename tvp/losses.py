@@ -6,7 +6,7 @@
 __all__ = ['StepContext', 'check_weight', 'TaskLoss', 'FeatureConsistency', 'TaskSemantics', 'weigh', 'check_losses',
            'tvp_losses']
 
-# %% ../nbs/api/40_losses.ipynb #cd4d57c7
+# %% ../nbs/api/40_losses.ipynb #5b020b6e
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .arguments import check_kind
 from .mllm import Clip, Mllm, MllmOutput
 from .tasks import Batch
 
@@ -73,7 +74,7 @@ class FeatureConsistency:
                              f"{tuple(prompted.shape)}. Are both made from the same batch?")
         return (prompted - clean).float().norm(dim=-1).mean()
 
-# %% ../nbs/api/40_losses.ipynb #8d6c02be
+# %% ../nbs/api/40_losses.ipynb #97401926
 @dataclass
 class TaskSemantics:
     "TSE: CLIP's score of the prompted picture with its caption (TVP, sec. 3). Subtracted: more is better."
@@ -85,7 +86,9 @@ class TaskSemantics:
 
     def __post_init__(self):
         check_weight(self)
-        if "{}" not in self.template:
+        if isinstance(self.clip, type) or not hasattr(self.clip, "image_features"):
+            raise TypeError(f"`clip` must be a Clip, got {type(self.clip).__name__} {str(self.clip)[:60]!r}. Pass clip=zoo.clip.")
+        if "{}" not in check_kind("template", self.template, str):
             raise ValueError(f"`template` must contain {{}} where the picture's content goes, got {self.template!r}.")
 
     def __call__(self, context: StepContext) -> Tensor:  # scalar
@@ -117,7 +120,7 @@ def check_losses(
         raise ValueError(f"`losses` must hold at least one loss, each name once, got {names}.")
     return list(losses)
 
-# %% ../nbs/api/40_losses.ipynb #90773aa9
+# %% ../nbs/api/40_losses.ipynb #5f2f6751
 def tvp_losses(
     fca: float = 0.005,  # weight of Feature Consistency Alignment, 0 leaves it out
     tse: float = 0.001,  # weight of Task Semantics Enrichment, 0 leaves it out
@@ -126,5 +129,5 @@ def tvp_losses(
     "The losses of TVP; with both weights 0, those of EVP. The defaults are the paper's for CIFAR-10."
     if tse and clip is None:
         raise ValueError(f"`clip` is needed for TSE (tse={tse}). Pass clip=zoo.clip, or tse=0 for no TSE.")
-    terms = [TaskLoss(), FeatureConsistency(fca), TaskSemantics(tse, clip)]
+    terms = [TaskLoss(), FeatureConsistency(fca), *([TaskSemantics(tse, clip)] if tse != 0 else [])]
     return [term for term in terms if term.weight]

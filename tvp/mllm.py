@@ -7,7 +7,7 @@ __all__ = ['vision_encoder', 'vision_owner', 'Encoded', 'captured_features', 'fl
            'append_ids', 'decoder_start', 'answer_logits', 'MllmOutput', 'Mllm', 'NoGradientError', 'model_inputs',
            'loss_and_tokens', 'seen_tokens', 'encode', 'generate_text', 'Clip']
 
-# %% ../nbs/api/20_mllm.ipynb #431d6228
+# %% ../nbs/api/20_mllm.ipynb #7f076837
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import check_texts as check_list
+from .arguments import check_whole
 from .inputs import TextInputs, answer_batch, check_images, check_processor, check_texts, is_encoder_decoder, pixel_inputs, text_batch
 
 # %% ../nbs/api/20_mllm.ipynb #13cfe66c
@@ -146,7 +148,7 @@ class MllmOutput:
     loss: Tensor  # scalar, mean cross-entropy per answer token over the whole batch
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
 
-# %% ../nbs/api/20_mllm.ipynb #f4cb3bf3
+# %% ../nbs/api/20_mllm.ipynb #29dbed2c
 class Mllm:
     "A frozen multimodal language model: pictures in [0, 1] and instructions in, everything that prompting needs out."
     def __init__(
@@ -173,6 +175,10 @@ class Mllm:
     def __call__(self, images: Tensor, instructions: list[str], answers: list[str]) -> MllmOutput:
         "Loss of the answers and visual tokens, from one encode; see `loss_and_tokens`."
         return loss_and_tokens(self, images, instructions, answers)
+
+    def count_tokens(self, instructions: list[str], answers: list[str]) -> int:
+        "How many tokens the loss is a mean over."
+        return sum(len(self.text.answer_ids(i, a, self.end)) for i, a in zip(instructions, answers))
 
     def visual_tokens(self, images: Tensor, instructions: list[str]) -> Tensor:
         "(B, T, D) tokens without the language model; see `encode`."
@@ -252,7 +258,7 @@ def encode(
     with captured_features(mllm.owner, stop=True) as seen: mllm.model(**inputs, use_cache=False)
     return seen_tokens(mllm, seen, len(images))
 
-# %% ../nbs/api/20_mllm.ipynb #4a223ae2
+# %% ../nbs/api/20_mllm.ipynb #a305d3c8
 @torch.no_grad()
 def generate_text(
     mllm: Mllm,  # the adapter
@@ -261,6 +267,7 @@ def generate_text(
     max_new_tokens: int = 20,  # at most so many
 ) -> list[str]:  # one text per picture, cut at the end symbol
     "What the model says, most likely token by most likely token."
+    check_whole("max_new_tokens", max_new_tokens)
     inputs = model_inputs(mllm, images, instructions)
     how = copy.deepcopy(mllm.model.generation_config)
     how.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=mllm.text.pad_value("input_ids"))
@@ -270,7 +277,7 @@ def generate_text(
     texts = mllm.text.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text.strip().split(mllm.end)[0].strip() if mllm.end else text.strip() for text in texts]
 
-# %% ../nbs/api/20_mllm.ipynb #8f735192
+# %% ../nbs/api/20_mllm.ipynb #ba515969
 class Clip:
     "A frozen CLIP that compares pictures with texts."
     def __init__(
@@ -293,7 +300,7 @@ class Clip:
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         "(B, D) of unit length, computed once per text, no gradient."
-        if isinstance(texts, str): raise TypeError(f"`texts` must be a list of texts, got one string. Use [{texts!r}].")
+        check_list("texts", texts)
         limit = self.model.config.text_config.max_position_embeddings
         for text in texts:  # one by one, so that no bit depends on the neighbours
             if text in self._texts: continue

@@ -92,11 +92,11 @@ def clevr_folder(
         splits.append(count_split(file_pictures(paths, f"CLEVR {split}"), numbers, candidates))
     return Answers([str(n) for n in candidates], *splits, f"CLEVR_v1.0, tested on {test}")
 
-# %% ../nbs/api/12_official.ipynb #aa4abf13
+# %% ../nbs/api/12_official.ipynb #8f5f138b
 def read_jsonl(
     path: Path,  # one JSON object in each line
     keys: Sequence[str],  # that each must have
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # a row for each line
     "Rows of a jsonl file; a bad one is named by its line."
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

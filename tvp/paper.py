@@ -100,14 +100,14 @@ def paper_config(
     for key, value in config.items(): found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
     return find(paper.model_class).config_class(**{key: without_origin(value) if isinstance(value, dict) else value for key, value in found.items()})
 
-# %% ../nbs/api/28_paper.ipynb #e80c909a
-def without_origin(said: dict) -> dict:
-    "A part's config without what belongs to the file it was in."
+# %% ../nbs/api/28_paper.ipynb #d6dc378d
+def without_origin(said: dict) -> dict:  # a copy
+    "What a part's config has `said`, without what belongs to the file it was in."
     return {key: value for key, value in said.items() if key not in ("architectures", "transformers_version", "_name_or_path", "quantization_config")}
 
 
 def find(place: str):
-    "What a `module:name` stands for."
+    "What a place, `module:name`, stands for."
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -164,9 +164,9 @@ def load_paper(
     mllm.report = report
     return mllm
 
-# %% ../nbs/api/28_paper.ipynb #744a6a5e
+# %% ../nbs/api/28_paper.ipynb #4038d025
 def load_other(name: str, weights: dict[str, str], gradient_checkpointing: bool = False, **options) -> Mllm:
-    "A model of the paper whose files are of another kind than LAVIS's."
+    "A model of the paper, by its name, whose weights are in files of another kind than LAVIS's; `gradient_checkpointing` saves memory."
     mllm = find(PAPER[name].loader)(weights["model"], tokenizer=weights.get("tokenizer"), name=name, **load_options({}, **options))
     ready(mllm.model, gradient_checkpointing)
     mllm.wrapper = PAPER[name].wrapper

@@ -43,7 +43,7 @@ class Part:
     licence: str  # as its authors state it
     needed: bool = True  # False: found by itself where it usually lies
 
-# %% ../nbs/api/27_paper_models.ipynb #06eb92af
+# %% ../nbs/api/27_paper_models.ipynb #4766842c
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
 BRIDGE = ("qformer.", "query_tokens", "language_projection.", "patch_projection.", "vision_model.post_layernorm.")
 EVERYTHING = ("vision_model.", "language_model.", *BRIDGE)
@@ -51,12 +51,12 @@ VICUNA_LICENCE = "LLaMA's licence, not for commercial use"
 
 
 def tower_part(lender: str) -> Part:
-    "The vision tower, lent by a BLIP-2 on the hub."
+    "The vision tower; the lender is a BLIP-2 on the hub."
     return Part("vision", ("vision_model.",), "vision tower, EVA-CLIP ViT-g/14", f"{lender}, or {LAVIS}/BLIP2/eva_vit_g.pth", "MIT (hub), BSD-3-Clause (LAVIS)")
 
 
 def language_part(what: str, where: str, licence: str) -> Part:
-    "The language model; its tokenizer is looked for beside it."
+    "The language model: what it is, where it is published, under what licence; its tokenizer is looked for beside it."
     return Part("language_model", ("language_model.",), what, where, licence)
 
 

@@ -45,7 +45,7 @@ def marker_ids(
     tokenize = lambda piece: processor.tokenizer(piece, add_special_tokens=False).input_ids
     return sum((symbols[piece] if piece in symbols else tokenize(piece) for piece in pieces), [])
 
-# %% ../nbs/api/18_processor.ipynb #afc8a7b0
+# %% ../nbs/api/18_processor.ipynb #997af587
 class MarkerProcessor:
     "Image processor and tokenizers for texts with a picture marker inside (the paper's models)."
     chat_template = None
@@ -67,10 +67,10 @@ class MarkerProcessor:
             raise ValueError(f"`image_token` must be in the tokenizer's vocabulary, got {image_token!r}. Use a token that no text contains: '<unk>'.")
         self.image_token_id = self.vocabulary[image_token]
 
-    def ids(self, text: str) -> list[int]: return marker_ids(self, text)
+    def ids(self, text: str) -> list[int]: "Token numbers of a text with markers."; return marker_ids(self, text)
 
     def bare(self, text: str) -> str:
-        "The instruction without markers and symbols, as a Q-Former reads it."
+        "The instruction's text without markers and symbols, as a Q-Former reads it."
         return "".join(p for p in marker_pieces(text, self.alone, self.num_patch_tokens > 0) if p not in ("<image>", "<patches>", *self.alone))
 
     def __call__(self, images=None, text=None, return_tensors: str | None = None, padding: bool = False):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SIZE', 'KINDS', 'RANGES', 'check_geometry', 'border_mask', 'patch_mask', 'full_mask', 'prompt_mask',
            'check_images', 'check_pixels', 'RoundToLevels', 'to_pixels', 'from_pixels', 'first_delta', 'PromptFiles',
-           'VisualPrompt', 'on_canvas', 'shown_prompt', 'clean_canvas', 'cover', 'compose', 'keep_canvas_gradient',
-           'gradient_norm', 'pixels_to_pil', 'show_prompt', 'value_facts', 'prompt_html', 'clipping', 'to_range']
+           'VisualPrompt', 'on_canvas', 'shown_prompt', 'clean_canvas', 'cover', 'compose', 'lay',
+           'keep_canvas_gradient', 'gradient_norm', 'pixels_to_pil', 'show_prompt', 'value_facts', 'prompt_html',
+           'clipping', 'to_range']
 
 # %% ../nbs/api/00_prompt.ipynb #a86cc84e
 import base64
@@ -264,13 +265,20 @@ def cover(
     painted = on_canvas(prompt, torch.cat([pixels, torch.ones_like(pixels[:1])]), move=True) * opacity
     return clean * (1 - painted[3:]) + painted[:3]
 
-# %% ../nbs/api/00_prompt.ipynb #09bd9813
+# %% ../nbs/api/00_prompt.ipynb #7afbac5e
 def compose(
     prompt: VisualPrompt,
     images: Tensor,  # (B, 3, inner, inner) in [0, 1]
 ) -> Tensor:  # (B, 3, size, size)
-    "Picture and prompt, and an eye on the gradient that will come back."
-    clean = clean_canvas(prompt, images)
+    "Picture and prompt."
+    return lay(prompt, clean_canvas(prompt, images))
+
+
+def lay(
+    prompt: VisualPrompt,
+    clean: Tensor,  # (B, 3, size, size), from `clean_canvas`
+) -> Tensor:  # (B, 3, size, size)
+    "The prompt over its canvas, with an eye on the gradient that will come back."
     if prompt.range == "free":
         watched = shown_prompt(prompt, move=True)
         prompted = clean + watched
@@ -278,7 +286,7 @@ def compose(
     if watched.requires_grad: keep_canvas_gradient(prompt, watched)
     return prompted
 
-# %% ../nbs/api/00_prompt.ipynb #0c96acc4
+# %% ../nbs/api/00_prompt.ipynb #00140e17
 def keep_canvas_gradient(
     prompt: VisualPrompt,
     watched: Tensor,  # (3, size, size), the shown prompt of this forward pass, or (B, 3, size, size), its composites
@@ -286,11 +294,11 @@ def keep_canvas_gradient(
     "Keep the gradient of the whole canvas in `prompt.canvas_gradient` when backward passes through `watched`."
     known = prompt.canvas_gradient
     def keep(gradient: Tensor):
-        cleared = prompt.delta.grad is None or not prompt.delta.grad.any()
-        if cleared and prompt.canvas_gradient is known: prompt.canvas_gradient = None
-        so_far = 0 if prompt.canvas_gradient is None else prompt.canvas_gradient
-        gradient = gradient.detach()
-        prompt.canvas_gradient = so_far + (gradient.sum(0) if gradient.ndim == 4 else gradient)
+        so_far, gradient = prompt.canvas_gradient, gradient.detach()
+        gradient = gradient.sum(0) if gradient.ndim == 4 else gradient.clone()
+        if so_far is known and so_far is not None:  # the first since this forward pass: has `zero_grad` been called in between?
+            so_far = None if prompt.delta.grad is None else torch.where(prompt.delta.grad.any(), so_far, 0)  # asked on the device, where nobody waits
+        prompt.canvas_gradient = gradient if so_far is None else so_far + gradient
     watched.register_hook(keep)
 
 def gradient_norm(

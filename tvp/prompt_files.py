@@ -56,12 +56,12 @@ def check_file(
     if (size := path.stat().st_size) > most: raise ValueError(f"{path.name!r} is too large for a prompt: {size:,} bytes, at most {most:,} are read.")
     return path
 
-# %% ../nbs/api/02_prompt_files.ipynb #8c0f5ce8
+# %% ../nbs/api/02_prompt_files.ipynb #6ec918e9
 FORMAT, VERSION, READS = "tvp-prompt", "2", ("1", "2")
 
 def prompt_facts(
     prompt: VisualPrompt,
-) -> dict[str, str]:
+) -> dict[str, str]:  # the file's metadata
     "Geometry, range and provenance as text."
     try: story = json.dumps(prompt.provenance)
     except (TypeError, ValueError, RecursionError) as error:
@@ -70,10 +70,10 @@ def prompt_facts(
     return {"format": FORMAT, "version": VERSION, "size": str(prompt.size), "width": str(prompt.width), "kind": prompt.kind,
             "range": prompt.range, "provenance": story}
 
-# %% ../nbs/api/02_prompt_files.ipynb #2f0592a3
+# %% ../nbs/api/02_prompt_files.ipynb #3214a8b3
 def read_story(
     text: Any,  # JSON
-) -> dict:
+) -> dict:  # names and values
     "The provenance."
     if not isinstance(text, str) or len(text) > MAX_STORY: raise ValueError(f"`provenance` must be JSON text of at most {MAX_STORY:,} characters")
     try: story = json.loads(text)

@@ -78,9 +78,9 @@ def compare_published(
                          gain_low=100 * row["low"], gain_high=100 * row["high"], n=row["n"], seeds=seeds, published=known.score if known else math.nan))
     return pd.DataFrame(rows).assign(difference=lambda df: df.prompted - df.published)
 
-# %% ../nbs/api/65_published.ipynb #31788f63
+# %% ../nbs/api/65_published.ipynb #6461ae95
 def number(
-    value: float,
+    value: float,  # percent
     sign: bool = False,  # with + or -
 ) -> str:  # empty for NaN
     "A percentage as it stands in a table."
@@ -98,14 +98,14 @@ def compared_cells(
                       number(row.gain, True) + span(row.gain_low, row.gain_high, True), f"{row.n:,}", "" if math.isnan(row.published) else f"{row.published:.2f}"])
     return cells
 
-# %% ../nbs/api/65_published.ipynb #5bb0d913
+# %% ../nbs/api/65_published.ipynb #e9026cf7
 PROMPT_PLACE = "save/checkpoint_best.pth in https://github.com/zycheiheihei/Transferable-Visual-Prompting (MIT)"
 PUBLISHED_PROMPT = {"numbers": 69_840, "low": -1.735, "high": 2.038, "norm": 63.39, "outside": 0.485}  # of the released file
 
 
 def prompt_figures(
     prompt: VisualPrompt,
-) -> dict[str, float]:
+) -> dict[str, float]:  # names and numbers, in units of the picture's range
     "Size and range of a prompt, and what is left of it when it is clipped to a picture."
     values = shown_prompt(prompt).detach().double().cpu()
     outside, kept = clipping(prompt)

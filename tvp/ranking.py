@@ -7,7 +7,7 @@ __all__ = ['Candidates', 'check_candidates', 'log_probabilities', 'plain_scores'
            'packed_scores', 'continuations', 'decoder_scores', 'decoded', 'fast_scores', 'slow_from_now',
            'fast_is_exact', 'group_scores', 'rank']
 
-# %% ../nbs/api/22_ranking.ipynb #66da4c27
+# %% ../nbs/api/22_ranking.ipynb #96ab3285
 import inspect
 import warnings
 from collections import defaultdict
@@ -15,17 +15,16 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_texts as check_list
 from .inputs import check_images, check_texts, pad_rows
 from .mllm import Mllm, answer_logits, captured_features, decoder_start, last_position, model_inputs, position_ids
 
-# %% ../nbs/api/22_ranking.ipynb #a5715b7b
+# %% ../nbs/api/22_ranking.ipynb #152806b4
 def check_candidates(
     candidates: list[str],  # possible answers
 ) -> None:
     "At least one candidate, each with some text, no two alike."
-    if isinstance(candidates, str) or not len(candidates):
-        raise ValueError(f"`candidates` must be a non-empty list of texts, got {candidates!r}. Use the task's candidates.")
-    blank = [c for c in candidates if not isinstance(c, str) or not c.strip()]
+    blank = [c for c in check_list("candidates", candidates) if not c.strip()]
     if blank: raise ValueError(f"`candidates` must all have some text, got {blank[0]!r}. Remove it.")
     twice = sorted({c for c in candidates if list(candidates).count(c) > 1}) if len(set(candidates)) < len(candidates) else []
     if twice: raise ValueError(f"`candidates` must differ from one another, got {twice} more than once. Remove the duplicates.")

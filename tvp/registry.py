@@ -14,13 +14,13 @@ import torch
 from .mllm import Mllm
 from .pretrained import load_pretrained
 
-# %% ../nbs/api/34_registry.ipynb #ded991f9
+# %% ../nbs/api/34_registry.ipynb #1ee1c761
 BYTES = {"16 bit": 2., "4 bit": .8, "4 bit, float32": 1.1}  # per parameter
 
 
 def span(
     parameters: float,  # of a transformer
-) -> float:
+) -> float:  # a count
     "Layers times width, roughly."
     return 131_072 * (parameters / 7e9)**.6
 

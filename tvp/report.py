@@ -179,7 +179,7 @@ def page(
     body = "\n".join((f"<section><h2>{html.escape(head)}</h2>" if head else "<section>") + f"{text}</section>" for head, text in sections)
     return _PAGE.format(title=html.escape(title), body=body)
 
-# %% ../nbs/api/75_report.ipynb #49f43d65
+# %% ../nbs/api/75_report.ipynb #bb2b31ec
 METHOD_NOTES = {
     "none": "No prompt: the picture fills the canvas.",
     "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size picture.",
@@ -187,7 +187,7 @@ METHOD_NOTES = {
     "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature consistency (FCA) and task semantics (TSE) as well.",
 }
 
-def list_html(items: Sequence[str]) -> str: return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+def list_html(items: Sequence[str]) -> str: "Items as a list."; return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
 
 def facts_html(
     facts: Mapping[str, Any],  # what -> value

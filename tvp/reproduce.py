@@ -98,7 +98,7 @@ def training_differences(
     if plan.recipes: lines.append(RANDOM)
     return lines
 
-# %% ../nbs/api/79_reproduce.ipynb #dc9640e3
+# %% ../nbs/api/79_reproduce.ipynb #19f768b0
 @dataclass
 class Reproduction:
     "What a reproduction has made and measured."
@@ -110,15 +110,16 @@ class Reproduction:
     seconds: dict[str, float]  # what took how long
 
     @property
-    def compared(self) -> pd.DataFrame: return compare_published(self.results)
+    def compared(self) -> pd.DataFrame: "Measured beside published."; return compare_published(self.results)
 
     @property
     def differences(self) -> list[str]:
+        "What was done otherwise than in the paper, in words."
         n = len(self.results.runs[0].labels)
         return model_differences(self.plan, self.models) + data_differences(self.plan, n) + training_differences(self.plan)
 
-    def table(self) -> str: return result_text(self)
-    def save(self, folder: str | Path, facts: Mapping[str, Any] = {}) -> list[Path]: return save_reproduction(self, folder, facts)
+    def table(self) -> str: "The result for a terminal."; return result_text(self)
+    def save(self, folder: str | Path, facts: Mapping[str, Any] = {}) -> list[Path]: "Report, tables and prompts as files; facts are rows for the report."; return save_reproduction(self, folder, facts)
     def __repr__(self) -> str: return self.table()
     def _repr_html_(self) -> str: return result_html(self)
 

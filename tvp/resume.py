@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_records', 'unpack_records', 'plain_facts', 'describe_loss', 'identity', 'learner_state', 'set_state', 'refill',
-           'save_checkpoint', 'load_checkpoint', 'begin']
+           'save_checkpoint', 'load_checkpoint', 'say_where', 'begin']
 
 # %% ../nbs/api/52_resume.ipynb #4b7c1075
 import copy
@@ -117,13 +117,14 @@ def refill(
             learner.clean_tokens(learner.prompt.canvas(batch.images.to(learner.device)), batch)
     learner.epoch = now
 
-# %% ../nbs/api/52_resume.ipynb #eefd10d1
+# %% ../nbs/api/52_resume.ipynb #39898cf1
 def save_checkpoint(
     learner: Learner,  # between two updates of a training
     path: str | Path,  # a file, ends in .safetensors
-) -> None:
+) -> int:  # updates made so far in this training
     "Write the state of a training, all or nothing; of several processes, the main one does."
     if learner.accelerator.is_main_process: write_checkpoint(path, learner_state(learner))
+    return learner.position.done
 
 # %% ../nbs/api/52_resume.ipynb #dfaebe2f
 def load_checkpoint(
@@ -143,23 +144,40 @@ def load_checkpoint(
         raise ValueError(f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: {error})") from None
     refill(learner, state["filled"])
 
-# %% ../nbs/api/52_resume.ipynb #b8abfb84
+# %% ../nbs/api/52_resume.ipynb #f850e6ba
+def say_where(
+    learner: Learner,  # just put where its checkpoint says
+    epochs: int | None,  # as for `fit`
+    file: Path,  # of the checkpoint
+) -> None:
+    "Log where a training goes on; as a warning when it has other epochs than the learner was made with and nobody named them."
+    at, log = learner.position, logging.getLogger(__name__)
+    log.info("going on from %s after update %d of %d", file, at.done, at.epochs * learner.per_epoch)
+    if epochs is not None or at.epochs == learner.epochs: return
+    log.warning("The training in %s has epochs=%d and goes on with that; this learner was made with epochs=%d. "
+                "For another number start a training at another place.", file, at.epochs, learner.epochs)
+
+# %% ../nbs/api/52_resume.ipynb #cba1c93c
 def begin(
     learner: Learner,
     epochs: int | None,  # as for `fit`
     file: Path | None,  # of the checkpoint; None: there is none
     resume: bool,
+    read_every: int = 1,  # as for `training_steps`
 ) -> Iterator[StepRecord]:  # the steps to make
     "Start a training, or go on with one; and try whether its checkpoint can be written."
     there = file is not None and os.path.exists(file)
     if there and not resume:
         raise FileExistsError(f"there is a checkpoint at {str(file)!r}. Go on from it with resume=True, choose another place with checkpoint=..., "
                               "or remove it to start again.")
-    if there: load_checkpoint(learner, file)
+    if there:
+        load_checkpoint(learner, file)
+        say_where(learner, epochs, file)
     elif file and resume and learner.position is None:
         logging.getLogger(__name__).info("no checkpoint at %s yet: starting", file)
         resume = False
-    steps = training_steps(learner, epochs, resume)
+    steps = training_steps(learner, epochs, resume, read_every)
+    if learner.accelerator.num_processes > 1: learner.accelerator.wait_for_everyone()  # all have looked before one writes
     if file:
         remove_leftovers(file)
         save_checkpoint(learner, file)

@@ -67,7 +67,7 @@ def results_table(
     heading = ["method"] * several + ["group", "model", "without, %", "with, %", "gain, points [95 % interval]"]
     return markdown_table([heading, *rows])
 
-# %% ../nbs/api/78_ship.ipynb #f47d1caf
+# %% ../nbs/api/78_ship.ipynb #f1c22d7c
 def fingerprint(
     prompt: VisualPrompt,
 ) -> str:  # 16 hexadecimal digits
@@ -79,7 +79,7 @@ def fingerprint(
 def story(
     prompt: VisualPrompt,
     seconds: float | None,  # that the training took
-    license: str | None,
+    license: str | None,  # its short name, "apache-2.0"
 ) -> str:  # markdown
     "How it was made, as a table."
     kept = prompt.provenance
@@ -174,13 +174,13 @@ def write_folder(
     if card.is_file() and fingerprint(prompt) not in card.read_text(encoding="utf-8", errors="replace"):
         warnings.warn(f"{str(card)!r} was written for another prompt and is kept. Delete it to get a new card.", stacklevel=4)
 
-# %% ../nbs/api/78_ship.ipynb #6255b413
+# %% ../nbs/api/78_ship.ipynb #69216348
 def read_folder(
     model_id: str,  # a folder, or "owner/name" on the hub
     revision: str | None = None, cache_dir: Any = None, force_download: bool = False, local_files_only: bool = False, token: Any = None,
     **config,  # what config.json says
 ) -> VisualPrompt:
-    "The prompt of a folder or repository; config.json must agree with it."
+    "The prompt of a folder or repository; config.json must agree with it. `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` are those of huggingface_hub."
     local = Path(model_id) / WEIGHTS
     if not Path(model_id).is_dir():
         local = Path(hf_hub_download(model_id, WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))

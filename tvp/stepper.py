@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'recipe_settings', 'changed_settings', 'StepperFacts', 'SteppedTraining', 'stepper_task', 'new_training',
-           'change', 'remembered', 'step_now', 'run', 'piece', 'ended', 'show_picture', 'stepper_status',
-           'stepper_state', 'stepper_text']
+           'change', 'remembered', 'step_now', 'run', 'more', 'piece', 'ended', 'show_picture', 'error_words', 'doing',
+           'stepper_status', 'stepper_state', 'stepper_text']
 
-# %% ../nbs/api/79_stepper.ipynb #ae837750
+# %% ../nbs/api/79_stepper.ipynb #3f04d053
 import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from .learner import StepRecord
 from .mllm import Mllm
 from .recipes import find_recipe, make_learner
 from .tasks import Task, load_task
-from .watch import Bordered, WatchedTraining, check_count
+from .watch import Bordered, WatchedTraining, check_count, watched_picture
 from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo
 
@@ -49,7 +49,7 @@ def changed_settings(
         raise ValueError(f"`lr` must be > 0, `fca` and `tse` must be >= 0; got lr={new['lr']}, fca={new['fca']}, tse={new['tse']}.")
     return new
 
-# %% ../nbs/api/79_stepper.ipynb #3a489b08
+# %% ../nbs/api/79_stepper.ipynb #d57af8c3
 class StepperFacts:
     "What a stepper can be asked."
     def figure(self): "All that the live view shows, as a matplotlib Figure."; return watch_figure(self.training, self.picture, self.earlier)
@@ -57,13 +57,14 @@ class StepperFacts:
     learner = property(lambda self: self.training.learner, doc="The Learner of the present training.")
     prompt = property(lambda self: self.training.prompt, doc="The prompt so far, a VisualPrompt.")
     history = property(lambda self: self.training.history, doc="One row per update, a DataFrame.")
+    answers = property(lambda self: self.training.answers(self.picture), doc="What the source thinks of each candidate for the shown picture, a DataFrame.")
     accuracy = property(lambda self: self.training.accuracy, doc="One row per look and model, a DataFrame.")
     status = property(lambda self: stepper_status(self), doc='"ready", "running", "paused", "finished", or what went wrong.')
     state = property(lambda self: stepper_state(self), doc="Settings and where the training stands, as plain strings and numbers.")
     picture = property(lambda self: self._picture, lambda self, number: show_picture(self, number), doc="Number of the validation picture that is shown.")
     def __repr__(self) -> str: return stepper_text(self)
 
-# %% ../nbs/api/79_stepper.ipynb #d765eb3e
+# %% ../nbs/api/79_stepper.ipynb #da7966a8
 class SteppedTraining(StepperFacts):
     "A training in single steps, whose settings can be changed."
     def __init__(self, zoo: Mapping[str, Mllm] | None = None,  # models by name, with size, width and clip; None: the small zoo
@@ -85,6 +86,7 @@ class SteppedTraining(StepperFacts):
 
     def step(self, n: int = 1) -> StepRecord | None: "n updates, now; the last record, None when the training was over."; return step_now(self, n)
     def run(self, updates: int | None = None): "Updates between the cells, to the end or so many; a task that can be awaited."; return run(self, updates)
+    def more(self) -> None: "One update more, between the cells: what a click on step asks for."; more(self)
     def pause(self) -> None: "No further update; step or run go on from here."; self.background.stop(); self.refresh(True)
     def reset(self) -> None: "The same settings from the start."; self.set()
     def set(self, **changes) -> None: "Other settings, and a new training with them: task, source, method, lr, fca, tse, width."; change(self, changes)
@@ -130,7 +132,7 @@ def remembered(
     if accuracy.step.nunique() > 1: kept["before" if same else old["method"]] = accuracy
     return {name: rows for name, rows in kept.items() if name != settings["method"]}
 
-# %% ../nbs/api/79_stepper.ipynb #7c1dd576
+# %% ../nbs/api/79_stepper.ipynb #cdc18840
 def step_now(stepper: SteppedTraining, n: int) -> StepRecord | None:
     "Updates in the foreground; whatever runs is paused."
     stepper.background.stop()
@@ -142,9 +144,17 @@ def run(stepper: SteppedTraining, updates: int | None) -> asyncio.Task | None:
     "Updates in the background."
     stepper._until = None if updates is None else len(stepper.learner.records) + check_count("updates", updates)
     stepper.error = None
-    return stepper.background.start()
+    task = stepper.background.start()
+    if task: stepper.refresh()  # it has only begun: say so
+    return task
 
-# %% ../nbs/api/79_stepper.ipynb #973b8332
+def more(stepper: SteppedTraining) -> None:
+    "To the next update, or one beyond those that are still to be made: three quick clicks are three updates."
+    made = len(stepper.learner.records)
+    asked = stepper._until if stepper.running and stepper._until else made
+    run(stepper, max(asked, made) + 1 - made)
+
+# %% ../nbs/api/79_stepper.ipynb #f5eba213
 def piece(stepper: SteppedTraining) -> bool:  # is there more to do?
     "One small piece of the training."
     done = stepper.training.advance()
@@ -159,15 +169,26 @@ def ended(stepper: SteppedTraining, error: Exception | None) -> None:
 
 def show_picture(stepper: SteppedTraining, number: int) -> None:
     "Look at another picture."
-    stepper.training.answers(number)  # refuses what is no picture
+    watched_picture(stepper.training, number)  # refuses what is no picture
     stepper._picture = number
     stepper.refresh(True)
 
-# %% ../nbs/api/79_stepper.ipynb #85635d7e
+# %% ../nbs/api/79_stepper.ipynb #9afc467e
+def error_words(error: BaseException) -> str:
+    "What went wrong, without the quotes of a KeyError, and never nothing."
+    words = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    return words or type(error).__name__
+
+def doing(stepper: SteppedTraining) -> str:
+    "The status, and who is being asked."
+    due, models = stepper.training.due, stepper.training.models
+    if not (stepper.running and due): return stepper.status
+    return f"asking {due[0].removeprefix('tiny-')} ({len(models) - len(due) + 1} of {len(models)})"
+
 def stepper_status(stepper: SteppedTraining) -> str:
     "One word, or what went wrong."
     training, made = stepper.training, len(stepper.learner.records)
-    if stepper.error: return f"stopped: {stepper.error}"
+    if stepper.error: return f"stopped: {error_words(stepper.error)}"
     if stepper.running: return "running"
     if made >= training.total and not training.due: return "finished"
     return "paused" if made else "ready"
@@ -186,4 +207,4 @@ def stepper_text(stepper: SteppedTraining) -> str:
     for group in ("source", "unseen"):
         if f"{group}_clean" in state:
             lines.append(f"  {group}: {state[group + '_clean']:.1%} without a prompt, {state[group + '_prompted']:.1%} with it ({n} validation pictures)")
-    return "\n".join([*lines, '  Without widgets: .step(20), .figure(), .history, .accuracy, .set(method="VP"), .reset()'])
+    return "\n".join([*lines, '  Without widgets: .step(20), .set(method="VP"), .reset(), .state, .history, .accuracy, .figure()'])

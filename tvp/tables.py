@@ -18,7 +18,7 @@ import pandas as pd
 
 from .metrics import bootstrap_gain, evaluate_metric
 
-# %% ../nbs/api/58_tables.ipynb #9837dbe2
+# %% ../nbs/api/58_tables.ipynb #c72e9107
 TIDY_COLUMNS = ["task", "method", "source", "target", "metric", "clean", "prompted", "gain", "low", "high", "n", "seed"]
 CONDITIONS = ("trained_on", "corruption", "severity")  # further columns, where a run has them
 
@@ -38,14 +38,15 @@ class TransferRun:
     severity: int | None = None  # of the corruption, 1 to 5
 
     @property
-    def conditions(self) -> dict[str, Any]:  # what is out of the ordinary: columns of the tidy rows
+    def conditions(self) -> dict[str, Any]:
+        "What is out of the ordinary: columns of the tidy rows."
         return {name: value for name in CONDITIONS if (value := getattr(self, name)) is not None}
 
     @property
-    def targets(self) -> list[str]: return [target for method, target in self.scores if method == "none"]
+    def targets(self) -> list[str]: "Names of the models that were asked."; return [target for method, target in self.scores if method == "none"]
 
     @property
-    def methods(self) -> list[str]: return list(dict.fromkeys(method for method, _ in self.scores))
+    def methods(self) -> list[str]: "Names of the methods, `none` among them."; return list(dict.fromkeys(method for method, _ in self.scores))
 
 # %% ../nbs/api/58_tables.ipynb #8cda6d64
 GROUPS = ["source", "unseen, same tower", "unseen, other tower", "unseen"]

@@ -6,7 +6,7 @@
 __all__ = ['rank_task', 'write_atomic', 'TransferResults', 'plot_results', 'named_prompts', 'rank_everything',
            'evaluate_transfer']
 
-# %% ../nbs/api/60_transfer.ipynb #3c989123
+# %% ../nbs/api/60_transfer.ipynb #22952900
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from .arguments import check_kind, check_texts, check_whole
 from .files import write_atomic as write_file
 from .mllm import Mllm
 from .prompt import VisualPrompt
@@ -70,16 +71,19 @@ def write_atomic(
     if not Path(path).parent.is_dir(): raise FileNotFoundError(f"`path`: there is no folder {Path(path).parent}. Make it first.")
     return write_file(path, content)
 
-# %% ../nbs/api/60_transfer.ipynb #f73b5f9c
+# %% ../nbs/api/60_transfer.ipynb #62a91b6f
 class TransferResults:
     "Who gains and who loses from which prompt."
     def __init__(self, runs: Iterable[TransferRun]):
-        self.runs = list(runs)
+        self.runs = list(check_kind("runs", runs, Iterable))
+        for run in self.runs: check_kind("runs", run, TransferRun, "Several results become one by TransferResults.concat.")
         if not self.runs: raise ValueError("`runs` must hold at least one run, got none. Make one with `evaluate_transfer`.")
     @classmethod
     def concat(cls, results: "Iterable[TransferResults]") -> "TransferResults":
         "Several results (seeds, sources, tasks, methods) as one."
-        return cls(merge_runs(run for result in results for run in result.runs))
+        several = [check_kind("results", result, cls) for result in check_kind("results", results, Iterable)]
+        if not several: raise ValueError("`results` must hold at least one TransferResults, got none. Make one with `evaluate_transfer`.")
+        return cls(merge_runs(run for result in several for run in result.runs))
     df = property(lambda self: tidy_frame(self.runs), doc="Tidy rows, a DataFrame: one for each run, method and target.")
     scores = property(lambda self: self.only_run().scores, doc="(method, target) -> (n, N) mean log-likelihoods, of a single run.")
     labels = property(lambda self: self.only_run().labels, doc="(n,) number of the right candidate, of a single run.")
@@ -121,12 +125,13 @@ def plot_results(
                          "Draw rows of your choice: tvp.plots.plot_transfer(results.mean().query(...)).")
     return plot_transfer(results.mean(), ax=ax) if len(sources) == 1 else plot_matrix(results.mean(), ax=ax)
 
-# %% ../nbs/api/60_transfer.ipynb #3f04339c
+# %% ../nbs/api/60_transfer.ipynb #b417b572
 def named_prompts(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
 ) -> dict[str, VisualPrompt]:  # method name -> prompt, at least one, all for the same canvas
     "Prompts by method, checked."
-    if not isinstance(prompt, Mapping): prompt = {prompt.provenance.get("method", "prompt"): prompt}
+    if not isinstance(prompt, Mapping): prompt = {getattr(prompt, "provenance", {}).get("method", "prompt"): prompt}
+    for p in prompt.values(): check_kind("prompt", p, VisualPrompt, "Load it first: VisualPrompt.load(path) or tvp.load_prompt(name).")
     if not prompt: raise ValueError("`prompt` must hold at least one prompt, got none.")
     if "none" in prompt: raise ValueError("`prompt` must not name a method 'none': that row is evaluated without a prompt, always.")
     if len(sizes := {p.size for p in prompt.values()}) > 1:
@@ -136,20 +141,32 @@ def named_prompts(
             raise ValueError(f"`prompt` {name!r} holds NaN or infinite pixels. Train it again with a smaller learning rate.")
     return dict(prompt)
 
-# %% ../nbs/api/60_transfer.ipynb #0c913c66
+# %% ../nbs/api/60_transfer.ipynb #e166bbed
 def _known_names(
     zoo: Mapping[str, Any],  # name -> model
     source: str | None,
     targets: Sequence[str] | None,
 ) -> list[str]:  # the targets
     "The names to evaluate, once all names are known to exist."
+    check_kind("zoo", zoo, Mapping, "Try tvp.load_zoo('tiny'), or a dict of models by name.")
+    if not zoo: raise ValueError("`zoo` must hold at least one model, got none.")
+    for name, model in zoo.items() if type(zoo) is dict else ():  # a zoo would load them
+        if not hasattr(model, "rank"): raise TypeError(f"`zoo` must hold models, got {type(model).__name__} for {name!r}. Try tvp.load_mllm(name).")
     # `in zoo` would load the model of a lazy mapping, `in list(zoo)` only reads names
-    named = [("targets", name) for name in targets or []] + [("source", source)] * (source is not None)
+    named = [("targets", name) for name in ([] if targets is None else check_texts("targets", targets))] + [("source", source)] * (source is not None)
     for parameter, name in named:
         if name not in list(zoo): raise ValueError(f"`{parameter}` must be among {', '.join(zoo)}; got {name!r}.")
-    if not (names := list(dict.fromkeys(zoo if targets is None else targets))):
-        raise ValueError("`targets` must name at least one model, got none.")
+    names = list(zoo) if targets is None else check_texts("targets", targets)
+    if len(set(names)) < len(names): raise ValueError(f"`targets` must name each model once, got {', '.join(names)}.")
     return names
+
+# %% ../nbs/api/60_transfer.ipynb #dfe7be65
+def _several(corruption: Any) -> list:
+    "None, one or several corruptions as a list."
+    if corruption is None: return []
+    several = [corruption] if callable(corruption) else list(check_kind("corruption", corruption, Iterable))
+    if several and all(callable(c) and hasattr(c, "severity") and not isinstance(c, type) for c in several): return several
+    raise ValueError(f"`corruption` must be one or several tvp.corruptions.Corruption, got {str(corruption)[:60]!r}.")
 
 def _common(prompts: Mapping[str, VisualPrompt], fact: str) -> Any:
     "What all prompts say of themselves, or None."
@@ -179,7 +196,7 @@ def rank_everything(
     towers = {name: tower(name) for name in [*names, source] if name in list(zoo)}
     return TransferResults([TransferRun(task.name, source, seed, task.metric, towers=towers, **run) for (task, _), run in zip(tasks, runs)])
 
-# %% ../nbs/api/60_transfer.ipynb #97ec3e6c
+# %% ../nbs/api/60_transfer.ipynb #03af06be
 def evaluate_transfer(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
     task: Task,  # its pictures are ranked
@@ -193,9 +210,9 @@ def evaluate_transfer(
     corruption=None,  # a `tvp.corruptions.Corruption`, or several: what happens to the pictures
 ) -> TransferResults:  # one run, or one for each corruption
     "Every model, without a prompt and with each one, on the same pictures (Zhang et al. 2024)."
-    prompts, names = named_prompts(prompt), _known_names(zoo, source, targets)
-    if limit is not None and limit < 1: raise ValueError(f"`limit` must be at least 1 (or None for the whole split), got {limit}.")
-    if not callable(corruption) and corruption is not None and not len(corruption): raise ValueError("`corruption` must be one or several, got none of them.")
-    bad = [] if corruption is None else [corruption] if callable(corruption) else list(corruption)
+    prompts, names, bad = named_prompts(prompt), _known_names(zoo, source, targets), _several(corruption)
+    if isinstance(task, type) or not hasattr(task, "batches"): raise TypeError(f"`task` must be a Task, got {task!r}. Load it first: tvp.load_task(name).")
+    check_whole("batch_size", batch_size), check_whole("seed", seed, 0), task.split(split)
+    if limit is not None: check_whole("limit", limit, hint="None is the whole split.")
     pictures = [(c(task, split), dict(corruption=c.name, severity=c.severity)) for c in bad] if corruption is not None else [(task, {})]
     return rank_everything(prompts, pictures, zoo, names, source, seed, split=split, limit=limit, batch_size=batch_size)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from .arguments import check_number, check_whole
 
-# %% ../nbs/api/45_updates.ipynb #b45fac38
+# %% ../nbs/api/45_updates.ipynb #8bf5d07a
 class NormalizedGradient(Optimizer):
     "Gradient steps of set length: delta - lr * g / (norm + 1e-10) (EVP, Wu et al. 2024; TVP's reference code)."
     def __init__(self, params,  # parameters, as for any optimizer
@@ -29,7 +29,7 @@ class NormalizedGradient(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        "Move every parameter along its normalised gradient."
+        "Move every parameter along its normalised gradient; `closure` computes the loss anew, as for any torch optimizer."
         with torch.enable_grad(): loss = closure() if closure else None
         moving = [(p, group["lr"]) for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = self.norm() if self.norm else torch.stack([p.grad.norm() for p, _ in moving]).norm()

@@ -97,13 +97,13 @@ def tiny_visualglm(
             nn.init.normal_(p, std=p[0].numel()**-.5) if p.ndim > 1 else p.data.add_(torch.randn_like(p) / 10)
     return as_mllm(model, tokenizer, "tiny-visualglm")
 
-# %% ../nbs/api/27_visualglm.ipynb #56fa4ce9
+# %% ../nbs/api/27_visualglm.ipynb #55c69f36
 class IceTextTokenizer(SentencePieceBackend):
     "ChatGLM-6B's tokenizer (v1.1), from its sentencepiece file. Adds no token of its own: begin and end belong to the template."
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file, **kwargs):
+    def __init__(self, vocab_file: str | Path, **kwargs):  # ice_text.model
         special = dict(bos_token="<sop>", eos_token="<eop>", unk_token="<unk>", pad_token="<pad>", mask_token="[MASK]", padding_side="left")
         super().__init__(vocab_file=str(vocab_file), **{**special, "extra_special_tokens": ["[gMASK]"], **kwargs})
 
@@ -111,7 +111,8 @@ class IceTextTokenizer(SentencePieceBackend):
         text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text.replace("\n", "<n>").replace("\t", "<|tab|>"))
         return self.sp_model.encode(text, out_type=str)
 
-    def convert_tokens_to_string(self, tokens):
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        "Tokens as text, with line breaks, tabs and blanks put back."
         text = self.sp_model.decode(tokens).replace("<n>", "\n").replace("<|tab|>", "\t")
         return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)
 

@@ -62,9 +62,9 @@ def qformer_tensors(
         return {"qformer." + _replaced(n, QFORMER): piece for n, piece in split.items()}
     return {"qformer." + _replaced(name, QFORMER): value}
 
-# %% ../nbs/api/27_visualglm_files.ipynb #0115adf6
+# %% ../nbs/api/27_visualglm_files.ipynb #209fd6a1
 def unused(name: str) -> bool:
-    "Rotary frequencies, which are computed, and SAT's table of learned positions, which ChatGLM never reads."
+    "Whether a name is that of a weight we need not: rotary frequencies, which are computed, and SAT's table of learned positions, which ChatGLM never reads."
     return name.endswith("inv_freq") or name == "transformer.position_embeddings.weight"
 
 

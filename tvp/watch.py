@@ -167,15 +167,17 @@ def watched_picture(
     with torch.no_grad():
         return fit([image], prompt.size, how), prompt(fit([image], prompt.inner, how).to(prompt.delta.device)).cpu()
 
-# %% ../nbs/api/79_watch.ipynb #23679be0
+# %% ../nbs/api/79_watch.ipynb #f1ffb518
 def ranked_answers(
     training: WatchedTraining,
     picture: int = 0,  # number among the validation pictures
 ) -> pd.DataFrame:  # a row for each candidate, best first: answer, before, after, right
     "Mean log-likelihood per token of each candidate, to the source."
-    task, mllm = training.task, training.learner.source
-    before, after = (mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[0].double().cpu().numpy()
-                     for images in watched_picture(training, picture))
+    task, mllm, key = training.task, training.learner.source, (training.task.name, training.source, "picture", picture)
+    rank = lambda images: mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[0].double().cpu().numpy()
+    clean, prompted = watched_picture(training, picture)
+    if key not in training.known: training.known[key] = rank(clean)  # without a prompt nothing ever changes
+    before, after = training.known[key], rank(prompted)
     right = np.arange(len(task.candidates)) == task.valid.labels[picture]
     frame = pd.DataFrame({"answer": list(task.candidates), "before": before, "after": after, "right": right})
     return frame.sort_values("after", ascending=False, ignore_index=True)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WIDGET', 'widgets_run', 'display_bundle', 'TrainingStepper', 'labelled', 'choice_controls', 'slider_controls',
-           'button_controls', 'numbers_html', 'models_html', 'StepperView', 'stepper_layout', 'connect', 'follow',
-           'refresh_view']
+           'button_controls', 'loss_html', 'numbers_html', 'models_html', 'StepperView', 'stepper_layout', 'connect',
+           'follow', 'refresh_view']
 
-# %% ../nbs/api/80_widgets.ipynb #41db581a
+# %% ../nbs/api/80_widgets.ipynb #8aff2d61
 import html
 import os
 import sys
@@ -17,10 +17,10 @@ from threading import get_ident
 from typing import Any
 
 from .recipes import METHODS
-from .stepper import SteppedTraining
+from .stepper import SteppedTraining, doing
 from .tasks import task_names
 from .watch import WatchedTraining, latest
-from .watch_figures import PARTS, part_drawing, part_png
+from .watch_figures import PARTS, part_drawing, part_png, part_versions
 
 # %% ../nbs/api/80_widgets.ipynb #31b0bef1
 def widgets_run() -> bool:  # a guess: `stepper.view` shows the widget in any case
@@ -73,23 +73,31 @@ def slider_controls(stepper: TrainingStepper) -> dict:  # name of the setting ->
             "width": labelled(IntSlider, "border", s["width"], min=1, max=stepper.zoo.size // 3, **still),
             "fca": labelled(FloatSlider, "FCA weight", s["fca"], **weight), "tse": labelled(FloatSlider, "TSE weight", s["tse"], **weight)}
 
-# %% ../nbs/api/80_widgets.ipynb #14e50464
+# %% ../nbs/api/80_widgets.ipynb #3bb6ef90
 def button_controls() -> dict:  # name of the action -> widget
     "What to do."
     from ipywidgets import Button
-    icons = {"step": ("step-forward", "one update"), "run": ("play", "updates until you pause"), "pause": ("pause", "no further update"),
-             "reset": ("refresh", "the same settings from the start")}
+    icons = {"step": ("step-forward", "one update"), "run": ("play", "updates until you pause"), "pause": ("pause", "no further update, what has been learned stays"),
+             "reset": ("refresh", "the same settings, from the start")}
     return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
 
-# %% ../nbs/api/80_widgets.ipynb #337028af
+# %% ../nbs/api/80_widgets.ipynb #fde8e28b
+def loss_html(training: WatchedTraining) -> str:  # "" before the first update
+    "The loss of the last update, as the sum that it is."
+    if not training.learner.records: return ""
+    record, words = training.learner.records[-1], ""
+    for i, term in enumerate(training.learner.losses):
+        value = record.others.get(term.name, getattr(record, term.name, float("nan")))
+        weight = "" if term.weight == 1 else f"{term.weight:g} × "
+        words += f"{' + ' if term.sign > 0 else ' − '}"[0 if i else 3:] + f"{weight}{html.escape(term.name if term.name == 'task' else term.name.upper())} <b>{value:.3g}</b>"
+    return f"loss <b>{record.loss:.3g}</b>" + (f" = {words}" if len(training.learner.losses) > 1 else "")
+
 def numbers_html(stepper: TrainingStepper) -> str:
-    "The state in one line."
-    state, shown = stepper.training.state, {}
-    for name, key in {"task loss": "task_loss", "FCA": "fca", "TSE": "tse", "gradient norm": "grad_norm", "learning rate": "lr"}.items():
-        if state.get(key, float("nan")) == state.get(key): shown[name] = f"{state[key]:.3g}"
-    words = [f"update <b>{state['step']}</b> of {state['total']}", *(f"{name} <b>{value}</b>" for name, value in shown.items())]
-    colour = "#b00020" if stepper.error else "inherit"
-    return f'<span style="color:{colour}"><b>{html.escape(stepper.status)}</b></span> &nbsp; ' + " &nbsp;·&nbsp; ".join(words)
+    "The state in one line; an error in red, for as long as it is not mended."
+    training, colour = stepper.training, "#b00020" if stepper.error else "inherit"
+    words = [f"update <b>{len(training.learner.records)}</b> of {training.total}", loss_html(training)]
+    if training.learner.records: words += [f"{name} <b>{getattr(training.learner.records[-1], key):.3g}</b>" for name, key in (("gradient norm", "grad_norm"), ("learning rate", "lr"))]
+    return f'<span style="color:{colour}"><b>{html.escape(doing(stepper))}</b></span> &nbsp; ' + " &nbsp;·&nbsp; ".join(filter(None, words))
 
 def models_html(training: WatchedTraining) -> str:
     "A column for each model: without a prompt, with it, and the difference."
@@ -101,12 +109,12 @@ def models_html(training: WatchedTraining) -> str:
     body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
     return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
 
-# %% ../nbs/api/80_widgets.ipynb #07b8d10a
+# %% ../nbs/api/80_widgets.ipynb #dba8292e
 class StepperView:
     "The controls and pictures of one stepper."
     def __init__(self, stepper: TrainingStepper):
         from ipywidgets import HTML, Image, IntProgress, IntSlider
-        self.stepper, self.following, self.next_draw, self.turn = stepper, None, 0.0, 0
+        self.stepper, self.following, self.next_draw, self.shown = stepper, None, 0.0, {}
         self.settings, self.buttons = choice_controls(stepper) | slider_controls(stepper), button_controls()
         self.progress, self.numbers, self.models = IntProgress(layout={"width": "110px"}), HTML(), HTML()
         self.picture = labelled(IntSlider, "picture", stepper.picture, min=0, max=stepper.training.pictures - 1, continuous_update=False)
@@ -119,26 +127,28 @@ class StepperView:
         "What a control asks for, where the training is, and with its error shown."
         def safely():
             try: action()
-            except Exception as error: self.stepper.error = error; self.refresh(True)
+            except Exception as error:
+                self.stepper.error = error
+                self.refresh(True)
         self.stepper.background.call(safely)
 
     def refresh(self, whole: bool = False) -> None: refresh_view(self, whole)
 
-# %% ../nbs/api/80_widgets.ipynb #9c5c0d93
+# %% ../nbs/api/80_widgets.ipynb #2b555d65
 def stepper_layout(view: StepperView):  # ipywidgets VBox
-    "Controls above, pictures in two columns, numbers below."
+    "Controls above, pictures in two columns, numbers below; the slider that chooses a picture is beside the picture."
     from ipywidgets import HBox, VBox
     wrap, s = {"flex_flow": "row wrap", "align_items": "center"}, view.settings
     controls = [HBox([s["task"], s["source"], s["method"]], layout=wrap), HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
-                HBox([*view.buttons.values(), s["width"], view.picture], layout=wrap), HBox([view.progress, view.numbers], layout=wrap)]
-    columns = [VBox([view.images["prompt"], view.images["answers"]]), VBox([view.images["losses"], view.images["accuracy"]])]
+                HBox([*view.buttons.values(), s["width"]], layout=wrap), HBox([view.progress, view.numbers], layout=wrap)]
+    columns = [VBox([view.images["prompt"], view.images["answers"], view.picture]), VBox([view.images["losses"], view.images["accuracy"]])]
     return VBox([*controls, HBox(columns, layout={"flex_flow": "row wrap"}), view.models])
 
-# %% ../nbs/api/80_widgets.ipynb #cd9309bf
+# %% ../nbs/api/80_widgets.ipynb #0ed99954
 def connect(view: StepperView) -> None:
     "Controls do something."
     stepper = view.stepper
-    actions = {"step": lambda: stepper.step(), "run": lambda: stepper.run(), "pause": stepper.pause, "reset": stepper.reset}
+    actions = {"step": stepper.more, "run": lambda: stepper.run(), "pause": stepper.pause, "reset": stepper.reset}
     for name, button in view.buttons.items(): button.on_click(lambda _, act=actions[name]: view.do(act))
     def listen(control, now: Callable[[], Any], act: Callable[[Any], None]):
         def moved(event):
@@ -158,16 +168,18 @@ def follow(view: StepperView) -> None:
         view.buttons["step"].disabled, view.buttons["pause"].disabled = stepper.status == "finished", not stepper.running
     finally: view.following = None
 
-# %% ../nbs/api/80_widgets.ipynb #aec643db
+# %% ../nbs/api/80_widgets.ipynb #b643db37
 def refresh_view(view: StepperView, whole: bool = False) -> None:
-    "Numbers always; all pictures, or the next one if drawing has not had its third of the time."
+    "Numbers always; all pictures that have changed, or one of them if drawing has not had its third of the time."
     stepper, training = view.stepper, view.stepper.training
     if whole or view.buttons["pause"].disabled == stepper.running: follow(view)
     view.progress.max, view.progress.value = training.total, len(training.learner.records)
     view.numbers.value, view.models.value = numbers_html(stepper), models_html(training)
-    draw, names = part_drawing(training, stepper.picture, stepper.earlier), list(PARTS)
-    for name in names if whole else names[view.turn:view.turn + 1]:
+    what = training, stepper.picture, stepper.earlier
+    draw, versions = part_drawing(*what), part_versions(*what)
+    for name in sorted(versions, key=lambda name: list(view.shown).index(name) if name in view.shown else -1):  # the oldest first
         begin = time.monotonic()
-        if not whole and begin < view.next_draw: continue
+        if view.shown.get(name) == versions[name] or not (whole or begin >= view.next_draw): continue
         view.images[name].value = part_png(draw[name], PARTS[name])
-        view.next_draw, view.turn = time.monotonic() + 2 * (time.monotonic() - begin), (names.index(name) + 1) % len(names)
+        view.shown.pop(name, None)
+        view.shown[name], view.next_draw = versions[name], time.monotonic() + 2 * (time.monotonic() - begin)

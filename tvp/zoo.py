@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['SIX', 'load_mllm', 'Zoo', 'tiny_zoo', 'paper_zoo', 'load_zoo', 'own_zoo', 'load_clip', 'load_clip_b32']
 
-# %% ../nbs/api/35_zoo.ipynb #6f5a1c2d
+# %% ../nbs/api/35_zoo.ipynb #b75aaf8c
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from os import PathLike
-from pathlib import Path
 
 import torch
 
 from .mllm import Clip, Mllm
-from .pretrained import best_device, find_checkpoint, load_pretrained
+from .pretrained import best_device, check_place, find_checkpoint, load_pretrained
 from .registry import REGISTRY, find_known, load_known
 from .tiny import SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 
@@ -34,14 +33,14 @@ def _refuse(options: dict, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if name in options: raise ValueError(f"`{name}` {why}. Leave it out.")
 
-# %% ../nbs/api/35_zoo.ipynb #b8327df4
+# %% ../nbs/api/35_zoo.ipynb #113d4693
 def load_mllm(
     name_or_path: str | PathLike,  # a known name, a folder, or "owner/name" on the hub
     **options,  # of `tvp.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of `tvp.paper.load_paper` (weights, ...)
 ) -> Mllm:  # frozen
     "One model, from wherever it is."
     from tvp.paper import PAPER, is_saved, load_paper, load_saved
-    name, folder = str(name_or_path), Path(name_or_path).expanduser()
+    name, folder = str(name_or_path), check_place(name_or_path)
     bare = isinstance(name_or_path, str) and not set("/\\") & set(name) and not name.startswith(("~", "."))
     if bare and name in TINY:
         _refuse(options, tuple(options), f"is for models of the hub and folders; {name} is ready as it is")

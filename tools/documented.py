@@ -1,0 +1,93 @@
+"""Every public symbol of tvp says what it is, what it takes and what it gives: `python tools/documented.py` lists those that do not.
+
+Public is what a module lists in `__all__`, with the public methods of its classes. Each needs a docstring. Each parameter needs a
+comment on its line (nbdev's docments: meaning, shape or unit, range), and so does a result that has a shape, a unit or parts.
+What says enough by itself needs none: a class of ours (it has its own page), a folder, a parameter that the docstring speaks of.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OBVIOUS = {"self", "cls", "_", "args", "ax", "figure", "path", "folder", "seed", "title"}
+FOREIGN = {"forward", "backward", "extra_repr", "get_image_features"}  # their signatures are those of torch and transformers
+SHAPED = r"\b(Tensor|ndarray|float|dict|tuple|DataFrame|Series)\b"  # results with a shape, a unit or parts
+
+
+def listed(tree):
+    "A module's `__all__`."
+    values = (node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__")
+    return set(ast.literal_eval(next(values, ast.List([]))))
+
+
+class Module:
+    "One file of tvp/ and its public symbols."
+
+    def __init__(self, path, classes):
+        self.source = path.read_text(encoding="utf-8")
+        self.tree, self.lines, self.classes = ast.parse(self.source), self.source.splitlines(), classes
+
+    def comment(self, node):
+        "Whether a comment follows a node on its line."
+        return "#" in self.lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+
+    def ours(self, annotation):
+        "Whether an annotation names a class of ours, which has its own page."
+        return bool(set(re.findall(r"\w+", ast.unparse(annotation))) & self.classes)
+
+    def parameter(self, parameter, docstring):
+        "Whether a parameter says what it is."
+        known = parameter.annotation is not None and self.ours(parameter.annotation)
+        named = re.search(rf"\b{parameter.arg.replace('_', '[ _]')}\b", docstring, re.IGNORECASE)
+        return bool(known or named) or parameter.arg in OBVIOUS or self.comment(parameter)
+
+    def result(self, function):
+        "Whether a function says what it gives."
+        kind = "" if function.returns is None else ast.unparse(function.returns)
+        header_end = self.lines[max(function.lineno, function.body[0].lineno - 1) - 1]
+        if "#" in header_end or {"property", "cached_property"} & set(map(ast.unparse, function.decorator_list)):
+            return True
+        return not re.search(SHAPED, kind) or self.ours(function.returns)
+
+    def lacks(self, function):
+        "What a function or a method does not say."
+        docstring, inner = ast.get_docstring(function) or "", function.name == "__init__"
+        if function.name in FOREIGN:
+            return []
+        missing = [] if docstring or inner else ["a docstring"]
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        missing += [f"`{argument.arg}`" for argument in arguments if not self.parameter(argument, docstring)]
+        return missing if inner or self.result(function) else [*missing, "its result"]
+
+    def symbols(self):
+        "Public functions and methods with their names, and classes."
+        for node in self.tree.body:
+            if getattr(node, "name", None) in listed(self.tree):
+                yield node.name, node
+                for part in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
+                    if isinstance(part, ast.FunctionDef) and (part.name == "__init__" or part.name[0] != "_"):
+                        yield f"{node.name}.{part.name}", part
+
+    def undocumented(self):
+        "Each symbol that lacks something, and what."
+        for name, node in self.symbols():
+            function = isinstance(node, ast.FunctionDef)
+            missing = self.lacks(node) if function else [] if ast.get_docstring(node) else ["a docstring"]
+            if missing:
+                yield name, missing
+
+
+def undocumented(folder=ROOT / "tvp"):
+    "All public symbols that lack something."
+    paths = [path for path in sorted(folder.glob("*.py")) if path.name[0] != "_"]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    return [f"tvp.{path.stem}.{name} does not say: {', '.join(missing)}" for path in paths for name, missing in Module(path, classes).undocumented()]
+
+
+if __name__ == "__main__":
+    found = undocumented()
+    print(*found, f"{len(found)} symbols", sep="\n")
+    sys.exit(bool(found))
