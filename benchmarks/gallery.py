@@ -27,7 +27,6 @@ def make(task_name: str, folder: Path) -> None:
     learner, start = make_learner(SOURCE, task_name, SEED, RANGE, find_recipe("TVP").lr), time.monotonic()
     prompt = learner.fit()
     seconds = time.monotonic() - start
-    prompt.provenance |= {"fit": task.fit}
     results = evaluate_transfer(prompt, task, zoo, seed=SEED)
     shutil.rmtree(folder, ignore_errors=True)
     prompt.save_pretrained(folder, model_card_kwargs=dict(results=results, seconds=seconds, license="apache-2.0", name=f"tvp/data/gallery/{folder.name}"))

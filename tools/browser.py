@@ -1,12 +1,15 @@
-"""The stepper in a real JupyterLab in a real browser: `python tools/browser.py [folder for screenshots]`.
+"""The widgets in a real JupyterLab in a real browser: `python tools/browser.py [folder for screenshots]`.
 
-Opens the tutorial, shows the live stepper, steps, runs, pauses, moves a slider, changes method and task, and looks at what
-the page shows. Needs playwright (from PyPI) and a Chromium or Chrome of the system (apt install chromium); where one of them
-is missing it says so and skips. `tools/checks.py` calls `stepper_in_browser`.
+Opens the tutorial, shows the live stepper, steps, runs, pauses, moves a slider, changes method and task, lets an update fail,
+then clicks on a cell of the transfer matrix; and looks at what the page shows. Needs playwright (from PyPI) and a Chromium or
+Chrome of the system (apt install chromium); where one of them is missing it says so and skips. `tools/checks.py` calls
+`stepper_in_browser`. Written for JupyterLab 4 with ipywidgets 8; it also passes on JupyterLab 3 with ipywidgets 7.7, which is
+what Colab has.
 """
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,7 +26,19 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "tutorials" / "02_step_through_training.ipynb"
 LIVE_CELL = "stepper"  # the source of the cell that shows the widget
 TOKEN = "test"
-SECONDS = 90  # for each thing to happen: two busy cores are slow
+SECONDS = 60  # for each thing to happen: two busy cores are slow
+LIMIT = 170  # seconds for all of it
+VIEWPORT = {"width": 1360, "height": 1200}
+NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # no question in a corner of the page
+
+# Behind the tutorial's cells: a transfer matrix that is quick to make (the tutorial's own takes three trainings).
+EXPLORER_CELLS = (
+    """quick = tvp.make_learner("EVP", zoo, "tiny-minigpt4", task)
+for _, record in zip(range(20), quick.steps()): pass
+found = tvp.evaluate_transfer(quick.prompt, task, zoo, split="valid", limit=60)
+quick_explorer = TransferExplorer(found, quick.prompt, task=task, split="valid")""",
+    "quick_explorer",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -63,13 +78,24 @@ def lab_environment(home):
     return {**os.environ, **own, **quiet, "HOME": str(home), "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
+def copy_notebook(notebook, folder):
+    "The notebook, with the explorer's cells behind its own."
+    book = json.loads(notebook.read_text(encoding="utf-8"))
+    fresh = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+    book["cells"] += [{**fresh, "id": f"explorer-{i}", "source": source} for i, source in enumerate(EXPLORER_CELLS)]
+    (folder / notebook.name).write_text(json.dumps(book), encoding="utf-8")
+
+
 @contextlib.contextmanager
 def jupyterlab(notebook):
     "A server with a copy of the notebook; gives the notebook's address."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home, port = Path(folder).resolve(), free_port()
-        (home / "work").mkdir()
-        shutil.copy2(notebook, home / "work")
+        settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+        for path in (home / "work", settings):
+            path.mkdir(parents=True)
+        (settings / "notification.jupyterlab-settings").write_text(json.dumps(NO_NEWS))
+        copy_notebook(notebook, home / "work")
         options = ["--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
                    f"--ServerApp.root_dir={home / 'work'}", "--LabApp.news_url=None", "--expose-app-in-browser"]  # fmt: skip
         with open(home / "log", "w") as log:
@@ -84,13 +110,14 @@ def jupyterlab(notebook):
 
 def wait_for_server(server, port, log):
     "Until it answers."
-    for _ in range(2 * SECONDS):
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={TOKEN}", timeout=5).close()
             return
         if server.poll() is not None:
             break
-        time.sleep(0.5)
+        time.sleep(0.2)
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-1500:]}")
 
 
@@ -110,17 +137,17 @@ def stop(server):
 IDLE = """() => { const s = window.jupyterapp?.shell?.currentWidget?.sessionContext;
   return s && s.isReady && s.session?.kernel?.connectionStatus === 'connected' && s.session.kernel.status === 'idle' }"""
 
-# run every cell down to the live one
-RUN_TO_LIVE = """async (source) => {
-  const panel = window.jupyterapp.shell.currentWidget, notebook = panel.content;
-  const at = notebook.widgets.findIndex(cell => cell.model.type === 'code' && cell.model.sharedModel.source.trim() === source);
+# run one cell, after all cells above it where they are wanted
+RUN = """async ({source, above}) => {
+  const notebook = window.jupyterapp.shell.currentWidget.content, commands = window.jupyterapp.commands;
+  const at = notebook.widgets.findIndex(cell => cell.model.type === 'code' && cell.model.sharedModel.getSource().trim() === source);
   if (at < 0) throw new Error(`no cell with the source: ${source}`);
   notebook.activeCellIndex = at;
-  await window.jupyterapp.commands.execute('notebook:run-all-above');
+  if (above) await commands.execute('notebook:run-all-above');
   notebook.activeCellIndex = at;
-  await window.jupyterapp.commands.execute('notebook:run-cell');
-  await notebook.scrollToItem(at, 'start');
-  return at }"""
+  await commands.execute('notebook:run-cell');
+  if (notebook.scrollToItem) await notebook.scrollToItem(at, 'start');
+  notebook.widgets[at].node.scrollIntoView() }"""
 
 # code in the notebook's kernel, beside its cells
 EXECUTE = """async (code) => {
@@ -133,132 +160,189 @@ EXECUTE = """async (code) => {
 
 ERRORS = """() => { const cells = window.jupyterapp.shell.currentWidget.content.model.cells, found = [];
   for (let i = 0; i < cells.length; i++) { const outputs = cells.get(i).outputs;
-    for (let j = 0; outputs && j < outputs.length; j++) if (outputs.get(j).type === 'error') found.push(`cell ${i} has an error output`) }
+    for (let j = 0; outputs && j < outputs.length; j++) { const data = outputs.get(j).toJSON();
+      if (data.output_type === 'error') found.push(`cell ${i}: ${data.ename}: ${data.evalue}`);
+      if (data.name === 'stderr') found.push(`cell ${i} has words on stderr: ${String(data.text).slice(0, 300)}`) } }
   return found }"""
 
-# a short mark for each picture, from its bytes
-PICTURES = """async () => Promise.all([...document.querySelectorAll('img.widget-image')].map(async image => {
+# a short mark for each picture of a widget, from its bytes
+PICTURES = """async (cell) => Promise.all([...cell.querySelectorAll('img.widget-image')].map(async image => {
   const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
   let mark = 0; for (const byte of bytes) mark = (31 * mark + byte) >>> 0;
   return image.naturalWidth > 0 && image.getBoundingClientRect().width > 100 ? mark : 0 }))"""
 
+# a promise of the page, but not for ever
+IN_TIME = "(given) => Promise.race([(%s)(given), new Promise((_, no) => setTimeout(() => no(new Error('not within %d ms')), %d))])"
+
 
 class Page:
-    "The notebook in the browser, and what can be done with its stepper."
+    "The notebook in the browser, and what can be done with its widgets."
 
-    def __init__(self, page, address):
-        self.page, self.console = page, []
-        page.set_default_timeout(1000 * SECONDS)
+    def __init__(self, page, address, end):
+        self.page, self.address, self.console, self.end = page, address, [], end
         page.on("pageerror", lambda error: self.console.append(str(error)))
-        page.goto(address)
-        self.until_idle()
+        self.stepper = page.locator(".jp-CodeCell", has=page.locator("button.jupyter-button", has_text=re.compile(r"^\s*reset\s*$")))
+        self.explorer = page.locator(".jp-CodeCell", has=page.locator(".widget-html", has_text="plugged into →"))
+
+    def left(self):
+        "Milliseconds for the next thing to happen."
+        left = min(SECONDS, self.end - time.monotonic())
+        if left <= 0:
+            raise AssertionError(f"all of it must take less than {LIMIT} seconds")
+        self.page.set_default_timeout(1000 * left)
+        return 1000 * left
 
     def until_idle(self):
         "The kernel is there and has nothing to do."
-        self.page.wait_for_function(IDLE, timeout=1000 * SECONDS)
+        self.page.wait_for_function(IDLE, timeout=self.left())
 
-    def words(self):
-        "The line of numbers below the buttons."
-        return self.page.locator(".widget-html", has_text=re.compile(r"update \d+ of")).first.inner_text().replace("\xa0", " ")
+    def until(self, what, true):
+        "Wait until something can be seen."
+        end = time.monotonic() + self.left() / 1000
+        while not true():
+            if time.monotonic() > end:
+                raise AssertionError(f"{what}: does not happen; {self.says()}")
+            self.page.wait_for_timeout(100)
+
+    def must_be(self, what, true):
+        "A thing that has to be so now."
+        if not true:
+            raise AssertionError(f"{what}: is not so; {self.says()}")
+
+    def evaluate(self, script, given=None):
+        "JavaScript in the page."
+        left = int(self.left())
+        return self.page.evaluate(IN_TIME % (script, left, left), given)
+
+    def execute(self, code):
+        "Something in the kernel, and what it printed."
+        return self.evaluate(EXECUTE, code).strip()
+
+    def run(self, source, above=False):
+        "A cell of the notebook."
+        self.evaluate(RUN, {"source": source, "above": above})
+        self.until_idle()
+
+    # what can be seen
+
+    def words(self, of=None):
+        "The line of numbers below the stepper's buttons, or the explorer's sentence."
+        told = (of or self.stepper).locator(".widget-html", has_text=re.compile(r"update \d+ of|pictures fixed"))
+        return re.sub(r"\s+", " ", told.first.inner_text()).strip()
+
+    def says(self):
+        "The stepper's line, for a message; at once, whatever is the matter."
+        with contextlib.suppress(Exception):
+            self.page.set_default_timeout(500)
+            return f"the stepper says {self.words()!r}"
+        return "there is no stepper"
 
     def update(self):
         "The number of updates that it shows."
         return int(re.search(r"update (\d+) of", self.words())[1])
 
-    def until(self, what, true, seconds=SECONDS):
-        "Wait until something can be seen."
-        end = time.monotonic() + seconds
-        while not true():
-            if time.monotonic() > end:
-                raise AssertionError(f"{what}: not within {seconds} seconds; the page says {self.words()!r}")
-            time.sleep(0.2)
+    def is_at(self, status, update):
+        "Does it show this status and this update, and nothing of an older training?"
+        return self.words().startswith(status) and self.update() == update
 
-    def pictures(self):
+    def pictures(self, of=None):
         "A mark for each picture; 0 for one that is not shown. A picture may be replaced while we look."
         for _ in range(10):
             with contextlib.suppress(Exception):
-                return self.page.evaluate(PICTURES)
-            time.sleep(0.2)
+                return (of or self.stepper).evaluate(PICTURES)
+            self.page.wait_for_timeout(100)
         raise AssertionError("the pictures cannot be read")
 
+    def until_new(self, before, of=None):
+        "Every picture is another one, and can be seen."
+        changed = lambda now: len(now) == len(before) and all(a != b and b for a, b in zip(before, now, strict=True))
+        self.until("all pictures change", lambda: changed(self.pictures(of)))
+
+    # what can be done
+
     def click(self, name):
-        "A button."
-        self.page.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$")).click()
+        "A button of the stepper."
+        self.stepper.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$")).click()
 
     def choose(self, name, value):
         "An entry of a menu."
         label = self.page.locator("label.widget-label", has_text=re.compile(rf"^{name}$"))
-        self.page.locator(".widget-dropdown", has=label).locator("select").select_option(value)
+        self.stepper.locator(".widget-dropdown", has=label).locator("select").select_option(value)
 
     def slider(self, name):
         "A slider's handle and the number beside it."
         label = self.page.locator("label.widget-label", has_text=re.compile(rf"^{name}$"))
-        slider = self.page.locator(".widget-slider", has=label)
-        return slider.locator(".noUi-handle"), slider.locator(".widget-readout")
-
-    def execute(self, code):
-        "Something in the kernel, and what it printed."
-        return self.page.evaluate(EXECUTE, code).strip()
-
-    def must_be(self, what, true):
-        "A thing that has to be so now."
-        if not true:
-            raise AssertionError(f"{what}; the page says {self.words()!r}")
+        slider = self.stepper.locator(".widget-slider", has=label)
+        return slider.locator(".noUi-handle, .ui-slider-handle"), slider.locator(".widget-readout")
 
 
 # --- the story -----------------------------------------------------------------------------------
 
 
+def open_notebook(page):
+    "JupyterLab with the notebook, and its kernel."
+    page.page.goto(page.address, timeout=page.left())
+    page.until_idle()
+
+
 def show(page):
     "The live cell runs: controls, and four pictures."
-    page.page.evaluate(RUN_TO_LIVE, LIVE_CELL)
-    page.until_idle()
-    page.page.locator("img.widget-image").nth(3).wait_for()
-    page.until("the stepper is ready", lambda: page.words().startswith("ready") and all(page.pictures()))
+    page.run(LIVE_CELL, above=True)
+    page.stepper.locator("img.widget-image").nth(3).wait_for()
+    page.until("the stepper is ready", lambda: page.is_at("ready", 0) and all(page.pictures()))
+    page.must_be("four pictures", len(page.pictures()) == 4)
 
 
 def step(page):
-    "One update, and every picture changes."
+    "One update, and every picture changes; three quick clicks are three updates."
     before = page.pictures()
     page.click("step")
-    page.until("a step", lambda: page.update() == 1 and page.words().startswith("paused"))
-    page.until("all pictures change", lambda: all(a != b for a, b in zip(before, page.pictures(), strict=True)))
+    page.until("a step", lambda: page.is_at("paused", 1))
+    page.until_new(before)
+    for _ in range(3):
+        page.click("step")
+    page.until("three more", lambda: page.is_at("paused", 4))
+    page.must_be("Python sees the same", page.execute("print(stepper.state['step'], len(stepper.history))") == "4 4")
 
 
 def run_and_pause(page):
     "It runs while the kernel answers, pauses and stays."
     before = page.pictures()
     page.click("run")
-    page.until("it runs", lambda: page.words().startswith("running") and page.update() >= 4)
-    start = time.monotonic()
+    page.until("it runs", lambda: page.words().startswith(("running", "asking")) and page.update() > 5)
+    begin = time.monotonic()
     first, second = (int(page.execute('print(stepper.state["step"])')) for _ in range(2))
-    took = time.monotonic() - start
+    took = time.monotonic() - begin
     page.must_be(f"the kernel answers while it runs (took {took:.1f} s, updates {first}, {second})", took < 20)
     page.until("it goes on", lambda: page.update() > second)
-    page.until("the models are asked again", lambda: "after update 20" in page.page.locator(".widget-html", has_text="validation pictures").inner_text())
+    table = page.stepper.locator(".widget-html", has_text="validation pictures")
+    page.until("the models are asked again", lambda: "after update 20" in table.inner_text())
+    begin = time.monotonic()
     page.click("pause")
     page.until("it pauses", lambda: page.words().startswith("paused"))
+    paused = time.monotonic() - begin
     number = page.update()
-    page.until("pictures change while it runs", lambda: all(a != b for a, b in zip(before, page.pictures(), strict=True)))
-    time.sleep(1.5)
+    page.until_new(before)
+    page.until("nothing is left to do", lambda: page.execute("print(stepper.background.task, stepper.running)") == "None False")
     page.must_be("a paused training stays", page.update() == number == int(page.execute('print(stepper.state["step"])')))
-    return f"{number} updates, the kernel answered twice in {took:.1f} s"
+    return f"{number} updates, the kernel answered twice in {took:.1f} s, paused after {paused:.1f} s"
 
 
 def move_slider(page):
-    "A slider starts over with another number."
+    "A slider moved while it runs starts over with another number."
     handle, readout = page.slider("FCA weight")
     before = readout.inner_text()
+    page.click("run")
+    page.until("it runs", lambda: page.words().startswith(("running", "asking")))
     handle.focus()
     for _ in range(3):
         handle.press("ArrowRight")
-    page.until("a new training", lambda: page.words().startswith("ready") and page.update() == 0)
+    page.until("a new training", lambda: page.is_at("ready", 0))
     page.must_be("the slider shows another number", readout.inner_text() != before)
     seen = lambda: float(page.execute('print(stepper.settings["fca"])'))
     page.until("Python sees what the slider shows", lambda: abs(seen() - float(readout.inner_text())) < 1e-6)
-    page.until("the new training is ready", lambda: page.words().startswith("ready") and page.update() == 0)
-    lr = page.execute('print(stepper.settings["lr"])')
-    return f"FCA weight {before} -> {readout.inner_text()}, lr {lr}"
+    page.until("the new training is ready", lambda: page.is_at("ready", 0))
+    return f"FCA weight {before} -> {readout.inner_text()}"
 
 
 def change_method(page):
@@ -267,7 +351,7 @@ def change_method(page):
     page.until("VP's learning rate", lambda: float(page.slider("learning rate")[1].inner_text()) == 4)
     page.must_be("no FCA for VP", float(page.slider("FCA weight")[1].inner_text()) == 0)
     page.click("step")
-    page.until("a step of VP", lambda: page.update() == 1)
+    page.until("a step of VP", lambda: page.is_at("paused", 1))
     told = page.execute('print(stepper.settings["method"], stepper.settings["lr"])')
     page.must_be(f"Python sees VP with its own rate ({told})", told == "VP 4.0")
 
@@ -276,54 +360,97 @@ def change_task(page):
     "Another task: other pictures, other answers."
     before = page.pictures()
     page.choose("task", "digits")
-    page.until("another task", lambda: page.words().startswith("ready") and page.update() == 0)
+    page.until("another task", lambda: page.is_at("ready", 0))
     page.click("step")
-    page.until("a step", lambda: page.update() == 1 and page.words().startswith("paused"))
-    page.until("all pictures change", lambda: all(a != b for a, b in zip(before, page.pictures(), strict=True)))
+    page.until("a step", lambda: page.is_at("paused", 1))
+    page.until_new(before)
     page.must_be("it is about digits", page.execute("print(stepper.training.task.name)") == "digits")
+
+
+def fail_and_reset(page):
+    "What goes wrong is said in words, and can be mended."
+    page.execute("from unittest.mock import patch; failing = patch('tvp.watch.advance', side_effect=MemoryError('no room for this')); failing.start()")
+    page.click("step")
+    page.until("the error is shown", lambda: page.words().startswith("stopped: no room for this"))
+    page.execute("failing.stop()")
+    page.click("reset")
+    page.until("all is well again", lambda: page.is_at("ready", 0))
+    page.click("step")
+    page.until("a step", lambda: page.is_at("paused", 1))
+
+
+def show_explorer(page):
+    "A transfer matrix with a button for each cell, and the pictures of one of them."
+    for source in EXPLORER_CELLS:
+        page.run(source)
+    page.explorer.locator("img.widget-image").wait_for()
+    page.until("its pictures", lambda: all(page.pictures(page.explorer)))
+    page.must_be("seven targets", page.explorer.locator("button.jupyter-button").count() == 7)
+
+
+def click_cell(page):
+    "Another cell: another sentence, other pictures, fixed and broken."
+    before, words = page.pictures(page.explorer), page.words(page.explorer)
+    page.explorer.locator("button.jupyter-button[title*='→ tiny-llava']").first.click()
+    page.until("the other model's name", lambda: "tiny-llava:" in page.words(page.explorer))
+    page.until_new(before, page.explorer)
+    told = page.execute("print(quick_explorer.selected['target'], *(int((quick_explorer.cases.change == kind).sum()) for kind in ('fixed', 'broken')))")
+    target, fixed, broken = told.split()
+    now = page.words(page.explorer)
+    page.must_be(f"the page says what Python says ({told}; {now})", target == "tiny-llava" and f"{fixed} of 60 pictures fixed, {broken} broken" in now)
+    page.must_be("it is another sentence", now != words)
+    return now
 
 
 def no_errors(page):
     "No error output in any cell, none in the browser's console."
-    found = page.page.evaluate(ERRORS) + page.console
+    found = page.evaluate(ERRORS) + page.console
     page.must_be(f"no errors: {found}", not found)
 
 
-STORY = (show, step, run_and_pause, move_slider, change_method, change_task, no_errors)
+STORY = (open_notebook, show, step, run_and_pause, move_slider, change_method, change_task, fail_and_reset, show_explorer, click_cell, no_errors)
 
 
-def tell(address, shots, report):
+def tell(address, shots, report, end):
     "Each part of the story, with a screenshot after it; returns problems."
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(viewport={"width": 1360, "height": 1060})
-        page = Page(window, address)
+        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(viewport=VIEWPORT)
+        page = Page(window, address, end)
         for number, part in enumerate(STORY):
-            start = time.monotonic()
+            begin = time.monotonic()
             try:
                 told = part(page)
             except Exception as error:
-                window.screenshot(path=shots / f"{number}_{part.__name__}_failed.png")
-                return [f"{part.__name__}: {error}"]
-            report(f"        {time.monotonic() - start:5.1f} s  {part.__doc__}{f' ({told})' if told else ''}")
+                shot = shots / f"{number}_{part.__name__}_failed.png"
+                with contextlib.suppress(Exception):
+                    window.screenshot(path=shot, timeout=10_000)
+                return [f"{part.__name__}: {type(error).__name__}: {error} (screenshot: {shot})"]
+            report(f"        {time.monotonic() - begin:5.1f} s  {part.__doc__}{f' ({told})' if told else ''}")
             window.screenshot(path=shots / f"{number}_{part.__name__}.png")
         return []
 
 
 def stepper_in_browser(shots=None, notebook=NOTEBOOK, report=print):
-    "The stepper works in JupyterLab, in a real browser."
+    "The stepper and the explorer work in JupyterLab, in a real browser; returns problems, none where it cannot be tried."
     if missing():
         report(f"        skipped: {missing()}")
         return []
-    with tempfile.TemporaryDirectory() as folder, jupyterlab(Path(notebook)) as address:
-        shots = Path(shots or folder)
-        shots.mkdir(parents=True, exist_ok=True)
-        return tell(address, shots, report)
+    folder = Path(shots or tempfile.mkdtemp(prefix="tvp-browser-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with jupyterlab(Path(notebook)) as address:
+            problems = tell(address, folder, report, time.monotonic() + LIMIT)
+    except Exception as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if not shots and not problems:
+        shutil.rmtree(folder, ignore_errors=True)
+    return problems
 
 
 if __name__ == "__main__":
     begin = time.monotonic()
     problems = stepper_in_browser(*sys.argv[1:])
-    print(*problems, f"{time.monotonic() - begin:.0f} s, {'FAILED' if problems else 'passed'}", sep="\n")
+    print(*problems, f"{time.monotonic() - begin:.0f} s, {'FAILED' if problems else 'skipped' if missing() else 'passed'}", sep="\n")
     sys.exit(bool(problems))

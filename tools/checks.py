@@ -230,7 +230,8 @@ def tutorial_problems(path):
         status, output = run(*command, cwd=ROOT, seconds=TUTORIAL_SECONDS)
         seconds = time.monotonic() - start
         if status != 0:
-            return seconds, [f"took more than {TUTORIAL_SECONDS} seconds"] if status is None else output[-3000:].splitlines()
+            lines = re.sub(r"\x1b\[[\d;]*m", "", output).splitlines()[-15:]  # without colours
+            return seconds, [f"took more than {TUTORIAL_SECONDS} seconds"] if status is None else lines
         comparable = (platform.system(), platform.machine()) == ("Linux", "x86_64")  # where the outputs were saved
         return seconds, differences(json.loads(text(ROOT / "nbs" / path)), json.loads(text(result))) if comparable else []
 
@@ -362,9 +363,9 @@ def sidebar_entries(contents, section="Start"):
     "The sidebar's pages in their order, each with its section."
     for entry in contents:
         if isinstance(entry, dict) and "section" in entry:
-            inner = entry["section"] if section in ("Start", "End") else f"{section}: {entry['section']}"
+            inner = entry["section"] if section in ("Start", "More") else f"{section}: {entry['section']}"
             yield from sidebar_entries(entry["contents"], inner)
-            section = "End" if section == "Start" else section
+            section = "More" if section == "Start" else section
         else:
             yield section, Path(entry["href"] if isinstance(entry, dict) else entry)
 
@@ -387,7 +388,8 @@ def site_texts(pages):
         made += [f"\n## {here}\n"] if here != section else []
         made.append(f"- [{page.title}]({SITE}/{(path.parent / page.file).as_posix()}.md): {page.description}")
         section = here
-    texts = {f"{(path.parent / page.file).as_posix()}.md": f"# {page.title}\n\n> {page.description}\n\n{page.markdown}" for path, page in pages.items()}
+    bodies = {path: page.markdown.replace(NBDEV_NOTICE, "").lstrip().removeprefix(f"# {page.title}\n") for path, page in pages.items()}
+    texts = {f"{(path.parent / page.file).as_posix()}.md": f"# {page.title}\n\n> {page.description}\n\n{bodies[path]}" for path, page in pages.items()}
     return {"llms.txt": "\n".join(made) + "\n", **texts}
 
 
@@ -473,7 +475,7 @@ class Site:
     def __init__(self, pages):
         self.html = {path: pandoc(page.everything(), "markdown") for path, page in pages.items()}
         self.source = {(path.parent / page.file).as_posix(): path for path, page in pages.items()}
-        self.generated = generated_links()
+        self.generated, self.texts = generated_links(), set(site_texts(pages))
 
     def broken(self, path, link):
         "What is wrong with a link on the page made from nbs/`path`, or None."
@@ -496,7 +498,7 @@ class Site:
             return "leaves the site; link to the file in the repository"
         source = self.source.get(target.as_posix(), target)
         if source not in self.html:
-            return None if (ROOT / "nbs" / target).is_file() else "no such page"
+            return None if target.as_posix() in self.texts or (ROOT / "nbs" / target).is_file() else "no such page"
         return f"no anchor #{anchor}" if anchor and unquote(anchor) not in self.html[source].anchors else None
 
 
@@ -545,7 +547,7 @@ def packages_complete(copy):
         with tarfile.open(sdist) as archive:
             in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     data = {f"tvp/data/{path.as_posix()}" for path in files(ROOT / "tvp" / "data")}
-    wanted = data | {f"tvp/{path.as_posix()}" for path in files(copy / "tvp", ".py")}
+    wanted = data | {f"tvp/{path.as_posix()}" for suffix in (".py", ".pyi") for path in files(copy / "tvp", suffix)}
     problems = [] if data else ["tvp/data holds no data files"]
     problems += [f"the wheel lacks {name}" for name in sorted(wanted - in_wheel)]
     problems += [f"the source package lacks {name}" for name in sorted((wanted | {"settings.ini", "LICENSE"}) - in_sdist)]

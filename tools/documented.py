@@ -1,8 +1,9 @@
 """Every public symbol of tvp says what it is, what it takes and what it gives: `python tools/documented.py` lists those that do not.
 
-Public is what a module lists in `__all__`, with the public methods of its classes. Each needs a docstring. Each parameter needs a
+Public is what a module lists in `__all__`, with the public methods of its classes. Each needs a docstring. Each parameter and field needs a
 comment on its line (nbdev's docments: meaning, shape or unit, range), and so does a result that has a shape, a unit or parts.
-What says enough by itself needs none: a class of ours (it has its own page), a folder, a parameter that the docstring speaks of.
+What says enough by itself needs none: a class of ours (it has its own page), a folder, what the docstring speaks of. A docstring
+that says "see `this`" leaves the parameters to this.
 """
 
 import ast
@@ -11,9 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OBVIOUS = {"self", "cls", "_", "args", "ax", "figure", "path", "folder", "seed", "title"}
+OBVIOUS = {"self", "cls", "_", "args", "ax", "device", "dtype", "figure", "path", "folder", "seed", "title"}
 FOREIGN = {"forward", "backward", "extra_repr", "get_image_features"}  # their signatures are those of torch and transformers
-SHAPED = r"\b(Tensor|ndarray|float|dict|tuple|DataFrame|Series)\b"  # results with a shape, a unit or parts
+SHAPED = r"\b(Tensor|ndarray|float|dict|tuple)\b"  # results with a shape, a unit or parts
+SHAPE = r"\([\w +*]+,[\w, +*]*\)|scalar"  # "(B, N)" or "a scalar" in a docstring
 
 
 def listed(tree):
@@ -37,11 +39,11 @@ class Module:
         "Whether an annotation names a class of ours, which has its own page."
         return bool(set(re.findall(r"\w+", ast.unparse(annotation))) & self.classes)
 
-    def parameter(self, parameter, docstring):
-        "Whether a parameter says what it is."
-        known = parameter.annotation is not None and self.ours(parameter.annotation)
-        named = re.search(rf"\b{parameter.arg.replace('_', '[ _]')}\b", docstring, re.IGNORECASE)
-        return bool(known or named) or parameter.arg in OBVIOUS or self.comment(parameter)
+    def said(self, name, node, docstring):
+        "Whether a parameter or a field says what it is."
+        known = name in map(str.lower, self.classes) if node.annotation is None else self.ours(node.annotation)
+        named = re.search(rf"\b{name.replace('_', '[ _]')}\b", docstring, re.IGNORECASE)
+        return bool(known or named) or name in OBVIOUS or self.comment(node) or "see `" in docstring
 
     def result(self, function):
         "Whether a function says what it gives."
@@ -49,7 +51,7 @@ class Module:
         header_end = self.lines[max(function.lineno, function.body[0].lineno - 1) - 1]
         if "#" in header_end or {"property", "cached_property"} & set(map(ast.unparse, function.decorator_list)):
             return True
-        return not re.search(SHAPED, kind) or self.ours(function.returns)
+        return not re.search(SHAPED, kind) or self.ours(function.returns) or bool(re.search(SHAPE, ast.get_docstring(function) or ""))
 
     def lacks(self, function):
         "What a function or a method does not say."
@@ -58,8 +60,15 @@ class Module:
             return []
         missing = [] if docstring or inner else ["a docstring"]
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        missing += [f"`{argument.arg}`" for argument in arguments if not self.parameter(argument, docstring)]
+        missing += [f"`{argument.arg}`" for argument in arguments if not self.said(argument.arg, argument, docstring)]
         return missing if inner or self.result(function) else [*missing, "its result"]
+
+    def unsaid_fields(self, kind):
+        "What a class does not say."
+        docstring = ast.get_docstring(kind) or ""
+        theirs = "PreTrainedConfig" in map(ast.unparse, kind.bases)  # fields named as everywhere in transformers
+        fields = [node for node in kind.body if isinstance(node, ast.AnnAssign) and node.target.id[0] != "_" and not theirs]
+        return ([] if docstring else ["a docstring"]) + [f"`{field.target.id}`" for field in fields if not self.said(field.target.id, field, docstring)]
 
     def symbols(self):
         "Public functions and methods with their names, and classes."
@@ -73,9 +82,7 @@ class Module:
     def undocumented(self):
         "Each symbol that lacks something, and what."
         for name, node in self.symbols():
-            function = isinstance(node, ast.FunctionDef)
-            missing = self.lacks(node) if function else [] if ast.get_docstring(node) else ["a docstring"]
-            if missing:
+            if missing := (self.unsaid_fields if isinstance(node, ast.ClassDef) else self.lacks)(node):
                 yield name, missing
 
 

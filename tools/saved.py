@@ -16,6 +16,7 @@ from pathlib import Path
 SKIPPED = {"notest", "slow", "gpu"}  # tst_flags in settings.ini
 VARIES = "varies"
 TOLERANCE = 0.01  # of a number with decimals, relative; one unit of its last place is granted too
+TINY = 1e-5  # rounding errors, written like 5e-07, are all the same
 NUMBER = re.compile(r"([-+−]?(?:\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\d*\.\d+))")
 CHANGING = [  # what differs between two runs of the same code, and what stands for it
     (r"data:image/[^\"')\s]+", "picture"),
@@ -73,7 +74,7 @@ def same_number(a, b):
     if "." not in a + b and "e" not in (a + b).lower():
         return int(a) == int(b)
     places = min(len(text.lower().partition("e")[0].partition(".")[2]) for text in (a, b))
-    last = 0 if "e" in (a + b).lower() else 1.01 * 10**-places
+    last = TINY if "e" in (a + b).lower() else 1.01 * 10**-places
     return math.isclose(float(a), float(b), rel_tol=TOLERANCE, abs_tol=last)
 
 

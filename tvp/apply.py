@@ -7,7 +7,7 @@ __all__ = ['MAX_PICTURE_BYTES', 'MAX_PIXELS', 'FORMATS', 'check_bytes_fit', 'ope
            'prompted_picture', 'inside', 'find_pictures', 'check_targets', 'apply_to_folder', 'warn_of_clipping',
            'apply_prompt']
 
-# %% ../nbs/api/14_apply.ipynb #25195465
+# %% ../nbs/api/14_apply.ipynb #16adfdca
 import io
 import os
 import warnings
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .arguments import check_kind
 from .files import write_atomic
 from .pictures import read_picture
 from .prompt import VisualPrompt, clipping, pixels_to_pil
@@ -128,7 +129,7 @@ def check_targets(
     there = [place for place in taken if place.exists() or place.is_symlink()]
     if there and not overwrite: raise FileExistsError(f"{str(there[0])!r} exists" + (f", and {len(there) - 1} more" if there[1:] else "") + ". Choose another `out`, or pass overwrite=True.")
 
-# %% ../nbs/api/14_apply.ipynb #5a0faa94
+# %% ../nbs/api/14_apply.ipynb #dcde75f7
 def apply_to_folder(
     prompt: VisualPrompt,
     source: str | Path,  # a picture, or a folder that is searched with its subfolders
@@ -137,6 +138,7 @@ def apply_to_folder(
     overwrite: bool = False,  # may files there be replaced?
 ) -> list[Path]:  # the PNG files, in the order of their names
     "Prompt every picture of a folder."
+    check_kind("overwrite", overwrite, bool)
     source, out, how = as_path(source, "picture"), as_path(out, "out"), find_fit(prompt, fit)
     if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder, {str(out)!r} is a file.")
     found = {picture: inside(out, name) for picture, name in find_pictures(source, out).items()}
@@ -147,7 +149,7 @@ def apply_to_folder(
         write_atomic(place, buffer.getvalue())
     return list(found.values())
 
-# %% ../nbs/api/14_apply.ipynb #27d629bd
+# %% ../nbs/api/14_apply.ipynb #e71d911b
 def warn_of_clipping(
     prompt: VisualPrompt,
 ) -> None:
@@ -166,7 +168,7 @@ def apply_prompt(
 ) -> Image.Image | list[Path]:  # the picture, or the files written
     "Pictures with the prompt, for programs that take nothing but pictures."
     state, how = prompt.generator.get_state(), find_fit(prompt, fit)
-    if out is None and isinstance(picture, (str, os.PathLike)) and Path(picture).is_dir():
+    if out is None and isinstance(picture, (str, os.PathLike)) and as_path(picture, "picture").is_dir():
         raise ValueError(f"`out` must say where the pictures of the folder {str(picture)!r} go. Try prompt.apply(folder, 'prompted').")
     warn_of_clipping(prompt)
     try: return prompted_picture(prompt, picture, how) if out is None else apply_to_folder(prompt, picture, out, how, overwrite)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['changed_answers', 'find_prompts', 'prompt_of', 'case_picture', 'draw_cases']
 
-# %% ../nbs/api/81_cases.ipynb #abb15fcf
+# %% ../nbs/api/81_cases.ipynb #19253155
 import textwrap
 from collections.abc import Iterable, Mapping
 
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .arguments import check_kind
 from .metrics import correct, predictions
 from .prompt import VisualPrompt
 from .tables import TransferRun
@@ -36,12 +37,14 @@ def changed_answers(
     return pd.DataFrame({"row": rows, "right": words[run.labels[at]], "before": words[predictions(clean)[at]], "after": words[predictions(prompted)[at]],
                          "change": np.where(now[at], "fixed", "broken")})
 
-# %% ../nbs/api/81_cases.ipynb #5a89d159
+# %% ../nbs/api/81_cases.ipynb #a4f93aa8
 def find_prompts(
     prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt],  # one, several, or by method
 ) -> dict[tuple, VisualPrompt]:  # (method, source, seed) -> prompt
     "Prompts by what they say of themselves."
     if isinstance(prompts, VisualPrompt): prompts = [prompts]
+    prompts = prompts if isinstance(prompts, Mapping) else list(check_kind("prompts", prompts, Iterable))
+    for prompt in prompts.values() if isinstance(prompts, Mapping) else prompts: check_kind("prompts", prompt, VisualPrompt)
     named = prompts.items() if isinstance(prompts, Mapping) else ((prompt.provenance.get("method"), prompt) for prompt in prompts)
     return {(method, prompt.provenance.get("source"), prompt.provenance.get("seed")): prompt for method, prompt in named}
 
@@ -75,7 +78,7 @@ def _draw_case(ax, image: Tensor, case) -> None:
     ax.text(0.5, -0.04, word(case.before), transform=ax.transAxes, ha="center", va="top", fontsize=8, color="#888888")
     ax.text(0.5, -0.19, f"→ {word(case.after)}", transform=ax.transAxes, ha="center", va="top", fontsize=8, color="#00664a" if case.change == "fixed" else "#b00020")
 
-# %% ../nbs/api/81_cases.ipynb #8eaacfb8
+# %% ../nbs/api/81_cases.ipynb #461039f1
 def draw_cases(
     figure,  # matplotlib Figure or SubFigure, empty
     cases: pd.DataFrame,  # of `changed_answers`
@@ -84,11 +87,12 @@ def draw_cases(
     size: int,  # canvas side, pixels
     prompt: VisualPrompt | None = None,  # None: the pictures without it
     n: int = 6,  # pictures of each kind
+    first: int = 0,  # so many of each kind are left out
 ) -> None:
     "A row of fixed pictures and a row of broken ones."
-    axes = figure.subplots(2, n, squeeze=False)
+    axes = figure.subplots(2, n, squeeze=False, gridspec_kw=dict(left=0.4 / (1.1 * n + 0.4), right=0.995, top=0.93, bottom=0.13, wspace=0.12, hspace=0.5))
     for ax in axes.flat: ax.set_axis_off()
     for row, change in zip(axes, ("fixed", "broken")):
         some = cases[cases.change == change]
         row[0].text(-0.25, 0.5, f"{change}: {len(some)}", transform=row[0].transAxes, rotation=90, va="center", ha="center", fontsize=10, fontweight="bold")
-        for ax, case in zip(row, some.itertuples()): _draw_case(ax, case_picture(task, split, case.row, size, prompt), case)
+        for ax, case in zip(row, some[first:].itertuples()): _draw_case(ax, case_picture(task, split, case.row, size, prompt), case)

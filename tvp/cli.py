@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
-           'command_check', 'training_checkpoint', 'fit_or_explain', 'command_train', 'load_prompt_file',
-           'command_apply', 'named_corruption', 'save_rows', 'command_evaluate', 'peak_memory', 'command_demo',
-           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser', 'main']
+           'command_check', 'command_bench', 'training_checkpoint', 'fit_or_explain', 'command_train',
+           'load_prompt_file', 'command_apply', 'named_corruption', 'save_rows', 'command_evaluate', 'peak_memory',
+           'command_demo', 'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole',
+           'parser', 'started_as', 'join_processes', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -127,7 +128,19 @@ def command_check(args: argparse.Namespace) -> int:
     print(check)
     return 0 if check.ok else 1
 
-# %% ../nbs/api/90_cli.ipynb #f2572140
+# %% ../nbs/api/90_cli.ipynb #8f7ddb49
+def command_bench(args: argparse.Namespace) -> None:
+    "Measure speed and memory beside the released code's loop and the bare arithmetic: a quarter of an hour, with --quick some minutes."
+    from tvp.bench import SECTIONS, bench
+    only = args.only and [known_name("section", name, SECTIONS) for name in args.only.split(",")]
+    file = None if args.json is None else Path(args.json)
+    try:
+        if file is not None: _try_writing(file.parent)
+    except UsageError as error: raise UsageError(str(error).replace("--out", "--json")) from None
+    if file is not None and file.is_dir(): raise UsageError(f"{file} is a folder. Name a file with --json.")
+    bench(args.quick, file, only)
+
+# %% ../nbs/api/90_cli.ipynb #3b960539
 def training_checkpoint(
     place: str | None,  # --checkpoint, as typed
     resume: bool,  # --resume
@@ -151,10 +164,12 @@ def fit_or_explain(
 ) -> int:  # updates made earlier, in the training that goes on
     "Train; what the user can mend becomes one line, and a stop says where to go on."
     from tvp.checkpoints import read_checkpoint
+    from tvp.processes import ProcessLost
     try:
         done = read_checkpoint(file).get("position", {}).get("done", 0) if file and file.exists() else 0
         learner.fit(epochs, file, resume=resume)
-    except (ValueError, OSError) as error: raise UsageError(str(error)) from None
+    except (ValueError, OSError) as error: raise UsageError(getattr(error, "strerror", None) or str(error)) from None
+    except ProcessLost as error: raise UsageError(str(error).replace("resume=True", "--resume")) from None
     except KeyboardInterrupt:
         if file and file.exists(): print(f"\ntvp: what is done so far is kept in {file}; the same command with --resume goes on.", end="", file=sys.stderr)
         raise
@@ -171,12 +186,12 @@ def command_train(args: argparse.Namespace) -> None:
     try: learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
     except ValueError as error: raise UsageError(str(error)) from None
     done = fit_or_explain(learner, args.epochs, kept, args.resume)
-    learner.prompt.save(file)
+    if learner.accelerator.is_main_process: learner.prompt.save(file)
     earlier = f", {done} of them made earlier" if done else ""
     print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
-# %% ../nbs/api/90_cli.ipynb #041e1384
+# %% ../nbs/api/90_cli.ipynb #33504bdd
 def load_prompt_file(
     path: str,  # as typed
 ):  # the prompt
@@ -226,6 +241,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     task, zoo = _task(name, args.data_dir, public=True), _zoo(*args.models or [])
     file = output_file(args.out, ".csv", args.force) if args.out else None
     from tvp.transfer import evaluate_transfer
+    join_processes()
     try: results = evaluate_transfer(prompt, task, zoo, targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None)
     except (ValueError, ImportError) as error: raise UsageError(str(error)) from None
     print(results.table())
@@ -359,7 +375,7 @@ def _add_train_and_evaluate(commands, source: dict[str, dict], out, force: dict[
         "--corruption": dict(nargs="+", metavar="NAME[:SEVERITY]", help="evaluate on pictures with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if not given")}
         | out(None, "file for the results, .csv") | force)
 
-# %% ../nbs/api/90_cli.ipynb #ee594794
+# %% ../nbs/api/90_cli.ipynb #b866bd41
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -381,14 +397,31 @@ def parser() -> argparse.ArgumentParser:
     _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})
     _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
                  | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given")})
+    _add_command(commands, command_bench, {
+        "--quick": dict(action="store_true", help="fewer models and rounds"), "--json": dict(metavar="FILE", help="where to write everything that was measured"),
+        "--only": dict(metavar="NAMES", help="some of step,ranking,loading,memory,variants; all if not given")})
     return top
 
-# %% ../nbs/api/90_cli.ipynb #60fb343c
+# %% ../nbs/api/90_cli.ipynb #ceb14595
+def started_as() -> tuple[int, int]:  # number of this process, and of all
+    "What the launcher said; (0, 1) without one."
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes() -> None:
+    "Let the processes that were started together know of each other."
+    if started_as()[1] == 1: return
+    import torch
+    from accelerate import PartialState
+    PartialState(cpu=not torch.cuda.is_available())
+
+# %% ../nbs/api/90_cli.ipynb #3cb774c8
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
     "The command `tvp`."
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal without arrows still gets its table
+    if started_as()[0]: sys.stdout = open(os.devnull, "w")
     args = parser().parse_args(argv)
     args.typed = list(sys.argv[1:] if argv is None else argv)
     try: return args.run(args) or 0

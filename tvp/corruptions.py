@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'CORRUPTIONS', 'SEVERITIES', 'LARGEST', 'corrupt', 'Corrupted', 'cifar10_c', 'Corruption',
            'every_corruption']
 
-# %% ../nbs/api/14_corruptions.ipynb #6b91d962
+# %% ../nbs/api/14_corruptions.ipynb #efcc077b
 import contextlib
 import io
 import sys
@@ -24,9 +24,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .arguments import check_choice, check_kind, check_whole
 from .pictures import Pictures
 from .sampling import shuffled
-from .tasks import Split, Task
+from .tasks import Split, Task, to_tensor
 
 # %% ../nbs/api/14_corruptions.ipynb #0e129340
 class _Numpy:
@@ -66,7 +67,7 @@ def _library() -> ModuleType:  # imagecorruptions.corruptions
     corruptions.sk = SimpleNamespace(color=color, util=SimpleNamespace(random_noise=seeded))
     return corruptions
 
-# %% ../nbs/api/14_corruptions.ipynb #15c3a3dd
+# %% ../nbs/api/14_corruptions.ipynb #99f59b1d
 FAMILIES = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -83,10 +84,10 @@ def _check(
     severity: int,
 ) -> None:
     "Refuse what there is not."
-    if name not in CORRUPTIONS: raise ValueError(f"`name` must be one of {', '.join(CORRUPTIONS)}; got {name!r}.")
-    if severity not in SEVERITIES: raise ValueError(f"`severity` must be 1, 2, 3, 4 or 5, got {severity!r}.")
+    check_choice("name", name, CORRUPTIONS)
+    check_whole("severity", severity, 1, 5)
 
-# %% ../nbs/api/14_corruptions.ipynb #39362ee0
+# %% ../nbs/api/14_corruptions.ipynb #9f302c02
 LARGEST = 224  # shorter side, pixels: what the library's constants were chosen for
 
 
@@ -97,8 +98,10 @@ def corrupt(
     seed: int | Sequence[int] = 0,  # of everything that is random
 ) -> Image.Image | Tensor:  # of the same kind; its shorter side is 224 pixels at most
     "A corrupted picture (Hendrycks & Dietterich 2019, by imagecorruptions)."
-    _check(name, severity)
+    _check(name, severity), check_kind("image", image, (Image.Image, Tensor))
+    for number in seed if isinstance(seed, (list, tuple)) else [seed]: check_whole("seed", number, 0)
     if isinstance(image, Tensor):
+        to_tensor(image)  # refuses what is no RGB picture of bytes
         changed = corrupt(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), name, severity, seed)
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
     side = min(image.size)
@@ -159,7 +162,7 @@ def cifar10_c(
     labels = [list(candidates).index(classes[label]) for label in labels[rows]]
     return Split(Pictures(pictures[rows], name=f"{file.name}, severity {severity}"), [like.instructions[0]] * n, labels, [candidates[label] for label in labels])
 
-# %% ../nbs/api/14_corruptions.ipynb #a15c3732
+# %% ../nbs/api/14_corruptions.ipynb #5e6a5101
 @dataclass(frozen=True)
 class Corruption:
     "What happens to the pictures that are evaluated: `Corruption('fog', 3)(task)` is the task with foggy test pictures."
@@ -168,7 +171,7 @@ class Corruption:
     seed: int = 0  # of everything that is random
     files: str | Path | None = None  # a folder of CIFAR-10-C files, to use instead
 
-    def __post_init__(self): _check(self.name, self.severity)
+    def __post_init__(self): _check(self.name, self.severity), check_whole("seed", self.seed, 0)
     def __str__(self): return f"{self.name} {self.severity}"
 
     def __call__(self, task: Task, split: str = "test") -> Task:
@@ -184,5 +187,9 @@ def every_corruption(
     **more: Any,  # other fields of Corruption: seed, files
 ) -> list[Corruption]:
     "Several corruptions at several severities."
-    names = FAMILIES.get(names, (names,)) if isinstance(names, str) else names
+    names = FAMILIES.get(names, (names,)) if isinstance(names, str) else list(check_kind("names", names, Iterable))
+    severities = list(check_kind("severities", severities, Iterable))
+    if not names or not severities: raise ValueError(f"`names` and `severities` must hold at least one each, got {names} and {severities}.")
+    for name in names: check_choice("names", name, CORRUPTIONS)
+    for severity in severities: check_whole("severities", severity, 1, 5)
     return [Corruption(name, severity, **more) for name in names for severity in severities]

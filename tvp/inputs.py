@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_images', 'check_texts', 'check_processor', 'call_processor', 'text_row', 'pixel_names', 'render_chat',
            'pad_rows', 'answer_tokens', 'is_encoder_decoder', 'plain_template', 'TextInputs', 'without_end',
-           'text_batch', 'answer_batch', 'pixel_inputs']
+           'text_batch', 'answer_batch', 'pixel_inputs', 'processed', 'same_tensors']
 
 # %% ../nbs/api/19_inputs.ipynb #652b42e6
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .arguments import check_texts as check_list
 
-# %% ../nbs/api/19_inputs.ipynb #b814a559
+# %% ../nbs/api/19_inputs.ipynb #6ca55d9b
 def check_images(
     images: Tensor,  # (B, 3, H, W), float, pictures in [0, 1]; a prompt may reach beyond
 ) -> None:
@@ -30,6 +30,7 @@ def check_images(
         raise ValueError(f"`images` must be RGB pictures of shape (B, 3, H, W) with B > 0, got {got}. Add the batch dimension, convert to RGB.")
     if not images.is_floating_point():
         raise TypeError(f"`images` must be floating point in [0, 1], got {images.dtype}. Divide by 255: images.float() / 255.")
+    if images.requires_grad and images.device.type != "cpu": return  # in a training: its numbers are watched by `tvp.learner`, where no card has to wait
     low, high = images.detach().aminmax()
     if not torch.isfinite(high - low): raise ValueError("`images` must be finite, got NaN or infinity. Check the prompt and the learning rate.")
     if low >= 0 and high > 10:  # large and nowhere negative: not a prompt that ran away, but bytes
@@ -163,7 +164,7 @@ def plain_template(
     raise ValueError(f"`template` must be given for {type(processor).__name__}: it has no chat template, and neither an instruction alone nor one "
                      f"behind an image token will do ({problem}). For example template=lambda instruction: '<image> ' + instruction.")
 
-# %% ../nbs/api/19_inputs.ipynb #f62c638d
+# %% ../nbs/api/19_inputs.ipynb #35f0b217
 class TextInputs:
     "Token ids of instructions and answers, made by a model's own processor and kept."
     def __init__(
@@ -175,7 +176,7 @@ class TextInputs:
         if template is not None and not callable(template):
             raise TypeError(f"`template` must be a function from the instruction to the text, got {template!r}. Try template={template!r}.format.")
         self.processor, self.tokenizer, self.template = processor, processor.tokenizer, template
-        self._pixels, self._last = {}, {}  # size -> names of pixel inputs; instruction -> last token id
+        self._pixels, self._last, self.short = {}, {}, {}  # size -> names of pixel inputs; instruction -> last token id; see `processed`
         self.seq2seq, self.alone = is_encoder_decoder(model), is_encoder_decoder(model) or bool(getattr(processor, "alone", ()))
         self.image_token_id = next((i for i in (getattr(model.config, f"image_token_{x}", None) for x in ("id", "index")) if i is not None), None)
         self.row, self.answer_ids = lru_cache(8192)(self._row), lru_cache(8192)(self._answer_ids)
@@ -251,7 +252,7 @@ def answer_batch(
     rows = [torch.tensor([text.answer_ids(i, a, end)]) for i, a in zip(instructions, answers)]
     return pad_rows(rows, text.pad_value("input_ids"), False), pad_rows([torch.ones_like(row) for row in rows], 0, False)
 
-# %% ../nbs/api/19_inputs.ipynb #b202fe9f
+# %% ../nbs/api/19_inputs.ipynb #d0d2e025
 def pixel_inputs(
     text: TextInputs,  # of the model
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -259,8 +260,33 @@ def pixel_inputs(
     straight_through: bool = False,  # values from the pictures as bytes, gradient from the floats
 ) -> dict[str, Tensor]:  # pixel_values and what else is made of pictures, differentiable
     "Pixels as the model's own processor makes them."
-    texts, skip = [text.render(instruction)] * len(images), {*text.row(instruction, tuple(images.shape[-2:])), "labels"}
-    made = {name: value for name, value in call_processor(text.processor, texts, images * 255).items() if name not in skip}
+    made = processed(text, images * 255, instruction)
     if not straight_through: return made
-    exact = call_processor(text.processor, texts, (images.detach().clamp(0, 1) * 255).round().byte())
+    exact = processed(text, (images.detach().clamp(0, 1) * 255).round().byte(), instruction)
     return {name: exact[name].to(value.dtype) + (value - value.detach()) if value.is_floating_point() else value for name, value in made.items()}
+
+
+def processed(
+    text: TextInputs,  # of the model
+    pictures: Tensor,  # (B, 3, H, W) of 0..255, bytes or floats
+    instruction: str,  # any one
+) -> dict[str, Tensor]:  # what is made of pictures
+    "From the image processor alone where that comes to the same, which is found out once per size; else from the whole processor."
+    how = (tuple(pictures.shape[1:]), pictures.dtype)
+    alone = lambda: dict(text.processor.image_processor(list(pictures), return_tensors="pt"))
+    if text.short.get(how): return {name: value for name, value in alone().items() if name in text.short[how]}
+    skip = {*text.row(instruction, tuple(pictures.shape[-2:])), "labels"}
+    whole = call_processor(text.processor, [text.render(instruction)] * len(pictures), pictures)
+    made = {name: value for name, value in whole.items() if name not in skip}
+    if how not in text.short: text.short[how] = {*made} if same_tensors(made, alone) else None
+    return made
+
+
+def same_tensors(
+    these: dict[str, Tensor],
+    make: Callable[[], dict[str, Tensor]],  # may fail
+) -> bool:
+    "Whether a second way makes the same."
+    try: those = make()
+    except Exception: return False  # the first way remains
+    return all(torch.is_tensor(those.get(name)) and those[name].dtype == value.dtype and those[name].equal(value) for name, value in these.items())

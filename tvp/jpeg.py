@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['through_file', 'Sent', 'sent_prompts', 'jpeg_study']
 
-# %% ../nbs/api/64_jpeg.ipynb #162f11e1
+# %% ../nbs/api/64_jpeg.ipynb #e55b93d2
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .arguments import check_kind, check_whole
 from .mllm import Mllm
 from .prompt import VisualPrompt, pixels_to_pil
-from .tasks import Task
+from .tasks import Task, check_row
 from .transfer import TransferResults, evaluate_transfer
 
 # %% ../nbs/api/64_jpeg.ipynb #8b6db09a
@@ -48,12 +49,14 @@ class Sent:
     def __call__(self, images: Tensor) -> Tensor: return through_file(self.prompt(images), self.quality)
     def __repr__(self) -> str: return f"Sent({self.prompt}, {'PNG' if self.quality is None else f'JPEG {self.quality}'})"
 
-# %% ../nbs/api/64_jpeg.ipynb #07ae5901
+# %% ../nbs/api/64_jpeg.ipynb #fe4a59bf
 def sent_prompts(
     prompt: VisualPrompt,
     qualities: Sequence[int] = (95, 85, 75),  # of the JPEGs
 ) -> dict[str, Sent]:  # name for a table -> what to evaluate
     "A prompt, and no prompt, as files of falling quality."
+    check_kind("prompt", prompt, VisualPrompt)
+    for quality in check_row("qualities", qualities): check_whole("qualities", quality, 1, 95)
     nothing = VisualPrompt(prompt.size, prompt.width, "whole", provenance={"source": prompt.provenance.get("source")}).to(prompt.delta)
     sent = {"prompt, PNG": Sent(prompt)} | {f"prompt, JPEG {q}": Sent(prompt, q) for q in qualities}
     return sent | {f"no prompt, JPEG {q}": Sent(nothing, q) for q in qualities}

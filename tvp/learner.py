@@ -77,11 +77,11 @@ class Position:
     before: int = 0  # epochs of the learner's earlier trainings
     done: int = 0  # updates made in this one
 
-# %% ../nbs/api/50_learner.ipynb #834b711e
-def plain_accelerator(_=None):
-    "accelerate's, as it comes."
+# %% ../nbs/api/50_learner.ipynb #9550d896
+def plain_accelerator(learner):
+    "accelerate's, as it comes, for the device that the source is on; the processes have been started by `accelerate launch` or `torchrun`."
     from accelerate import Accelerator
-    return Accelerator()
+    return Accelerator(cpu=learner.device.type == "cpu")
 
 # %% ../nbs/api/50_learner.ipynb #c3189c3f
 class Learner:
@@ -204,7 +204,7 @@ def guarded_update(
         if told is None: raise
     raise told
 
-# %% ../nbs/api/50_learner.ipynb #8f88bab6
+# %% ../nbs/api/50_learner.ipynb #7b90a82b
 def start_training(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs
@@ -216,7 +216,8 @@ def start_training(
     scheduler = learner.scheduler(learner.optimizer, learner.per_epoch, epochs)
     if not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
         raise TypeError(f"`scheduler` must return a torch scheduler, got {scheduler!r}.")
-    learner.position, learner.lr_scheduler = Position(epochs, before=learner.epoch), scheduler
+    learner.position, learner.lr_scheduler, learner.stopping, learner.stopped = Position(epochs, before=learner.epoch), scheduler, False, False
+    if "epochs" in learner.provenance: learner.provenance["epochs"] = epochs  # what the recipe had planned
 
 # %% ../nbs/api/50_learner.ipynb #b0966a4a
 def training_steps(
@@ -266,12 +267,12 @@ def training_batches(
     if learner.device.type == "cpu": return full
     return ahead(full, pinned) if learner.device.type == "cuda" else ahead(full)
 
-# %% ../nbs/api/50_learner.ipynb #379114f1
+# %% ../nbs/api/50_learner.ipynb #61922099
 def training_facts(
     learner: Learner,
 ) -> dict:  # for the prompt's provenance
     "With what a prompt is trained; the provenance of a prompt that was trained before is kept under `before`."
-    facts = {"task": learner.task.name, "source": learner.source.name, "seed": learner.seed, "batch_size": learner.batch_size,
+    facts = {"task": learner.task.name, "fit": getattr(learner.task, "fit", "crop"), "range": learner.prompt.range, "source": learner.source.name, "seed": learner.seed, "batch_size": learner.batch_size,
              "optimizer": type(learner.optimizer).__name__, "lr": learner.optimizer.param_groups[0]["lr"],
              "losses": {term.name: term.weight for term in learner.losses}}
     return facts | ({"before": learner.prompt.provenance} if learner.prompt.provenance else {})
@@ -327,13 +328,13 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #31c8bb1c
+# %% ../nbs/api/50_learner.ipynb #f02a00ea
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
     checkpoint: str | Path | None = None,  # where to keep the state: a folder, or a .safetensors file; None: nowhere
     every: int = 100,  # updates between two checkpoints, > 0
-    resume: bool = False,  # go on from the checkpoint, if there is one?
+    resume: bool = False,  # go on from the checkpoint, if there is one? It keeps its own epochs: others in `epochs` are refused, another learner.epochs is warned of
 ) -> VisualPrompt:  # the trained prompt (also learner.prompt)
     "Drain the steps with a progress bar, checkpoints and, in a notebook, a live curve."
     from tvp.resume import begin, save_checkpoint

@@ -7,7 +7,7 @@ __all__ = ['SIDE', 'SPLITS', 'LimitedPictures', 'Part', 'clean_answers', 'find_c
            'three_splits', 'build_task', 'class_files', 'folder_task', 'read_table', 'table_task', 'split_rows_by_name',
            'dataset_part', 'dataset_task', 'load_own_task']
 
-# %% ../nbs/api/13_own_tasks.ipynb #78c14ebd
+# %% ../nbs/api/13_own_tasks.ipynb #1081adbf
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,12 @@ from typing import Any
 from PIL import Image
 
 from .apply import check_bytes_fit, check_pixels_fit
+from .arguments import check_kind, check_number, check_whole
 from .hub import column_pictures, kind_of
 from .official import file_pictures
 from .pictures import Pictures, _open, fingerprint, read_picture, summarise
 from .sampling import held_rows, shuffled
-from .tasks import Split, Task, some_names
+from .tasks import Split, Task, check_row, some_names
 from .world import PHOTO
 
 # %% ../nbs/api/13_own_tasks.ipynb #de086957
@@ -114,7 +115,7 @@ def divide(
     sides = [[i for i, found in enumerate(prints) if (found in held) == second] for second in (False, True)]
     return split.select(sides[0]), split.select(sides[1])
 
-# %% ../nbs/api/13_own_tasks.ipynb #97908336
+# %% ../nbs/api/13_own_tasks.ipynb #9d92787b
 SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 
 
@@ -128,10 +129,12 @@ def three_splits(
     if "train" not in splits: raise ValueError(f"there must be a split 'train', got {', '.join(splits)}.")
     splits = dict(splits)
     for name, share in (("test", test), ("valid", valid)):
-        if name not in splits: splits["train"], splits[name] = divide(splits["train"], share, seed)
+        if name in splits: continue
+        if check_number(name, share, above=True) >= 1: raise ValueError(f"`{name}` must be a share in (0, 1), got {share!r}. Try 0.1.")
+        splits["train"], splits[name] = divide(splits["train"], share, seed)
     return [shuffled(splits[name], seed) for name in ("train", "valid", "test")]
 
-# %% ../nbs/api/13_own_tasks.ipynb #dfd553a6
+# %% ../nbs/api/13_own_tasks.ipynb #05550364
 def build_task(
     name: str,  # short
     parts: Mapping[str, Part],  # "train", and maybe "valid" and "test"
@@ -146,8 +149,9 @@ def build_task(
     "A task from pictures with answers, checked."
     limited = lambda pictures: LimitedPictures(pictures.sources, pictures.rows, pictures.name, more.get("fit", "crop"))
     parts = {which: replace(part, pictures=limited(part.pictures)) for which, part in parts.items()}
-    candidates = tuple(map(str, candidates or find_candidates([a for part in parts.values() for a in clean_answers(part)])))
-    if len(candidates) < 2: raise ValueError(f"{name}: there must be two different answers at least, got {some_names(candidates) or 'none'}.")
+    check_kind("name", name, str), check_whole("seed", seed, 0)
+    candidates = tuple(map(str, check_row("candidates", candidates) if candidates is not None else find_candidates([a for part in parts.values() for a in clean_answers(part)])))
+    if len(candidates) < 2: raise ValueError(f"{name}, `candidates`: there must be two different answers at least, got {some_names(candidates) or 'none'}.")
     splits = three_splits({which: part_split(part, candidates) for which, part in parts.items()}, valid, test, seed)
     task = Task(name, *splits, candidates, metric or ("yes-no" if candidates == ("no", "yes") else "accuracy"), **more)
     if check:
@@ -170,7 +174,7 @@ def class_files(
     if other: warnings.warn(f"{folder.name}: {len(other)} files are left out because they are no pictures that Pillow reads ({some_names(sorted({path.suffix or path.name for path in other}), 5)}).")
     return classes
 
-# %% ../nbs/api/13_own_tasks.ipynb #bb1ea66f
+# %% ../nbs/api/13_own_tasks.ipynb #d13a8a9c
 def folder_task(
     folder: str | Path,  # class/picture.jpg, or split/class/picture.jpg
     instruction: str = PHOTO,  # what is asked
@@ -178,6 +182,7 @@ def folder_task(
 ) -> Task:
     "A recognition task from folders of pictures."
     folder = Path(folder).expanduser()
+    check_kind("instruction", instruction, str)
     if not folder.is_dir(): raise ValueError(f"`folder` must be a folder that exists, got {folder}.")
     places = {SPLITS[place.name.lower()]: place for place in folder.iterdir() if place.is_dir() and place.name.lower() in SPLITS} if (folder / "train").is_dir() else {"train": folder}
     classes = {split: class_files(place) for split, place in places.items()}

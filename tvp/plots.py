@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'METHOD_COLOURS', 'METHOD_MARKERS', 'METHOD_LINES', 'HIS
            'transfer_matrix', 'plot_matrix', 'plot_history', 'prompt_scale', 'prompt_title', 'plot_prompt',
            'sample_batches', 'plot_samples']
 
-# %% ../nbs/api/70_plots.ipynb #ab6bd691
+# %% ../nbs/api/70_plots.ipynb #f41a3609
 import textwrap
 from collections.abc import Mapping
 
@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from .arguments import check_choice, check_kind, check_whole
 from .mllm import Mllm
 from .prompt import VisualPrompt, shown_prompt
 from .tables import GROUPS
-from .tasks import Task
+from .tasks import Task, check_like_task
 
-# %% ../nbs/api/70_plots.ipynb #c25ef1d7
+# %% ../nbs/api/70_plots.ipynb #98554ac1
 BASELINES = ("none", "frame")  # no prompt, and a border of zeros: nothing was learned
 METHOD_COLOURS = {"none": "#7f7f7f", "frame": "#a0a0a0", "VP": "#E69F00", "EVP": "#009E73", "TVP": "#0055A4"}
 METHOD_MARKERS = {"none": "_", "frame": "s", "VP": "s", "EVP": "^", "TVP": "o"}
@@ -33,14 +34,15 @@ def method_style(
 ) -> dict[str, dict]:  # method -> matplotlib's color, marker and linestyle
     "One colour, marker and dash pattern for each method: fixed for the paper's, from what is left for others."
     rest = [method for method in methods if method not in METHOD_COLOURS]
-    own = {method: dict(color=_OTHER[i % 4], marker="DvPX"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
+    own = {method: dict(color=_OTHER[i % 4], marker="DpPX"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
     return {m: own.get(m) or dict(color=METHOD_COLOURS[m], marker=METHOD_MARKERS[m], linestyle=METHOD_LINES[m]) for m in methods}
 
-# %% ../nbs/api/70_plots.ipynb #d03f1feb
+# %% ../nbs/api/70_plots.ipynb #1e9ac4fc
 def _one_story(
     df: pd.DataFrame,  # rows of `TransferResults.df` or `.mean()`
 ) -> pd.DataFrame:  # the same with `group`
     "Rows that fit into one transfer picture, or an error that says why not."
+    check_kind("df", df, pd.DataFrame, "Try results.mean().")
     if missing := {"task", "method", "source", "target", "metric", "clean", "prompted", "low", "high", "n"} - set(df.columns):
         raise ValueError(f"`df` must have the columns of TransferResults.df, got none named {', '.join(sorted(missing))}.")
     if not len(df): raise ValueError("`df` must have rows, got none. Was the query too narrow?")
@@ -74,7 +76,7 @@ def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[
         harmed = (rows.high < 0) & (method not in BASELINES)
         ax.plot(at[harmed], low[harmed] - 2.2, "v", ms=5, color="#b00020", zorder=4)
 
-# %% ../nbs/api/70_plots.ipynb #62b90074
+# %% ../nbs/api/70_plots.ipynb #222af9e8
 def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
     "Model names below, the name of each group above, a line between groups."
     ax.set_xticks(list(x.values()), [name.removeprefix("tiny-") + ("\n(source)" if g == "source" else "") for name, g in
@@ -86,7 +88,12 @@ def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
         ax.text(np.mean(places), 1.02, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9, color="#444444")
         if group != shown[-1]: ax.axvline(max(places) + 0.8, color="#bbbbbb", lw=0.8, ls=(0, (4, 3)), zorder=1)
 
-# %% ../nbs/api/70_plots.ipynb #9409f6b3
+def _head(ax, title: str, more: str) -> None:
+    "Title and, below it and above the names of the groups, what else must be known: on two lines, so that they never meet."
+    ax.set_title(title, loc="left", pad=50, fontsize=12, fontweight="bold")
+    ax.annotate(more, (0, 1), (0, 35), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="#444444")
+
+# %% ../nbs/api/70_plots.ipynb #681dfbf6
 def plot_transfer(
     df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
     ax=None,  # matplotlib Axes; None: a new figure
@@ -96,15 +103,14 @@ def plot_transfer(
     import seaborn as sns
     df = _one_story(df)
     x = _columns(df)
-    if ax is None: _, ax = plt.subplots(figsize=(1.6 + 1.15 * max(x.values()), 4.4), layout="constrained")
+    if ax is None: _, ax = plt.subplots(figsize=(max(4.8, 1.6 + 1.15 * max(x.values())), 4.4), layout="constrained")
     none = df.drop_duplicates("target")
     ax.hlines(100 * none.clean, none.target.map(x) - 0.42, none.target.map(x) + 0.42, color=METHOD_COLOURS["none"], lw=2, zorder=3, label="none")
     methods = sorted(df.method.unique(), key=lambda m: m not in BASELINES)  # baselines first
     _draw_methods(ax, df, x, method_style([m for m in methods if m != "none"]))
     _label_groups(ax, df, x)
     ax.set(xlim=(min(x.values()) - 0.7, max(x.values()) + 0.7), ylabel=f"{df.metric.iloc[0]} in %")
-    ax.set_title(f"{df.task.iloc[0]}: one prompt, every model", loc="left", pad=34, fontsize=12, fontweight="bold")
-    ax.text(1, 1.15, f"{df.n.iloc[0]:,} pictures, 95 % intervals", transform=ax.transAxes, ha="right", fontsize=9, color="#444444")
+    _head(ax, f"{df.task.iloc[0]}: one prompt, every model", f"{df.n.iloc[0]:,} pictures, 95 % intervals")
     handles, labels = ax.get_legend_handles_labels()
     if (df.high[~df.method.isin(BASELINES)] < 0).any(): handles, labels = [*handles, *ax.plot([], [], "v", ms=5, color="#b00020")], [*labels, "negative transfer"]
     ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=6, frameon=False, fontsize=9, handletextpad=0.4)
@@ -113,14 +119,14 @@ def plot_transfer(
     sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #ccf8242b
+# %% ../nbs/api/70_plots.ipynb #52d6cfbf
 def transfer_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # gain in points and high end of its interval, sources x targets
     "Gains of one method as a matrix."
-    rows = df[df.method == method]
-    if not len(rows): raise ValueError(f"`method` must be one of {', '.join(df.method.unique())}; got {method!r}.")
+    check_kind("df", df, pd.DataFrame, "Try results.mean().")
+    rows = df[df.method == check_choice("method", method, df.method.unique())]
     if rows.task.nunique() > 1:
         raise ValueError(f"`df` must be about one task, got the tasks {', '.join(rows.task.unique())}. Try df.query(...) first.")
     if rows.duplicated(["source", "target"]).any():
@@ -161,16 +167,17 @@ def plot_matrix(
     ax.set_title(f"{df.task.iloc[0]}: gain of {method} over no prompt", loc="left", fontsize=12, fontweight="bold")
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #c1dcef3d
+# %% ../nbs/api/70_plots.ipynb #5a28168b
 HISTORY_PANELS = {"task": "task loss", "fca": "feature consistency (FCA)", "tse": "task semantics (TSE)", "grad_norm": "gradient norm"}
 
 def _histories(
     history: pd.DataFrame | Mapping[str, pd.DataFrame],
 ) -> dict[str, pd.DataFrame]:  # method -> history
     "One history or several, checked."
-    histories = {"": history} if isinstance(history, pd.DataFrame) else dict(history)
+    histories = {"": history} if isinstance(history, pd.DataFrame) else dict(check_kind("history", history, Mapping, "Try learner.history."))
+    if not histories: raise ValueError("`history` must hold at least one, got none. Try learner.history.")
     for name, frame in histories.items():
-        if not len(frame) or "step" not in frame:
+        if not len(check_kind("history", frame, pd.DataFrame)) or "step" not in frame:
             raise ValueError(f"`history` {name!r} must have a row for each step and a column `step`, got {len(frame)} rows. "
                              "Train first: learner.fit().")
     return histories
@@ -207,7 +214,7 @@ def plot_history(
     if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-# %% ../nbs/api/70_plots.ipynb #7000b9ae
+# %% ../nbs/api/70_plots.ipynb #75dd8e32
 def prompt_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
@@ -231,6 +238,7 @@ def plot_prompt(
 ):  # matplotlib Axes
     "The prompt in its own range: mid grey is 0, a full colour the 99th percentile of its values' sizes."
     import matplotlib.pyplot as plt
+    check_kind("prompt", prompt, VisualPrompt)
     if ax is None: _, ax = plt.subplots(figsize=(3.4, 3.95), layout="constrained")
     delta = shown_prompt(prompt).detach().float().cpu()
     pixels = (0.5 + 0.5 * delta / max(prompt_scale(prompt), 1e-12)).clamp(0, 1).permute(1, 2, 0).numpy()
@@ -241,7 +249,7 @@ def plot_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #b7b1c810
+# %% ../nbs/api/70_plots.ipynb #3281acd9
 def sample_batches(
     prompt: VisualPrompt,
     task: Task,
@@ -250,7 +258,7 @@ def sample_batches(
     seed: int,  # of the shuffling
 ):  # -> two batches of the same n pictures: for the whole canvas, and for the prompt
     "The same pictures, once without and once with room for the prompt."
-    if n < 1: raise ValueError(f"`n` must be at least 1, got {n}.")
+    check_whole("n", n), check_whole("seed", seed, 0), check_kind("prompt", prompt, VisualPrompt), check_like_task("task", task)
     draw = lambda size: next(iter(task.batches(split, size, n, shuffle=True, generator=torch.Generator().manual_seed(seed))))
     clean, framed = draw(prompt.size), draw(prompt.inner)
     assert torch.equal(clean.index, framed.index), "two orders from one seed"
@@ -265,7 +273,7 @@ def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> No
         text = textwrap.shorten(answer, 22, placeholder="…") + (" ✓" if right else " ✗")
         ax.set_xlabel(text, fontsize=9, color="#00664a" if right else "#b00020", fontweight="bold" if right else "normal")
 
-# %% ../nbs/api/70_plots.ipynb #5ec7245b
+# %% ../nbs/api/70_plots.ipynb #48d76c6a
 @torch.no_grad()
 def plot_samples(
     prompt: VisualPrompt,
@@ -277,6 +285,7 @@ def plot_samples(
 ) -> np.ndarray:  # of Axes, (2, n): without and with the prompt
     "Pictures without and with the prompt, and the model's answers."
     import matplotlib.pyplot as plt
+    if not hasattr(mllm, "rank") and mllm is not None: raise TypeError(f"`mllm` must be a model or None, got {mllm!r}. Load it first: zoo[name].")
     clean, framed = sample_batches(prompt, task, n, split, seed)
     shown = {"without": clean.images, "with prompt": prompt(framed.images.to(prompt.delta.device)).cpu()}
     n = len(clean.labels)

@@ -367,7 +367,7 @@ def clipping(
     kept = values.clamp(0, 1).square().sum().item() / energy if energy else 1.0
     return ((values < 0) | (values > 1)).double().mean().item(), kept
 
-# %% ../nbs/api/00_prompt.ipynb #6f93c3cb
+# %% ../nbs/api/00_prompt.ipynb #98f8af3d
 def to_range(
     prompt: VisualPrompt,  # a border, unless neither range is free
     range: str,  # one of RANGES
@@ -377,7 +377,8 @@ def to_range(
     if "free" in (prompt.range, range) and prompt.range != range and prompt.kind != "border":
         raise ValueError(f"only a border can go from range={prompt.range!r} to {range!r}: a free prompt of kind {prompt.kind!r} is added "
                          "to the picture, the other ranges cover it. Train it in the range that it is to have.")
-    story = prompt.provenance | ({"trained as": prompt.range} if range != prompt.range else {})
+    changed = {"trained as": prompt.range} | ({"range": range} if "range" in prompt.provenance else {})
+    story = prompt.provenance | (changed if range != prompt.range else {})
     other = VisualPrompt(prompt.size, prompt.width, prompt.kind, prompt.generator.initial_seed(), story, range).to(prompt.delta)
     with torch.no_grad(): values = prompt.delta if range == prompt.range else from_pixels(prompt.pixels(), range)
     other.delta.data.copy_(values if prompt.kind == "random-patch" else values * prompt.mask)

@@ -64,15 +64,15 @@ SOURCES |= {
     "pope": (_pope, replace(_pope, hub="lmms-lab/POPE")),
 }
 
-# %% ../nbs/api/12_public_tasks.ipynb #0446a614
+# %% ../nbs/api/12_public_tasks.ipynb #4eb4e98b
 @dataclass(frozen=True)
 class PublicTask:
     "How one of the ten data sets becomes a task."
     read: Callable[..., Answers]  # (name, data_dir, sources, seed, **options) -> candidates, pictures to learn from, pictures to test on
     about: str  # one sentence
     metric: str = "accuracy"  # see `tvp.tasks.Task`
-    fit: str = "crop"
-    flip: bool = False
+    fit: str = "crop"  # likewise
+    flip: bool = False  # likewise
 
 
 SPELLING = {"cra": "crab"}

@@ -7,7 +7,8 @@ __all__ = ['Candidates', 'check_candidates', 'log_probabilities', 'plain_scores'
            'packed_scores', 'continuations', 'decoder_scores', 'decoded', 'fast_scores', 'slow_from_now',
            'fast_is_exact', 'group_scores', 'rank']
 
-# %% ../nbs/api/22_ranking.ipynb #96ab3285
+# %% ../nbs/api/22_ranking.ipynb #50991d4f
+import copy
 import inspect
 import warnings
 from collections import defaultdict
@@ -54,40 +55,44 @@ def plain_scores(
         scores.append(log_probabilities(logits, ids).mean(1))
     return torch.stack(scores, 1)
 
-# %% ../nbs/api/22_ranking.ipynb #9d4bf2ae
+# %% ../nbs/api/22_ranking.ipynb #57de1502
 def pack(
     plan: Candidates,  # some candidates
     device: torch.device,  # where the tensors go
-) -> dict[str, Tensor]:  # each (K,): one entry per token that has a successor, over all candidates
-    "All candidates side by side: current token, its successor, the candidate it belongs to, its place there."
-    rows = [(now, after, n, t) for n, ids in enumerate(plan) for t, (now, after) in enumerate(zip(ids, ids[1:]))]
-    return dict(zip(("current", "following", "owner", "offset"), torch.tensor(rows, device=device).T))
+) -> dict[str, Tensor]:  # for the K nodes of the tree: token, depth (K,) and sees (K, K); for its E steps onward: node, following, owner (E,)
+    "All candidates side by side, each beginning once."
+    nodes = {}
+    steps = [(nodes.setdefault(ids[:t], len(nodes)), ids[t], n) for n, ids in enumerate(plan) for t in range(1, len(ids))]
+    sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+    pairs = [(node, nodes[beginning[:t]]) for beginning, node in nodes.items() for t in range(1, len(beginning) + 1)]
+    sees[tuple(torch.tensor(pairs).T)] = True  # a node sees itself and what it continues
+    told = dict(zip(("node", "following", "owner"), torch.tensor(steps).T))
+    told |= {"token": torch.tensor([b[-1] for b in nodes]), "depth": torch.tensor([len(b) - 1 for b in nodes]), "sees": sees}
+    return {name: value.to(device) for name, value in told.items()}
 
 
 def packed_mask(
     attention_mask: Tensor,  # (B, L), of the instructions
-    packed: dict[str, Tensor],  # from `pack`
+    sees: Tensor,  # (K, K), from `pack`
     dtype: torch.dtype,  # of the model
 ) -> Tensor:  # (B, 1, K, L + K), 0 where a token may look, the lowest number elsewhere
     "Every candidate sees the instruction and itself. Additive, since eager attention silently misreads a boolean mask."
-    owner, offset, batch = packed["owner"], packed["offset"], len(attention_mask)
-    own = (owner[:, None] == owner) & (offset[:, None] >= offset)
-    prefix = attention_mask.bool()[:, None].expand(-1, len(owner), -1)
-    see = torch.cat([prefix, own.expand(batch, -1, -1)], -1)[:, None]
+    prefix = attention_mask.bool()[:, None].expand(-1, len(sees), -1)
+    see = torch.cat([prefix, sees.expand(len(prefix), -1, -1)], -1)[:, None]
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
 
-# %% ../nbs/api/22_ranking.ipynb #4cccb5a2
+# %% ../nbs/api/22_ranking.ipynb #15e945ba
 def chunks(
     plan: Candidates,  # all candidates
-    limit: int,  # tokens per chunk; at least one candidate goes into each
+    limit: int,  # nodes per chunk; at least one candidate goes into each
 ) -> list[list[int]]:  # indices of candidates with more than one token
-    "Candidates that are packed together: beyond some 500 tokens one pass gets slower, not faster."
-    out, room = [], 0
-    for n, ids in enumerate(plan):
-        if len(ids) < 2: continue
-        if len(ids) - 1 > room: out, room = [*out, []], limit
+    "Candidates that are packed together, in the order of a dictionary: beyond some 500 tokens one pass gets slower, not faster."
+    out, nodes = [], set()
+    for n in sorted((n for n, ids in enumerate(plan) if len(ids) > 1), key=plan.__getitem__):
+        own = {plan[n][:t] for t in range(1, len(plan[n]))}
+        if not out or len(nodes | own) > limit: out, nodes = [*out, []], set()
         out[-1].append(n)
-        room -= len(ids) - 1
+        nodes |= own
     return out
 
 
@@ -120,7 +125,7 @@ def packed_scores(
         scores = scores + continuations(mllm, inputs["attention_mask"], positions, cache, extra, plan, chunk)
     return scores / lengths
 
-# %% ../nbs/api/22_ranking.ipynb #2de73618
+# %% ../nbs/api/22_ranking.ipynb #9ea91487
 def continuations(
     mllm: Mllm,  # the adapter
     attention_mask: Tensor,  # (B, L), of the instructions
@@ -132,50 +137,54 @@ def continuations(
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first, 0 for candidates outside the chunk
     "One pass over some candidates side by side."
     packed, batch = pack([plan[n] for n in chunk], mllm.device), len(attention_mask)
-    mask, steps = packed_mask(attention_mask, packed, mllm.dtype), last_position(positions) + 1 + packed["offset"]
-    current, lengths = packed["current"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
+    mask, steps = packed_mask(attention_mask, packed["sees"], mllm.dtype), last_position(positions) + 1 + packed["depth"]
+    current, lengths = packed["token"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
     extra = {n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v for n, v in extra.items()}
     logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, past_key_values=cache, **extra).logits.float()
     for layer, length in zip(cache.layers, lengths):  # the pass has written into the cache; layers of cross-attention have not grown
         if (grown := layer.get_seq_length() - length): layer.crop(-grown)
-    gains = log_probabilities(logits, packed["following"].expand(batch, -1))
+    gains = logits[:, packed["node"], packed["following"]] - logits.logsumexp(-1)[:, packed["node"]]
     return gains.new_zeros(batch, len(plan)).index_add(1, torch.tensor(chunk, device=mllm.device)[packed["owner"]], gains)
 
-# %% ../nbs/api/22_ranking.ipynb #1bd00ea3
+# %% ../nbs/api/22_ranking.ipynb #7e85dc2e
 def decoder_scores(
     mllm: Mllm,  # the adapter, an encoder-decoder
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
-    limit: int = 500,  # rows of the decoder per pass at most; fewer if the vocabulary is large
+    limit: int = 500,  # rows of the decoder per pass at most; fewer if the vocabulary or the cache is large
 ) -> Tensor:  # (B, N)
-    "One pass of the encoder; the decoder then reads the candidates of several tokens as batches."
-    model, batch, longer = mllm.model, len(inputs["input_ids"]), [n for n, ids in enumerate(plan) if len(ids) > 1]
-    out = model(**inputs, decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device), use_cache=False)
+    "One pass of the encoder and of the decoder's first token; the decoder then reads the candidates of several tokens as batches."
+    model, batch, longer = mllm.model, len(inputs["input_ids"]), sorted((n for n, ids in enumerate(plan) if len(ids) > 1), key=lambda n: len(plan[n]))
+    out = model(**inputs, decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device), use_cache=bool(longer))
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
-    hidden = out.encoder_last_hidden_state if "encoder_last_hidden_state" in out else out.language_model_outputs.encoder_last_hidden_state
-    room = min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan)))) // batch  # 2**28 logits are a gigabyte
-    for some in torch.tensor(longer, dtype=torch.long).split(max(1, room)):
-        if len(some): scores[:, some] = decoded(mllm, hidden, inputs["attention_mask"], [plan[n] for n in some])
+    if not longer: return scores
+    told = out if "past_key_values" in out else out.language_model_outputs
+    sample = sum(tensor.nbytes for part in (told.past_key_values.self_attention_cache, told.past_key_values.cross_attention_cache)
+                 for layer in part.layers for tensor in (layer.keys, layer.values)) // batch
+    room = min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan))), 2**30 // sample) // batch  # 2**28 logits are a gigabyte
+    for some in torch.tensor(longer).split(max(1, room)):
+        gains = decoded(mllm, told, inputs["attention_mask"], [plan[n] for n in some])
+        scores[:, some] = (scores[:, some] + gains) / torch.tensor([len(plan[n]) for n in some], device=mllm.device)
     return scores
 
 
 def decoded(
     mllm: Mllm,  # the adapter, an encoder-decoder
-    hidden: Tensor,  # (B, L, D), what the encoder made
+    told,  # what the model returned for the first token, keys and values included
     attention_mask: Tensor,  # (B, L)
-    plan: list[tuple[int, ...]],  # N candidates
-) -> Tensor:  # (B, N)
-    "One pass of the decoder over B * N rows."
+    plan: list[tuple[int, ...]],  # N candidates of two tokens or more
+) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first
+    "One pass of the decoder over B * N rows, which share what it has read of the picture."
     from transformers.modeling_outputs import BaseModelOutput
-    start, batch = decoder_start(mllm.model), len(hidden)
-    rows = [torch.tensor([[start, *ids]], device=mllm.device) for ids in plan]
-    ids, mask = pad_rows(rows, start, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
-    repeat = lambda tensor: tensor.repeat_interleave(len(plan), 0)
+    batch, cache, fill = len(attention_mask), copy.deepcopy(told.past_key_values), decoder_start(mllm.model)
+    cache.batch_repeat_interleave(len(plan))
+    rows = [torch.tensor([ids], device=mllm.device) for ids in plan]
+    ids, mask = pad_rows(rows, fill, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
+    hidden, masks = told.encoder_last_hidden_state, attention_mask.repeat_interleave(len(plan), 0)
+    shape = BaseModelOutput(hidden[:1, :1, :1].expand(len(ids), *hidden.shape[1:]))  # its numbers are in the cache already
     decoder = getattr(mllm.model, "language_model", mllm.model)
-    logits = decoder(encoder_outputs=BaseModelOutput(repeat(hidden)), attention_mask=repeat(attention_mask), decoder_input_ids=ids[:, :-1],
-                     use_cache=False).logits
-    gains = log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(plan), -1)
-    return (gains * mask).sum(-1) / mask.sum(1)
+    logits = decoder(encoder_outputs=shape, attention_mask=masks, decoder_input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+    return (log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(plan), -1) * mask).sum(-1)
 
 # %% ../nbs/api/22_ranking.ipynb #5b5b054a
 def fast_scores(
@@ -213,7 +222,7 @@ def fast_is_exact(
     except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")  # whatever it is, the plain way remains
     return False
 
-# %% ../nbs/api/22_ranking.ipynb #18be7cea
+# %% ../nbs/api/22_ranking.ipynb #e618f5be
 def group_scores(
     mllm: Mllm,  # the adapter
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
@@ -236,10 +245,11 @@ def rank(
 ) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
     "Score candidate answers, each normalised by its own length."
     check_images(images), check_texts(len(images), instructions=instructions), check_candidates(candidates)
-    groups, size = defaultdict(list), tuple(images.shape[-2:])
-    for instruction in set(instructions): mllm.text.row(instruction, size)  # once, at the right size: it also tells how an answer begins
-    for row, instruction in enumerate(instructions):  # nearly always one group: the instruction seldom changes a candidate's tokens
-        groups[tuple(mllm.text.answer_ids(instruction, c) for c in candidates)].append(row)
+    groups, plans, size = defaultdict(list), {}, tuple(images.shape[-2:])
+    for instruction in set(instructions):
+        mllm.text.row(instruction, size)  # once, at the right size: it also tells how an answer begins
+        plans[instruction] = tuple(mllm.text.answer_ids(instruction, c) for c in candidates)
+    for row, instruction in enumerate(instructions): groups[plans[instruction]].append(row)  # nearly always one: the instruction seldom changes a candidate's tokens
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
     for plan, rows in groups.items():
         select = lambda rows: model_inputs(mllm, images[rows], [instructions[r] for r in rows])

@@ -157,7 +157,7 @@ def say_where(
     log.warning("The training in %s has epochs=%d and goes on with that; this learner was made with epochs=%d. "
                 "For another number start a training at another place.", file, at.epochs, learner.epochs)
 
-# %% ../nbs/api/52_resume.ipynb #cba1c93c
+# %% ../nbs/api/52_resume.ipynb #8c3a81fe
 def begin(
     learner: Learner,
     epochs: int | None,  # as for `fit`
@@ -172,7 +172,7 @@ def begin(
                               "or remove it to start again.")
     if there:
         load_checkpoint(learner, file)
-        say_where(learner, epochs, file)
+        if learner.accelerator.is_main_process: say_where(learner, epochs, file)
     elif file and resume and learner.position is None:
         logging.getLogger(__name__).info("no checkpoint at %s yet: starting", file)
         resume = False

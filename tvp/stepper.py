@@ -7,23 +7,24 @@ __all__ = ['SETTINGS', 'recipe_settings', 'changed_settings', 'StepperFacts', 'S
            'change', 'remembered', 'step_now', 'run', 'more', 'piece', 'ended', 'show_picture', 'error_words', 'doing',
            'stepper_status', 'stepper_state', 'stepper_text']
 
-# %% ../nbs/api/79_stepper.ipynb #3f04d053
+# %% ../nbs/api/79_stepper.ipynb #fe319a85
 import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from .arguments import check_number, check_whole
 from .background import Background
 from .learner import StepRecord
 from .mllm import Mllm
-from .recipes import find_recipe, make_learner
-from .tasks import Task, load_task
+from .recipes import check_zoo, find_recipe, make_learner
+from .tasks import Task, check_like_task, load_task
 from .watch import Bordered, WatchedTraining, check_count, watched_picture
 from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo
 
-# %% ../nbs/api/79_stepper.ipynb #f5bd670d
+# %% ../nbs/api/79_stepper.ipynb #2090a658
 SETTINGS = {"task": "name of the task", "source": "model to train on", "method": "VP, EVP or TVP", "lr": "learning rate",
             "fca": "weight of Feature Consistency Alignment", "tse": "weight of Task Semantics Enrichment", "width": "border, pixels"}
 
@@ -45,8 +46,7 @@ def changed_settings(
     if unknown: raise TypeError(f"a stepper has no setting {', '.join(sorted(unknown))}. It has {', '.join(SETTINGS)}.")
     recipe = recipe_settings(changes["method"], scale) if changes.get("method", settings["method"]) != settings["method"] else {}
     new = settings | recipe | changes
-    if not new["lr"] > 0 or new["fca"] < 0 or new["tse"] < 0:
-        raise ValueError(f"`lr` must be > 0, `fca` and `tse` must be >= 0; got lr={new['lr']}, fca={new['fca']}, tse={new['tse']}.")
+    check_number("lr", new["lr"], above=True), check_number("fca", new["fca"]), check_number("tse", new["tse"]), check_whole("width", new["width"])
     return new
 
 # %% ../nbs/api/79_stepper.ipynb #d57af8c3
@@ -64,7 +64,7 @@ class StepperFacts:
     picture = property(lambda self: self._picture, lambda self, number: show_picture(self, number), doc="Number of the validation picture that is shown.")
     def __repr__(self) -> str: return stepper_text(self)
 
-# %% ../nbs/api/79_stepper.ipynb #da7966a8
+# %% ../nbs/api/79_stepper.ipynb #f80f00a4
 class SteppedTraining(StepperFacts):
     "A training in single steps, whose settings can be changed."
     def __init__(self, zoo: Mapping[str, Mllm] | None = None,  # models by name, with size, width and clip; None: the small zoo
@@ -76,12 +76,12 @@ class SteppedTraining(StepperFacts):
                  pictures: int = 60,  # of the validation split, for these looks
                  models: Sequence[str] | None = None,  # those that are looked at; None: the whole zoo
                  scale: str = "tiny"):  # whose recipes: "tiny", or "paper" for models of 224 pixels
-        self.zoo, self.seed, self.scale = load_zoo("tiny") if zoo is None else zoo, seed, scale
+        self.zoo, self.seed, self.scale = check_zoo(load_zoo("tiny") if zoo is None else zoo), seed, scale
         self.watching = {"every": every, "pictures": pictures, "models": models, "known": {}}
-        self.tasks, name = ({}, task) if isinstance(task, str) else ({task.name: task}, task.name)
+        self.tasks, name = ({}, task) if isinstance(task, str) else ({check_like_task("task", task).name: task}, task.name)
         self.background, self.earlier, self.error = Background(lambda: piece(self), lambda error: ended(self, error)), {}, None
         self._until, self._picture = None, 0
-        self.settings = {"task": name, "source": source or next(iter(self.zoo)), "width": self.zoo.width} | recipe_settings(method, scale)
+        self.settings = {"task": name, "source": next(iter(self.zoo)) if source is None else source, "width": self.zoo.width} | recipe_settings(method, scale)
         self.training = new_training(self, self.settings)
 
     def step(self, n: int = 1) -> StepRecord | None: "n updates, now; the last record, None when the training was over."; return step_now(self, n)

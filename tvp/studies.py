@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluate_generalisation', 'evaluate_retention', 'plot_tasks', 'severity_means', 'plot_severity']
 
-# %% ../nbs/api/72_studies.ipynb #21570660
+# %% ../nbs/api/72_studies.ipynb #f4a99508
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +16,18 @@ from .mllm import Mllm
 from .plots import METHOD_COLOURS, method_style
 from .prompt import VisualPrompt
 from .tables import GROUPS
-from .tasks import Task, some_names
+from .tasks import Task, check_like_task, check_row, some_names
 from .transfer import TransferResults, _known_names, named_prompts, rank_everything
 
-# %% ../nbs/api/72_studies.ipynb #be7cd81e
+# %% ../nbs/api/72_studies.ipynb #05497641
+def _home_and_others(
+    home: Task,
+    others: Sequence[Task],
+) -> list[Task]:
+    "All tasks, home first, once they are tasks."
+    return [check_like_task("home", home), *(check_like_task("others", task) for task in check_row("others", others))]
+
+
 def _study(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],
     home: Task,  # that the prompts were trained for
@@ -33,7 +41,7 @@ def _study(
     targets: Sequence[str] | None = None,
 ) -> TransferResults:
     "The home task and the others, with the same prompts."
-    tasks, prompts = [home, *others], named_prompts(prompt)
+    tasks, prompts = _home_and_others(home, others), named_prompts(prompt)
     if not others: raise ValueError("`others` must hold at least one task, got none.")
     if twice := {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}:
         raise ValueError(f"`home` and `others` must have different names, got {some_names(sorted(twice))} twice. Try dataclasses.replace(task, name=...).")
@@ -42,7 +50,7 @@ def _study(
     how = dict(split=split, limit=limit, batch_size=batch_size)
     return rank_everything(prompts, [(task, {"trained_on": home.name}) for task in tasks], zoo, _known_names(zoo, source, targets), source, seed, **how)
 
-# %% ../nbs/api/72_studies.ipynb #72d0fc35
+# %% ../nbs/api/72_studies.ipynb #75412239
 def evaluate_generalisation(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
     home: Task,  # that the prompts were trained for
@@ -51,7 +59,7 @@ def evaluate_generalisation(
     **how: Any,  # source, split, limit, batch_size, seed, targets: as in `evaluate_transfer`
 ) -> TransferResults:  # a run for each task, `trained_on` the home task
     "Trained on one data set, evaluated on others with the same candidates."
-    for task in others:
+    for task in _home_and_others(home, others)[1:]:
         if differing := sorted(set(task.candidates) ^ set(home.candidates)):
             raise ValueError(f"`others` must have the candidates of {home.name!r}; {task.name!r} differs in {some_names(differing)}. For other questions use evaluate_retention.")
     return _study(prompt, home, others, zoo, **how)

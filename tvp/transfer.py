@@ -6,7 +6,7 @@
 __all__ = ['rank_task', 'write_atomic', 'TransferResults', 'plot_results', 'named_prompts', 'rank_everything',
            'evaluate_transfer']
 
-# %% ../nbs/api/60_transfer.ipynb #22952900
+# %% ../nbs/api/60_transfer.ipynb #eb0a2678
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +17,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .arguments import check_kind, check_texts, check_whole
+from .arguments import check_choice, check_kind, check_texts, check_whole
+from .evaluation import Fitted, everybodys, processes, put_together, share_of_work
 from .files import write_atomic as write_file
 from .mllm import Mllm
+from .processes import ahead
 from .prompt import VisualPrompt
+from .prompt_files import as_path
 from .tables import (TIDY_COLUMNS, TransferRun, describe_runs, group_rows, merge_runs, metric_details, runs_together, table_html,
                         table_text, target_rows, tidy_frame)
-from .tasks import Task
+from .tasks import Task, check_like_task
 
 # %% ../nbs/api/60_transfer.ipynb #7e60666c
 @contextmanager
@@ -36,7 +39,7 @@ def _same_places(
     finally:
         if prompt is not None: prompt.generator.set_state(state)
 
-# %% ../nbs/api/60_transfer.ipynb #5769e8e3
+# %% ../nbs/api/60_transfer.ipynb #7209ef69
 @torch.no_grad()
 def rank_task(
     mllm: Mllm,  # any model with `.rank(images, instructions, candidates)`
@@ -46,15 +49,19 @@ def rank_task(
     split: str = "test",  # "train", "valid" or "test"
     limit: int | None = None,  # at most so many pictures
     batch_size: int = 100,  # pictures per call of the model
+    part: tuple[int, int] = (0, 1),  # (process, processes): only the pictures that this process reads
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores (n, N), labels (n,), row numbers in the split (n,)
     "Mean log-likelihood of each candidate for each picture."
     scores, labels, index = [], [], []
+    shared = {"part": part} if part[1] > 1 else {}
+    batches = task.batches(split, size if prompt is None else prompt.inner, batch_size * part[1], limit=limit, **shared)
     with _same_places(prompt):
-        for batch in task.batches(split, prompt.inner if prompt is not None else size, batch_size, limit=limit):
+        for batch in batches if mllm.device.type == "cpu" else ahead(batches):
             images = batch.images if prompt is None else prompt(batch.images.to(prompt.delta.device))
             scores.append(mllm.rank(images.to(mllm.device), batch.instructions, task.candidates).double().cpu())
             labels.append(batch.labels)
             index.append(batch.index)
+    if not scores and shared: return np.empty((0, len(task.candidates))), np.empty(0, int), np.empty(0, int)
     if not scores: raise ValueError(f"`split` {split!r} of task {task.name!r} is empty. Choose another split, or a larger `limit`.")
     scores = torch.cat(scores).numpy()
     if rows := int(np.isnan(scores).any(1).sum()):
@@ -62,16 +69,16 @@ def rank_task(
                          f"{task.name!r} {'without a' if prompt is None else 'with the'} prompt. Load the model in float32.")
     return scores, torch.cat(labels).numpy(), torch.cat(index).numpy()
 
-# %% ../nbs/api/60_transfer.ipynb #1d2b0f5c
+# %% ../nbs/api/60_transfer.ipynb #f5ce9d9f
 def write_atomic(
     path: str | Path,  # where the file goes; its folder must exist
     content: str | bytes,  # all of it
 ) -> Path:  # the same path
     "Write a whole file or nothing, into a folder that is there: a mistyped folder is not made."
-    if not Path(path).parent.is_dir(): raise FileNotFoundError(f"`path`: there is no folder {Path(path).parent}. Make it first.")
+    if not (folder := as_path(path).parent).is_dir(): raise FileNotFoundError(f"`path`: there is no folder {folder}. Make it first.")
     return write_file(path, content)
 
-# %% ../nbs/api/60_transfer.ipynb #62a91b6f
+# %% ../nbs/api/60_transfer.ipynb #5e8759ed
 class TransferResults:
     "Who gains and who loses from which prompt."
     def __init__(self, runs: Iterable[TransferRun]):
@@ -99,8 +106,8 @@ class TransferResults:
         return self._by_group(group_rows)
     def compare(self, method: str = "TVP", baseline: str = "EVP") -> pd.DataFrame:
         "One method against another by group; `clean` is the baseline's score."
-        if missing := {method, baseline} - {m for run in self.runs for m in run.methods}:
-            raise ValueError(f"`method` and `baseline` must be among the methods evaluated, got {', '.join(sorted(missing))}.")
+        known = {m: None for run in self.runs for m in run.methods}
+        check_choice("method", method, known), check_choice("baseline", baseline, known)
         return self._by_group(lambda runs: [r for r in group_rows(runs, baseline) if r["method"] == method])
     def negative_transfer(self) -> pd.DataFrame:
         "The rows of `mean` whose whole interval is below 0."
@@ -125,13 +132,15 @@ def plot_results(
                          "Draw rows of your choice: tvp.plots.plot_transfer(results.mean().query(...)).")
     return plot_transfer(results.mean(), ax=ax) if len(sources) == 1 else plot_matrix(results.mean(), ax=ax)
 
-# %% ../nbs/api/60_transfer.ipynb #b417b572
+# %% ../nbs/api/60_transfer.ipynb #5c3b9047
 def named_prompts(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
 ) -> dict[str, VisualPrompt]:  # method name -> prompt, at least one, all for the same canvas
     "Prompts by method, checked."
     if not isinstance(prompt, Mapping): prompt = {getattr(prompt, "provenance", {}).get("method", "prompt"): prompt}
-    for p in prompt.values(): check_kind("prompt", p, VisualPrompt, "Load it first: VisualPrompt.load(path) or tvp.load_prompt(name).")
+    for p in prompt.values():  # what wraps a prompt (`tvp.jpeg.Sent`) is welcome
+        if isinstance(p, type) or not (callable(p) and hasattr(p, "inner") and hasattr(p, "provenance")):
+            raise TypeError(f"`prompt` must be a VisualPrompt, got {type(p).__name__} {str(p)[:60]!r}. Load it first: VisualPrompt.load(path) or tvp.load_prompt(name).")
     if not prompt: raise ValueError("`prompt` must hold at least one prompt, got none.")
     if "none" in prompt: raise ValueError("`prompt` must not name a method 'none': that row is evaluated without a prompt, always.")
     if len(sizes := {p.size for p in prompt.values()}) > 1:
@@ -173,7 +182,7 @@ def _common(prompts: Mapping[str, VisualPrompt], fact: str) -> Any:
     said = {prompt.provenance.get(fact) for prompt in prompts.values()}
     return said.pop() if len(said) == 1 else None
 
-# %% ../nbs/api/60_transfer.ipynb #9b9ea63f
+# %% ../nbs/api/60_transfer.ipynb #fb73d065
 def rank_everything(
     prompts: Mapping[str, VisualPrompt],  # method name -> prompt
     tasks: Sequence[tuple[Task, dict]],  # with what is out of the ordinary about each: fields of TransferRun
@@ -185,18 +194,24 @@ def rank_everything(
 ) -> TransferResults:  # a run for each task
     "Every model on every task with every prompt; each model is asked for once."
     source, trained = source or _common(prompts, "source"), _common(prompts, "task")
+    process, count = processes()
+    own, part = share_of_work(names, process, count)
     runs = [dict(scores={}) | ({"trained_on": trained} if trained not in (None, task.name) else {}) | facts for task, facts in tasks]
-    for name in (bar := tqdm(names, desc=f"evaluate {tasks[0][0].name}", unit="model")):
+    found, fitted = {}, [Fitted(task, 2**30 // len(tasks)) for task, _ in tasks]
+    for name in (bar := tqdm(own, desc=f"evaluate {tasks[0][0].name}", unit="model", **{"disable": True} if process else {})):
         bar.set_postfix_str(name)
         mllm, size = zoo[name], next(iter(prompts.values())).size
-        for (task, _), run in zip(tasks, runs):
-            for method, p in {"none": None, **prompts}.items():
-                run["scores"][method, name], run["labels"], run["index"] = rank_task(mllm, task, size, prompt=p, **how)
+        for number, task in enumerate(fitted):
+            for method, p in {"none": None, **prompts}.items(): found[number, method, name] = rank_task(mllm, task, size, prompt=p, part=part, **how)
+    found = put_together(everybodys(found))
+    for number, run in enumerate(runs):
+        for method, name in [(method, name) for name in names for method in ("none", *prompts)]:
+            run["scores"][method, name], run["labels"], run["index"] = found[number, method, name]
     tower = getattr(zoo, "tower", lambda name: None)
     towers = {name: tower(name) for name in [*names, source] if name in list(zoo)}
     return TransferResults([TransferRun(task.name, source, seed, task.metric, towers=towers, **run) for (task, _), run in zip(tasks, runs)])
 
-# %% ../nbs/api/60_transfer.ipynb #03af06be
+# %% ../nbs/api/60_transfer.ipynb #2805bc53
 def evaluate_transfer(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
     task: Task,  # its pictures are ranked
@@ -211,8 +226,7 @@ def evaluate_transfer(
 ) -> TransferResults:  # one run, or one for each corruption
     "Every model, without a prompt and with each one, on the same pictures (Zhang et al. 2024)."
     prompts, names, bad = named_prompts(prompt), _known_names(zoo, source, targets), _several(corruption)
-    if isinstance(task, type) or not hasattr(task, "batches"): raise TypeError(f"`task` must be a Task, got {task!r}. Load it first: tvp.load_task(name).")
-    check_whole("batch_size", batch_size), check_whole("seed", seed, 0), task.split(split)
+    check_like_task("task", task).split(split), check_whole("batch_size", batch_size), check_whole("seed", seed, 0)
     if limit is not None: check_whole("limit", limit, hint="None is the whole split.")
     pictures = [(c(task, split), dict(corruption=c.name, severity=c.severity)) for c in bad] if corruption is not None else [(task, {})]
     return rank_everything(prompts, pictures, zoo, names, source, seed, split=split, limit=limit, batch_size=batch_size)

@@ -7,7 +7,7 @@ __all__ = ['Bordered', 'Check', 'WatchedTraining', 'check_count', 'watched_model
            'model_group', 'checks_frame', 'watched_picture', 'ranked_answers', 'prompt_spectrum', 'latest',
            'training_state']
 
-# %% ../nbs/api/79_watch.ipynb #582bc601
+# %% ../nbs/api/79_watch.ipynb #863980b9
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from .mllm import Mllm
 from .prompt import VisualPrompt, shown_prompt
 from .recipes import make_learner
 from .tables import TransferRun, target_group
-from .tasks import fit
+from .tasks import check_row, fit
 from .transfer import rank_task
 
 # %% ../nbs/api/79_watch.ipynb #62b5355a
@@ -71,7 +71,7 @@ class WatchedTraining:
     accuracy = property(lambda self: checks_frame(self.checks), doc="One row per look and model, a DataFrame.")
     state = property(lambda self: training_state(self), doc="Where the training stands, as plain numbers.")
 
-# %% ../nbs/api/79_watch.ipynb #15c812fd
+# %% ../nbs/api/79_watch.ipynb #dd780b72
 def check_count(
     name: str,  # of the parameter, for the message
     value: Any,
@@ -86,6 +86,7 @@ def watched_models(
     models: Sequence[str] | None,  # names; None: all
 ) -> list[str]:  # the source first
     "The names of those who are asked."
+    if models is not None: check_row("models", models)
     unknown = [name for name in [source, *(models or [])] if name not in list(zoo)]  # `in zoo` could load a model
     if unknown: raise ValueError(f"`models` must be among {', '.join(zoo)}; got {', '.join(map(repr, unknown))}.")
     return list(dict.fromkeys([source, *(zoo if models is None else models)]))

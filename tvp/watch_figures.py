@@ -19,7 +19,7 @@ from .learner import records_frame
 from .plots import METHOD_COLOURS, method_style, plot_prompt
 from .watch import WatchedTraining, prompt_spectrum, watched_picture
 
-# %% ../nbs/api/79_watch_figures.ipynb #40b66187
+# %% ../nbs/api/79_watch_figures.ipynb #fac245aa
 def tidy_axes(ax, title: str = "", grid: str | None = "y") -> None:
     "Few lines: no frame above and on the right, a faint grid, the title on the left."
     for side in ("top", "right"): ax.spines[side].set_visible(False)
@@ -30,11 +30,11 @@ def tidy_axes(ax, title: str = "", grid: str | None = "y") -> None:
 
 # where the axes of a part are: fixed, so that nothing jumps while it is live, and drawn in half the time that a search would take
 PLACES = {"prompt": dict(left=0.01, right=0.97, bottom=0.09, top=0.9, wspace=0.06), "answers": dict(left=0.01, right=0.97, bottom=0.12, top=0.78, wspace=0.06),
-          "losses": dict(left=0.055, right=0.985, bottom=0.2, top=0.89, wspace=0.32), "accuracy": dict(left=0.075, right=0.985, bottom=0.14, top=0.92, wspace=0.06)}
+          "losses": dict(left=0.055, right=0.985, bottom=0.2, top=0.89, wspace=0.32), "accuracy": dict(left=0.09, right=0.985, bottom=0.14, top=0.92, wspace=0.06)}
 
 def training_colour(training: WatchedTraining) -> str: "One colour per method."; return METHOD_COLOURS.get(training.method, METHOD_COLOURS["TVP"])
 
-# %% ../nbs/api/79_watch_figures.ipynb #c146d49e
+# %% ../nbs/api/79_watch_figures.ipynb #525dd0fb
 def _draw_spectrum(ax, prompt) -> None:
     "Power at each frequency, as far as there is any."
     power, half = prompt_spectrum(prompt), prompt.size / 2
@@ -43,7 +43,7 @@ def _draw_spectrum(ax, prompt) -> None:
     if not power.any(): ax.text(0, 0, "nothing yet", ha="center", va="center", color="white")
     ax.set(xticks=[-half, 0, half], yticks=[])
     ax.tick_params(labelsize=8, length=2)
-    ax.set_title("its spectrum (log), cycles per canvas", loc="left", fontsize=9)
+    ax.set_title("log spectrum, cycles per canvas", loc="left", fontsize=9)
 
 def draw_prompt(
     figure,  # matplotlib Figure or SubFigure, empty

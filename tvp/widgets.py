@@ -81,7 +81,7 @@ def button_controls() -> dict:  # name of the action -> widget
              "reset": ("refresh", "the same settings, from the start")}
     return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
 
-# %% ../nbs/api/80_widgets.ipynb #fde8e28b
+# %% ../nbs/api/80_widgets.ipynb #af73690f
 def loss_html(training: WatchedTraining) -> str:  # "" before the first update
     "The loss of the last update, as the sum that it is."
     if not training.learner.records: return ""
@@ -93,23 +93,24 @@ def loss_html(training: WatchedTraining) -> str:  # "" before the first update
     return f"loss <b>{record.loss:.3g}</b>" + (f" = {words}" if len(training.learner.losses) > 1 else "")
 
 def numbers_html(stepper: TrainingStepper) -> str:
-    "The state in one line; an error in red, for as long as it is not mended."
+    "The state in two lines; an error in red, for as long as it is not mended."
     training, colour = stepper.training, "#b00020" if stepper.error else "inherit"
-    words = [f"update <b>{len(training.learner.records)}</b> of {training.total}", loss_html(training)]
-    if training.learner.records: words += [f"{name} <b>{getattr(training.learner.records[-1], key):.3g}</b>" for name, key in (("gradient norm", "grad_norm"), ("learning rate", "lr"))]
-    return f'<span style="color:{colour}"><b>{html.escape(doing(stepper))}</b></span> &nbsp; ' + " &nbsp;·&nbsp; ".join(filter(None, words))
+    record, numbers = training.learner.records[-1:], loss_html(training) or "The models are asked before the first update."
+    if record: numbers += "".join(f" &nbsp;·&nbsp; {name} <b>{getattr(record[0], key):.3g}</b>" for name, key in (("gradient norm", "grad_norm"), ("learning rate", "lr")))
+    status = f'<b style="color:{colour}">{html.escape(doing(stepper))}</b> &nbsp; update <b>{len(training.learner.records)}</b> of {training.total}'
+    return f'<div style="line-height:1.5">{status}<br>{numbers}</div>'
 
 def models_html(training: WatchedTraining) -> str:
     "A column for each model: without a prompt, with it, and the difference."
     now, cell = latest(training), '<td style="padding:1px 10px;text-align:right;{1}">{0}</td>'.format
-    if not len(now): return "<i>The models are asked before the first update.</i>"
+    if not len(now): return ""
     gain = lambda x: cell(f"{100 * x:+.1f}", "color:" + ("#00664a" if x > 0 else "#b00020" if x < 0 else "inherit"))
     rows = {"": [cell(f"<b>{html.escape(name.removeprefix('tiny-'))}</b>", "") for name in now.index], "tower": [cell(g.replace("unseen, ", ""), "opacity:.7") for g in now.group],
             "without": [cell(f"{100 * x:.1f}", "") for x in now.clean], "with prompt": [cell(f"{100 * x:.1f}", "") for x in now.prompted], "gain": [*map(gain, now.gain)]}
     body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
     return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
 
-# %% ../nbs/api/80_widgets.ipynb #dba8292e
+# %% ../nbs/api/80_widgets.ipynb #fc8a5834
 class StepperView:
     "The controls and pictures of one stepper."
     def __init__(self, stepper: TrainingStepper):
@@ -118,7 +119,7 @@ class StepperView:
         self.settings, self.buttons = choice_controls(stepper) | slider_controls(stepper), button_controls()
         self.progress, self.numbers, self.models = IntProgress(layout={"width": "110px"}), HTML(), HTML()
         self.picture = labelled(IntSlider, "picture", stepper.picture, min=0, max=stepper.training.pictures - 1, continuous_update=False)
-        self.images = {name: Image(format="png", layout={"width": f"{78 * width:.0f}px"}) for name, (width, _) in PARTS.items()}
+        self.images = {name: Image(format="png", layout={"width": "100%"}) for name in PARTS}
         self.box = stepper_layout(self)
         connect(self)
         self.refresh(True)
@@ -134,14 +135,15 @@ class StepperView:
 
     def refresh(self, whole: bool = False) -> None: refresh_view(self, whole)
 
-# %% ../nbs/api/80_widgets.ipynb #2b555d65
+# %% ../nbs/api/80_widgets.ipynb #52df9e3c
 def stepper_layout(view: StepperView):  # ipywidgets VBox
     "Controls above, pictures in two columns, numbers below; the slider that chooses a picture is beside the picture."
     from ipywidgets import HBox, VBox
     wrap, s = {"flex_flow": "row wrap", "align_items": "center"}, view.settings
     controls = [HBox([s["task"], s["source"], s["method"]], layout=wrap), HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
                 HBox([*view.buttons.values(), s["width"]], layout=wrap), HBox([view.progress, view.numbers], layout=wrap)]
-    columns = [VBox([view.images["prompt"], view.images["answers"], view.picture]), VBox([view.images["losses"], view.images["accuracy"]])]
+    wide = lambda name: {"flex": f"{10 * PARTS[name][0]:.0f} 1 {66 * PARTS[name][0]:.0f}px", "max_width": f"{80 * PARTS[name][0]:.0f}px"}  # side by side where there is room
+    columns = [VBox([view.images["prompt"], view.images["answers"], view.picture], layout=wide("prompt")), VBox([view.images["losses"], view.images["accuracy"]], layout=wide("losses"))]
     return VBox([*controls, HBox(columns, layout={"flex_flow": "row wrap"}), view.models])
 
 # %% ../nbs/api/80_widgets.ipynb #0ed99954

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIX', 'load_mllm', 'Zoo', 'tiny_zoo', 'paper_zoo', 'load_zoo', 'own_zoo', 'load_clip', 'load_clip_b32']
 
-# %% ../nbs/api/35_zoo.ipynb #b75aaf8c
+# %% ../nbs/api/35_zoo.ipynb #0fd9fc2e
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -14,6 +14,7 @@ from os import PathLike
 
 import torch
 
+from .arguments import check_choice, check_kind
 from .mllm import Clip, Mllm
 from .pretrained import best_device, check_place, find_checkpoint, load_pretrained
 from .registry import REGISTRY, find_known, load_known
@@ -52,7 +53,7 @@ def load_mllm(
     if bare: raise _unknown(name, [*TINY, *REGISTRY, *PAPER])
     return load_known(name, **options) if isinstance(name_or_path, str) and find_known(name) else load_pretrained(name_or_path, **options)
 
-# %% ../nbs/api/35_zoo.ipynb #38f17a96
+# %% ../nbs/api/35_zoo.ipynb #614ba12a
 class Zoo(Mapping):
     "Models by name. `zoo[name]` loads a model when it is asked for; iterating gives the names."
 
@@ -76,7 +77,7 @@ class Zoo(Mapping):
         return self._models[name]
 
     def _known(self, name: str) -> None:
-        if name not in self._load: raise KeyError(f"`name` must be one of {', '.join(self._load)}; got {name!r}.")
+        check_choice("name", name, self._load, KeyError)
 
     def _forget(self, name: str) -> None:
         "Make room: the model goes when nobody else holds it."
@@ -122,7 +123,7 @@ def paper_zoo(
     load = {n: (lambda n=n: load_mllm(n, **options, **({"weights": weights[n]} if n in weights else {}))) for n in SIX}
     return Zoo(load, dict.fromkeys(SIX, "eva-clip-g"), 224, 30, load_clip_b32, keep=1)
 
-# %% ../nbs/api/35_zoo.ipynb #dd100d1a
+# %% ../nbs/api/35_zoo.ipynb #e4b79931
 def load_zoo(
     name: str | Mapping[str, str | PathLike] = "tiny",  # "tiny", "paper", or name -> what `load_mllm` takes
     *,
@@ -144,6 +145,7 @@ def own_zoo(
 ) -> Zoo:  # at the paper's canvas; every model counts as a tower of its own
     "Models of one's own choice, one in memory at a time."
     if not models: raise ValueError("`name` must hold at least one model, got an empty dictionary.")
+    for place in models.values(): check_kind("name", place, (str, PathLike), "A dictionary says for each name what `load_mllm` takes.")
     return Zoo({n: (lambda place=place: load_mllm(place, **options)) for n, place in models.items()}, {n: n for n in models}, 224, 30, load_clip_b32, keep=1)
 
 # %% ../nbs/api/35_zoo.ipynb #4a643534
