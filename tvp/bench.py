@@ -51,7 +51,7 @@ FULL = Plan(
               ("llava-58m", 10, 4, 3), ("llava-58m", 100, 4, 5), ("llava-58m", 1000, 1, 1)],
     photos=64, memory=["paper-32k", "paper", "llava-32k"], variants=[("paper", 5)])
 
-# %% ../nbs/api/86_bench.ipynb #d5c2fdd8
+# %% ../nbs/api/86_bench.ipynb #a6237c84
 def resident(
     what: str = "VmRSS",  # VmRSS, now; VmHWM, the highest since it was reset
 ) -> int:  # bytes
@@ -83,7 +83,7 @@ def memory_growth(
 
 def measure_memory(
     model: str,  # as in `make_scene`
-    contestants: Sequence[str] = ("cached", "uncached", "reference", "floor"),
+    contestants: Sequence[str] = ("cached", "uncached", "reference", "floor"),  # who is measured
 ) -> dict:  # for the results: megabytes and ratios
     "The memory's row of the table, one process for each contestant."
     grown, environment = {}, os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -130,13 +130,13 @@ def compiled_floor(
     for _ in range(2): run()
     return run
 
-# %% ../nbs/api/86_bench.ipynb #faf89d44
+# %% ../nbs/api/86_bench.ipynb #3a7cdfca
 SECTIONS = ("step", "ranking", "loading", "memory", "variants")
 BOUNDS = {  # headline -> at most
     "step_vs_reference": 0.62, "step_vs_reference_no_cache": 0.75, "step_vs_floor": 1.25, "rank100_vs_reference": 0.5, "memory_vs_reference": 0.6}
 
 
-def machine_facts() -> dict:
+def machine_facts() -> dict:  # names and values
     "On what, and with what, it was measured."
     import transformers
     from tvp import __version__
@@ -156,10 +156,10 @@ def source_commit() -> str | None:  # None: not a checkout, or no git
     except OSError: return None
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else None
 
-# %% ../nbs/api/86_bench.ipynb #8f9b0057
+# %% ../nbs/api/86_bench.ipynb #6cf56b87
 def headlines(
     results: dict,  # of the sections that ran
-) -> dict[str, float]:
+) -> dict[str, float]:  # ratios, by name
     "The five figures, as far as they were measured."
     steps = {row["model"]: {name: value["median"] for name, value in row["ratios"].items()} for row in results.get("step", [])}
     first = steps.get("paper") or next(iter(steps.values()), {})
@@ -174,7 +174,7 @@ def headlines(
 def loading_rows(
     plan: Plan,
     steps: list[dict],  # the rows of the steps
-) -> list[dict]:
+) -> list[dict]:  # one row for each model
     "Photographs, and the part of a step of the paper's proportions that loading them takes."
     from tvp.tasks import load_task
     row, small = time_loading(photo_task(plan.photos), 164, 8, 3), time_loading(load_task("shapes"), 36, 16, 2)
@@ -204,7 +204,7 @@ def run_bench(
     if "variants" in wanted: section("variants", time_variants, plan.variants)
     return headlines(results) | machine_facts() | {"plan": asdict(plan), "seconds": time.time() - start} | results
 
-# %% ../nbs/api/86_bench.ipynb #abf77e3a
+# %% ../nbs/api/86_bench.ipynb #3bd18010
 def _figure(value: dict) -> str: return f"{value['median']:.2f} ({value['low']:.2f}..{value['high']:.2f})"
 
 
@@ -233,10 +233,10 @@ def ratio_table(
 
 
 def bench(
-    quick: bool = True,
+    quick: bool = True,  # a minute, or the whole
     file: str | Path | None = None,  # where to write everything, as JSON
     only: Sequence[str] | None = None,  # some of SECTIONS
-) -> dict:
+) -> dict:  # what the file holds
     "The command: run, print, write."
     results = run_bench(quick, only)
     print(ratio_table(results))

@@ -60,7 +60,7 @@ def candidate_names(
         names[" ".join(random.choices(words, k=1 + len(names) % 3 if i < limit / 2 else 3))] = None  # enough words for single ones? Else longer
     raise ValueError(f"`words` must allow {count} different names of up to three words, got {len(words)} words. Give more words.")
 
-# %% ../nbs/api/83_bench_models.ipynb #93783fc1
+# %% ../nbs/api/83_bench_models.ipynb #a325d89f
 @dataclass(frozen=True)
 class Shape:
     "How large the parts of a model are: (width, layers, heads, width of the MLP) each."
@@ -68,9 +68,9 @@ class Shape:
     size: int  # canvas, pixels
     width: int  # border of the prompt, pixels
     patch: int  # pixels
-    vision: tuple[int, int, int, int]
+    vision: tuple[int, int, int, int]  # a vision transformer
     text: tuple[int, int, int, int]  # a Llama
-    vocabulary: int
+    vocabulary: int  # tokens
     qformer: tuple[int, int, int, int] = (0, 0, 1, 0)  # not for llava
     clip: tuple[int, int, int, int] = (96, 6, 4, 384)  # vision and text alike
     batch: int = 4  # pictures per step
@@ -79,7 +79,7 @@ class Shape:
     queries = 32  # visual tokens of a Q-Former
 
     @property
-    def picture_tokens(self) -> int: return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
+    def picture_tokens(self) -> int: "Visual tokens of a picture."; return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
 
 
 _PAPER = dict(size=224, width=30, patch=14, vision=(256, 7, 4, 1120), qformer=(128, 4, 4, 512), text=(512, 11, 8, 1376))
@@ -167,7 +167,7 @@ def bench_clip(
     images = tf.CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
     return Clip(model, tf.CLIPProcessor(images, tokenizer), f"{name}-clip")
 
-# %% ../nbs/api/83_bench_models.ipynb #81802ee1
+# %% ../nbs/api/83_bench_models.ipynb #b723584d
 def bench_instruction(
     shape: Shape,
 ) -> str:  # shape.instruction words
@@ -178,7 +178,7 @@ def bench_instruction(
 def bench_task(
     name: str,  # one of SHAPES
     pictures: int = 8,  # in each split
-    classes: int = 10,
+    classes: int = 10,  # names, so candidates
 ) -> Task:
     "Noise with names."
     shape, words = SHAPES[check_choice("name", name, SHAPES)], made_up_words(2 * check_whole("classes", classes))
@@ -188,7 +188,7 @@ def bench_task(
     split = Split(images, [bench_instruction(shape)] * pictures, labels, [names[label] for label in labels])
     return Task(f"bench-{name}", split, split, split, names)
 
-# %% ../nbs/api/83_bench_models.ipynb #379ca903
+# %% ../nbs/api/83_bench_models.ipynb #ff610112
 def count_flops(
     run,  # a function without arguments
 ) -> int:
@@ -202,8 +202,8 @@ def count_flops(
 def forward_flops(
     mllm: Mllm,
     images: Tensor,  # (B, 3, H, W) in [0, 1]
-    instructions: list[str],
-    answers: list[str],
+    instructions: list[str],  # B of them
+    answers: list[str],  # likewise
 ) -> tuple[int, int]:  # of the whole pass; of pictures to visual tokens alone
     "What one pass with answer-only logits costs."
     whole, seen = count_flops(lambda: mllm(images, instructions, answers)), count_flops(lambda: mllm.visual_tokens(images, instructions))

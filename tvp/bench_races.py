@@ -28,7 +28,7 @@ from .prompt import VisualPrompt
 from .reference_loop import ReferenceLoop, normalised, reference_rank, source_inputs
 from .tasks import Batch, Split, Task
 
-# %% ../nbs/api/85_bench_races.ipynb #b4813a73
+# %% ../nbs/api/85_bench_races.ipynb #b5269469
 def alternate(
     contestants: dict[str, Callable],  # name -> function without arguments
     rounds: int,  # measured, each contestant once in each
@@ -50,7 +50,7 @@ def alternate(
 
 
 def spread(
-    values: list[float],
+    values: list[float],  # at least one
 ) -> dict[str, float]:  # median, low and high: the middle half of the values
     "The middle and how far it can be trusted."
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
@@ -60,16 +60,16 @@ def spread(
 def ratio(
     times: dict[str, list[float]],  # from `alternate`
     one: str,
-    other: str,
+    other: str,  # by which it is divided
 ) -> dict[str, float]:  # of `spread`
     "One contestant's time over another's, round by round."
     return spread([a / b for a, b in zip(times[one], times[other])])
 
-# %% ../nbs/api/85_bench_races.ipynb #69a580e0
+# %% ../nbs/api/85_bench_races.ipynb #4bdcf2e8
 @dataclass
 class Scene:
     "Models, pictures and geometry."
-    name: str
+    name: str  # of the shape
     source: Mllm
     clip: Clip
     task: Task

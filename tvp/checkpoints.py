@@ -121,8 +121,8 @@ def differences(
     say = lambda value: "nothing" if value is None else repr(value)
     return [] if there == here else [f"{name} is {say(there)} there and {say(here)} here"]
 
-# %% ../nbs/api/48_checkpoints.ipynb #71ee3ee0
-def random_states() -> dict:
+# %% ../nbs/api/48_checkpoints.ipynb #fe02467e
+def random_states() -> dict:  # generator -> its state
     "The states of the random generators of Python, numpy and torch."
     (version, numbers, gauss), (name, keys, *rest) = random.getstate(), np.random.get_state()
     return {"python": [version, torch.tensor(numbers), gauss], "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],

@@ -140,7 +140,7 @@ def command_bench(args: argparse.Namespace) -> None:
     if file is not None and file.is_dir(): raise UsageError(f"{file} is a folder. Name a file with --json.")
     bench(args.quick, file, only)
 
-# %% ../nbs/api/90_cli.ipynb #3b960539
+# %% ../nbs/api/90_cli.ipynb #405f87b4
 def training_checkpoint(
     place: str | None,  # --checkpoint, as typed
     resume: bool,  # --resume
@@ -160,7 +160,7 @@ def fit_or_explain(
     learner,  # ready to fit
     epochs: int | None,  # as typed
     file: Path | None,  # for checkpoints
-    resume: bool,
+    resume: bool,  # as typed
 ) -> int:  # updates made earlier, in the training that goes on
     "Train; what the user can mend becomes one line, and a stop says where to go on."
     from tvp.checkpoints import read_checkpoint
@@ -191,7 +191,7 @@ def command_train(args: argparse.Namespace) -> None:
     print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
-# %% ../nbs/api/90_cli.ipynb #33504bdd
+# %% ../nbs/api/90_cli.ipynb #b34f3247
 def load_prompt_file(
     path: str,  # as typed
 ):  # the prompt
@@ -223,7 +223,7 @@ def named_corruption(
 
 def save_rows(
     results,  # of `evaluate_transfer`
-    file: Path,
+    file: Path,  # CSV
 ) -> Path:
     "The tidy columns, and those that say what was done to the pictures."
     from tvp.files import write_atomic

@@ -14,7 +14,7 @@ import numpy as np
 
 from .tasks import Batch, Task
 
-# %% ../nbs/api/57_evaluation.ipynb #53a87d97
+# %% ../nbs/api/57_evaluation.ipynb #8abf6cb1
 class Fitted:
     "A task that fits each picture once for a size and remembers it."
     def __init__(self, task: Task,
@@ -24,7 +24,7 @@ class Fitted:
     def __getattr__(self, name: str) -> Any: return getattr(self.task, name)
 
     def batches(self, split: str, size: int, batch_size: int = 100, **how) -> Iterator[Batch]:
-        "As the task's own `batches`; not for a random order."
+        "As the task's own, see `Task.batches`; not for a random order."
         key = (split, size, batch_size, *sorted(how.items()))
         if key in self.kept: return iter(self.kept[key])
         return self._keep(key, self.task.batches(split, size, batch_size, **how))

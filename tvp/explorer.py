@@ -79,8 +79,8 @@ def cell_cases(explorer: TransferExplorer) -> pd.DataFrame:
     "The pictures behind the selected cell."
     return changed_answers(cell_run(explorer), explorer.selected["method"], explorer.selected["target"], explorer.task.candidates)
 
-# %% ../nbs/api/82_explorer.ipynb #e86dbd3c
-def cell_choices(explorer: TransferExplorer) -> dict[str, list]:
+# %% ../nbs/api/82_explorer.ipynb #a374019b
+def cell_choices(explorer: TransferExplorer) -> dict[str, list]:  # method, source, target, seed -> their values
     "What can be selected; the seeds are those of the selected source."
     runs = explorer.results.runs
     return {"method": explorer.methods, "source": list(dict.fromkeys(run.source for run in runs)), "target": list(dict.fromkeys(t for run in runs for t in run.targets)),
@@ -164,7 +164,7 @@ def gain_colour(
     strong = (116, 173, 209) if gain > 0 else (244, 130, 110)
     return "#" + "".join(f"{round(255 + share * (part - 255)):02x}" for part in strong)
 
-# %% ../nbs/api/82_explorer.ipynb #f2d76420
+# %% ../nbs/api/82_explorer.ipynb #eae7e08a
 def name_html(text: str, align: str, weight: str = "normal"):  # ipywidgets HTML
     "A cell of the matrix that holds words."
     from ipywidgets import HTML
@@ -193,7 +193,7 @@ class ExplorerView:
         "What a click asks for, with its error shown."
         try: self.explorer.select(**cell)
         except Exception as error: self.text.value = f'<span style="color:#b00020">{html.escape(error_words(error))}</span>'
-    def refresh(self) -> None: refresh_explorer(self)
+    def refresh(self) -> None: "Show what is selected."; refresh_explorer(self)
 
 # %% ../nbs/api/82_explorer.ipynb #c22e0146
 def refresh_explorer(view: ExplorerView) -> None:

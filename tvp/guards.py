@@ -58,11 +58,11 @@ def check_rows(
         raise ValueError(f"the train split of task {task.name!r} is empty: there is nothing to learn from. Load the task with more rows.")
     return check_whole("batch_size", batch_size, 1, rows, f"{task.name!r} has {rows} pictures to train on. Try batch_size={min(16, rows)}.")
 
-# %% ../nbs/api/47_guards.ipynb #03edcc99
+# %% ../nbs/api/47_guards.ipynb #4b7d705c
 def check_shares(
     batch_size: int,  # pictures per update, over all processes
     accumulation: int,  # pieces in which a process reads its part
-    processes: int,
+    processes: int,  # that share an update
 ) -> None:
     "Refuse a batch that cannot be cut into equal pieces."
     if not batch_size % (accumulation * processes): return

@@ -164,7 +164,7 @@ def plain_template(
     raise ValueError(f"`template` must be given for {type(processor).__name__}: it has no chat template, and neither an instruction alone nor one "
                      f"behind an image token will do ({problem}). For example template=lambda instruction: '<image> ' + instruction.")
 
-# %% ../nbs/api/19_inputs.ipynb #35f0b217
+# %% ../nbs/api/19_inputs.ipynb #d99cb0d5
 class TextInputs:
     "Token ids of instructions and answers, made by a model's own processor and kept."
     def __init__(
@@ -189,7 +189,7 @@ class TextInputs:
         return plain_template(self.processor, self.has_picture)
 
     def has_picture(self, row: dict[str, Tensor]) -> bool:
-        "Whether the visual tokens have a place, as far as the model names a token for them."
+        "Whether the visual tokens have a place in a row, as far as the model names a token for them."
         return self.image_token_id is None or bool((row["input_ids"] == self.image_token_id).any()) or "image_embeds_position_mask" in row  # Kosmos-2
 
     def _row(self, instruction: str, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class TextInputs:
         return text if self.tokenizer(text, add_special_tokens=False).input_ids[-1:] == last else self.tokenizer.decode(last)
 
     def pad_value(self, name: str) -> int:
-        "Padding of an input: a token that is no picture for ids, zero for masks and the rest."
+        "Padding of an input, by its name: a token that is no picture for ids, zero for masks and the rest."
         tokenizer = self.processor.qformer_tokenizer if name.startswith("qformer_") else self.tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id) if name.endswith("input_ids") else ()
         return next((i for i in ids if i is not None), 0)
@@ -252,7 +252,7 @@ def answer_batch(
     rows = [torch.tensor([text.answer_ids(i, a, end)]) for i, a in zip(instructions, answers)]
     return pad_rows(rows, text.pad_value("input_ids"), False), pad_rows([torch.ones_like(row) for row in rows], 0, False)
 
-# %% ../nbs/api/19_inputs.ipynb #d0d2e025
+# %% ../nbs/api/19_inputs.ipynb #d11d0567
 def pixel_inputs(
     text: TextInputs,  # of the model
     images: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -283,7 +283,7 @@ def processed(
 
 
 def same_tensors(
-    these: dict[str, Tensor],
+    these: dict[str, Tensor],  # what the first way made
     make: Callable[[], dict[str, Tensor]],  # may fail
 ) -> bool:
     "Whether a second way makes the same."

@@ -285,11 +285,11 @@ def update_rule(
     plain = {name: value for name, value in optimizer.defaults.items() if value is None or isinstance(value, (bool, int, float, str, tuple))}
     return {"name": type(optimizer).__name__} | plain | {"lr": float(optimizer.param_groups[0]["lr"])}
 
-# %% ../nbs/api/50_learner.ipynb #23413d75
+# %% ../nbs/api/50_learner.ipynb #999d6b74
 def step_record(
     learner: Learner,
-    epoch: int,
-    lr: float,
+    epoch: int,  # from 0
+    lr: float,  # of this update
     numbers: list[float],  # weighted total, each loss unweighted, norm of the gradient
 ) -> StepRecord:
     "The record of one update."
@@ -308,7 +308,7 @@ def records_frame(
     columns = [name for name in StepRecord.__dataclass_fields__ if name != "others"]
     return pd.DataFrame([{name: row[name] for name in columns} | row["others"] for row in rows], columns=None if rows else columns)
 
-# %% ../nbs/api/50_learner.ipynb #f69fb5aa
+# %% ../nbs/api/50_learner.ipynb #607c30e2
 class LiveCurve:
     "The learner's curves in a notebook, redrawn in place now and then; nothing outside a notebook."
     def __init__(self, learner: Learner,
@@ -318,7 +318,7 @@ class LiveCurve:
         self.live = hasattr(shell, "kernel")  # IPython in a terminal has a shell but no kernel
 
     def update(self, now: bool = False) -> None:
-        "Draw, if there is a notebook and it is time."
+        "Draw, if there is a notebook and it is time, or has to be `now`."
         if not (self.live and (now or time.monotonic() - self.drawn > self.every)): return
         import matplotlib.pyplot as plt
         from IPython.display import display

@@ -148,7 +148,7 @@ class MllmOutput:
     loss: Tensor  # scalar, mean cross-entropy per answer token over the whole batch
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
 
-# %% ../nbs/api/20_mllm.ipynb #29dbed2c
+# %% ../nbs/api/20_mllm.ipynb #6a1af312
 class Mllm:
     "A frozen multimodal language model: pictures in [0, 1] and instructions in, everything that prompting needs out."
     def __init__(
@@ -177,7 +177,7 @@ class Mllm:
         return loss_and_tokens(self, images, instructions, answers)
 
     def count_tokens(self, instructions: list[str], answers: list[str]) -> int:
-        "How many tokens the loss is a mean over."
+        "How many tokens the loss is a mean over, given B instructions and answers."
         return sum(len(self.text.answer_ids(i, a, self.end)) for i, a in zip(instructions, answers))
 
     def visual_tokens(self, images: Tensor, instructions: list[str]) -> Tensor:
@@ -277,7 +277,7 @@ def generate_text(
     texts = mllm.text.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text.strip().split(mllm.end)[0].strip() if mllm.end else text.strip() for text in texts]
 
-# %% ../nbs/api/20_mllm.ipynb #ba515969
+# %% ../nbs/api/20_mllm.ipynb #02745d63
 class Clip:
     "A frozen CLIP that compares pictures with texts."
     def __init__(
@@ -299,7 +299,7 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
-        "(B, D) of unit length, computed once per text, no gradient."
+        "(B, D) of unit length for B texts, each computed once, no gradient."
         check_list("texts", texts)
         limit = self.model.config.text_config.max_position_embeddings
         for text in texts:  # one by one, so that no bit depends on the neighbours

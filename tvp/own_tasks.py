@@ -26,7 +26,7 @@ from .sampling import held_rows, shuffled
 from .tasks import Split, Task, check_row, some_names
 from .world import PHOTO
 
-# %% ../nbs/api/13_own_tasks.ipynb #de086957
+# %% ../nbs/api/13_own_tasks.ipynb #5e0c08dc
 SIDE = 224  # pixels, of the paper's canvas: pictures are scaled to less
 
 
@@ -36,9 +36,10 @@ class LimitedPictures(Pictures):
         super().__init__(sources, rows, name)
         self.fit = fit
 
-    def select(self, rows: Sequence[int]) -> "LimitedPictures": return LimitedPictures(self.sources, [self.rows[i] for i in rows], self.name, self.fit)
+    def select(self, rows: Sequence[int]) -> "LimitedPictures": "The pictures of some rows."; return LimitedPictures(self.sources, [self.rows[i] for i in rows], self.name, self.fit)
 
     def source(self, i: int) -> Any:
+        "What picture `i` is made of, refused where it is too large."
         source = super().source(i)
         where, data = self.where(i, source), (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
         if isinstance(data, (str, os.PathLike)) and os.path.isfile(data): check_bytes_fit(os.path.getsize(data), where)
@@ -54,16 +55,17 @@ class LimitedPictures(Pictures):
         check_pixels_fit(*image.size, SIDE, self.fit, where)
         return read_picture(image, where)
 
-# %% ../nbs/api/13_own_tasks.ipynb #e3ba752d
+# %% ../nbs/api/13_own_tasks.ipynb #749eb9f0
 @dataclass(frozen=True)
 class Part:
     "Pictures with their answers in words."
     pictures: Pictures
     answers: Sequence[Any]  # text or numbers
-    instructions: Sequence[str]
+    instructions: Sequence[str]  # one for each picture
     semantics: Sequence[str] | None = None  # what is in each picture, a noun phrase; None: the answer, where it is one
 
     def select(self, rows: Sequence[int]) -> "Part":
+        "Some rows."
         pick = lambda values: None if values is None else [values[i] for i in rows]
         return Part(self.pictures.select(rows), pick(self.answers), pick(self.instructions), pick(self.semantics))
 
@@ -76,7 +78,7 @@ def clean_answers(
         if answer is None or answer != answer or not str(answer).strip(): raise ValueError(f"{part.pictures.where(i)} has no answer. Fill it in, or leave out the row.")
     return [str(answer).strip() for answer in part.answers]
 
-# %% ../nbs/api/13_own_tasks.ipynb #1af3c3e5
+# %% ../nbs/api/13_own_tasks.ipynb #452f8ae1
 def find_candidates(
     answers: Sequence[str],  # of all parts
 ) -> tuple[str, ...]:  # each once; numbers in their order, then words
@@ -90,7 +92,7 @@ def find_candidates(
 
 def part_split(
     part: Part,
-    candidates: Sequence[str],
+    candidates: Sequence[str],  # all possible answers
 ) -> Split:
     "A part as a split; an answer that is no candidate is named by its row."
     answers, numbers = clean_answers(part), {str(c).lower(): i for i, c in enumerate(candidates)}
@@ -252,14 +254,14 @@ def split_rows_by_name(
     if wrong is not None: raise ValueError(f"{part.pictures.where(wrong)}: the split must be train, valid or test; got {names[wrong]!r}.")
     return {name: part.select([i for i, found in enumerate(known) if found == name]) for name in dict.fromkeys(known)}
 
-# %% ../nbs/api/13_own_tasks.ipynb #77b85ad8
+# %% ../nbs/api/13_own_tasks.ipynb #af12a7d7
 def dataset_part(
     table: Any,  # datasets.Dataset
     name: str,  # for messages
-    image: str,
-    answer: str,
-    instruction: str,
-    semantics: str,
+    image: str,  # name of its column
+    answer: str,  # likewise
+    instruction: str,  # name of its column if there is one, else the instruction itself
+    semantics: str,  # name of its column, if there is one
 ) -> Part:
     "One table of pictures and answers."
     for column in (image, answer):

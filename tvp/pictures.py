@@ -62,7 +62,7 @@ def read_picture(
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where() if callable(where) else where} cannot be read: {error}. Replace it, or leave out its row.") from error
 
-# %% ../nbs/api/11_pictures.ipynb #a7d53624
+# %% ../nbs/api/11_pictures.ipynb #8aca5a81
 class Pictures(Sequence):
     "Pictures that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select` decode nothing."
     def __init__(
@@ -74,8 +74,8 @@ class Pictures(Sequence):
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"Pictures({self.name!r}: {len(self)}, decoded when asked for)"
-    def select(self, rows: Sequence[int]) -> "Pictures": return Pictures(self.sources, [self.rows[i] for i in rows], self.name)
-    def source(self, i: int) -> Any: return self.sources[int(self.rows[i])]
+    def select(self, rows: Sequence[int]) -> "Pictures": "The pictures of some rows."; return Pictures(self.sources, [self.rows[i] for i in rows], self.name)
+    def source(self, i: int) -> Any: "What picture `i` is made of: a file, bytes, an image."; return self.sources[int(self.rows[i])]
 
     def __getitem__(self, i):
         if isinstance(i, slice): return Pictures(self.sources, self.rows[i], self.name)
@@ -83,7 +83,7 @@ class Pictures(Sequence):
         return read_picture(source, lambda: self.where(i, source))
 
     def where(self, i: int, source: Any = None) -> str:
-        "How a message names a picture: its row in the user's table, and its file if it has one."
+        "How a message names picture `i` with its source: its row in the user's table, and its file if it has one."
         if source is None: source = self.source(i)
         path = source.get("path") if isinstance(source, dict) else source if isinstance(source, (str, Path)) else None
         return f"row {int(self.rows[i])} of {self.name}" + (f" ({path})" if path else "")

@@ -249,12 +249,12 @@ def plot_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/70_plots.ipynb #3281acd9
+# %% ../nbs/api/70_plots.ipynb #b390f423
 def sample_batches(
     prompt: VisualPrompt,
     task: Task,
     n: int,  # pictures
-    split: str,
+    split: str,  # "train", "valid" or "test"
     seed: int,  # of the shuffling
 ):  # -> two batches of the same n pictures: for the whole canvas, and for the prompt
     "The same pictures, once without and once with room for the prompt."

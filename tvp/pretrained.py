@@ -255,9 +255,9 @@ def load_processor(
                          "reaches the pixels through it. Choose another model: `tvp models` lists some.")
     return processor
 
-# %% ../nbs/api/23_pretrained.ipynb #219d5feb
+# %% ../nbs/api/23_pretrained.ipynb #b0617b14
 def allow_turns(model: nn.Module) -> None:
-    "4-bit layers on a CPU: gradient also after a pass without gradient."
+    "4-bit layers of a model on a CPU: gradient also after a pass without gradient."
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
 

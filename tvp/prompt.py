@@ -174,7 +174,7 @@ def first_delta(
     if kind == "random-patch": return torch.randn(shape, generator=generator)
     return torch.randn(shape, generator=generator) * mask
 
-# %% ../nbs/api/00_prompt.ipynb #42de7b90
+# %% ../nbs/api/00_prompt.ipynb #bf9b82ba
 class PromptFiles(ModelHubMixin):
     "A prompt's ways out and in: files (tvp.prompt_files), PNG (tvp.png), other people's pictures (tvp.apply), the hub (tvp.ship)."
     def save(self, path: str | Path) -> Path: "Write a .safetensors file, all or nothing."; from tvp.prompt_files import save_prompt; return save_prompt(self, path)
@@ -185,7 +185,7 @@ class PromptFiles(ModelHubMixin):
     def from_png(cls, path: str | Path) -> Self: "Read what to_png wrote."; from tvp.png import load_png; return load_png(path)
     def to_range(self, range: str) -> Self: "A copy in another range, clipped and rounded as needed."; return to_range(self, range)
     def apply(self, picture, out=None, **how):
-        "A picture with the prompt, or a folder of them (tvp.apply.apply_prompt); a function is still for nn.Module.apply."
+        "A picture with the prompt, or a folder of them, returned or written to `out`, see `tvp.apply.apply_prompt`; a function is still for nn.Module.apply."
         if callable(picture): return super().apply(picture)
         from tvp.apply import apply_prompt
         return apply_prompt(self, picture, out, **how)
@@ -195,12 +195,12 @@ class PromptFiles(ModelHubMixin):
     def _from_pretrained(cls, *, model_id: str, **options) -> Self: from tvp.ship import read_folder; return read_folder(model_id, **options)
     @classmethod
     def from_pretrained(cls, name, **options) -> Self:
-        "From a folder that save_pretrained wrote, or a repository on the Hugging Face hub."
+        "By name: a folder that save_pretrained wrote, or a repository on the Hugging Face hub."
         from tvp.ship import clear_errors
         with clear_errors(name): return super().from_pretrained(name, **options)
     def generate_model_card(self, **facts) -> ModelCard: "tvp.ship.prompt_card: results=, seconds=, licence="; from tvp.ship import prompt_card; return prompt_card(self, **facts)
 
-# %% ../nbs/api/00_prompt.ipynb #133468f1
+# %% ../nbs/api/00_prompt.ipynb #6a7daa51
 class VisualPrompt(PromptFiles, nn.Module):
     "Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al. 2022, sec. 3)."
     def __init__(self, size: int,  # canvas side, pixels
@@ -219,12 +219,12 @@ class VisualPrompt(PromptFiles, nn.Module):
         self.inner = size - 2 * width if kind == "border" else size  # pictures are fitted to this side
         self.canvas_gradient: Tensor | None = None  # (3, size, size), whole canvas, summed over the batch
 
-    def canvas(self, images: Tensor) -> Tensor: "(B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): the picture in its black frame, without a prompt."; return clean_canvas(self, images)
+    def canvas(self, images: Tensor) -> Tensor: "Images (B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): the picture in its black frame, without a prompt."; return clean_canvas(self, images)
     def forward(self, images: Tensor) -> Tensor: "(B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): prompted, never clamped."; return compose(self, images)
-    def pixels(self) -> Tensor: "What delta stands for, same shape."; return to_pixels(self.delta, self.range)
-    def canvas_gradient_norm(self) -> Tensor: "L2 norm of the gradient over the whole canvas, before the mask: the reference divides by this."; return gradient_norm(self.canvas_gradient)
+    def pixels(self) -> Tensor: "What delta stands for, (3, size, size) or a patch."; return to_pixels(self.delta, self.range)
+    def canvas_gradient_norm(self) -> Tensor: "L2 norm (a scalar) of the gradient over the whole canvas, before the mask: the reference divides by this."; return gradient_norm(self.canvas_gradient)
     def to_pil(self) -> Image.Image: "On mid grey, clipped to 8 bit: to look at."; return pixels_to_pil(0.5 + shown_prompt(self).detach())
-    def show(self, image: Tensor | None = None, ax=None): "Draw it, alone or around a picture (3, inner, inner)."; return show_prompt(self, image, ax)
+    def show(self, image: Tensor | None = None, ax=None): "Draw it, alone or around an image (3, inner, inner)."; return show_prompt(self, image, ax)
     def extra_repr(self) -> str: return f"size={self.size}, width={self.width}, kind={self.kind!r}" + (f", range={self.range!r}" if self.range != "free" else "")
     def _repr_html_(self) -> str: return prompt_html(self)
 
@@ -331,10 +331,10 @@ def show_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/00_prompt.ipynb #d207ccda
+# %% ../nbs/api/00_prompt.ipynb #85cb6ae3
 def value_facts(
     prompt: VisualPrompt,
-) -> dict[str, str]:
+) -> dict[str, str]:  # what is said, and how it is put
     "What the numbers of a prompt look like."
     delta, inside = prompt.delta.detach().float().cpu(), on_canvas(prompt, prompt.pixels().detach()).float().cpu()
     if prompt.range == "free": return {"values": f"{delta.min():.3f} to {delta.max():.3f}", "L2 norm": f"{delta.norm():.3f}"}

@@ -29,7 +29,7 @@ def normalised(
     mean, std = (images.new_tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std"))
     return (images - mean) / std
 
-# %% ../nbs/api/84_reference_loop.ipynb #c9c6d18a
+# %% ../nbs/api/84_reference_loop.ipynb #7e13f145
 def language_loss(
     source: Mllm,
     pixels: Tensor,  # (B, 3, size, size), normalised
@@ -47,7 +47,7 @@ def language_loss(
     return source.model(**append_ids(source.model, inputs, ids, mask), labels=labels, use_cache=False).loss
 
 
-def source_inputs(source: Mllm, pixels: Tensor, instructions: list[str]) -> dict[str, Tensor]:
+def source_inputs(source: Mllm, pixels: Tensor, instructions: list[str]) -> dict[str, Tensor]:  # the model's inputs
     "Normalised pixels and instructions, padded on the left."
     text = text_batch(source.text, instructions, tuple(pixels.shape[-2:]))
     return {name: value.to(source.device) for name, value in text.items()} | {"pixel_values": pixels.to(source.dtype)}
@@ -78,7 +78,7 @@ def clip_scores(
     read = clip.model.get_text_features(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).pooler_output.float()
     return F.cosine_similarity(seen, read)
 
-# %% ../nbs/api/84_reference_loop.ipynb #0e0249f0
+# %% ../nbs/api/84_reference_loop.ipynb #31fab644
 class ReferenceLoop:
     "TVP as it was released: losses, gradient and update of a border prompt."
     def __init__(self, size: int,  # canvas, pixels
@@ -105,7 +105,7 @@ class ReferenceLoop:
         scores = clip_scores(self.clip, prompted, [f"this is a photo of a {what}" for what in batch.semantics])
         return {"task": task, "fca": (moved - still).float().norm(dim=-1).mean(), "tse": self.clip.logit_scale * scores.mean()}
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:  # losses and norm, by name
         "One update; its numbers."
         delta = self.delta.repeat(len(batch.images), 1, 1, 1).requires_grad_()
         values = self.losses(batch, delta)

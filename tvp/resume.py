@@ -54,18 +54,18 @@ def plain_facts(
     named = {key: getattr(value, "name", value) for key, value in facts.items() if key[0] != "_" and key != "training"}
     return {key: value for key, value in named.items() if isinstance(value, (bool, int, float, str))}
 
-# %% ../nbs/api/52_resume.ipynb #37e9d7ff
+# %% ../nbs/api/52_resume.ipynb #0deb3ca9
 def describe_loss(
     term: Any,  # a loss
-) -> dict:
+) -> dict:  # names and values
     "Weight and sign, and the fields of those that are dataclasses."
     own = {field.name: getattr(term, field.name) for field in fields(term)} if is_dataclass(term) else {}
     return plain_facts({"weight": term.weight, "sign": term.sign} | own)
 
-# %% ../nbs/api/52_resume.ipynb #fca41541
+# %% ../nbs/api/52_resume.ipynb #c9ef9803
 def identity(
     learner: Learner,
-) -> dict:
+) -> dict:  # names and values
     "What decides the numbers of a training, by name."
     return {"task": learner.task.name, "pictures to train on": len(learner.task.split("train")), "source": learner.source.name,
             "prompt": plain_facts(vars(learner.prompt)) | {"dtype": str(learner.prompt.delta.dtype)},
@@ -157,12 +157,12 @@ def say_where(
     log.warning("The training in %s has epochs=%d and goes on with that; this learner was made with epochs=%d. "
                 "For another number start a training at another place.", file, at.epochs, learner.epochs)
 
-# %% ../nbs/api/52_resume.ipynb #8c3a81fe
+# %% ../nbs/api/52_resume.ipynb #34bdfb0f
 def begin(
     learner: Learner,
     epochs: int | None,  # as for `fit`
     file: Path | None,  # of the checkpoint; None: there is none
-    resume: bool,
+    resume: bool,  # from the checkpoint, where there is one
     read_every: int = 1,  # as for `training_steps`
 ) -> Iterator[StepRecord]:  # the steps to make
     "Start a training, or go on with one; and try whether its checkpoint can be written."

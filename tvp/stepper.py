@@ -132,9 +132,9 @@ def remembered(
     if accuracy.step.nunique() > 1: kept["before" if same else old["method"]] = accuracy
     return {name: rows for name, rows in kept.items() if name != settings["method"]}
 
-# %% ../nbs/api/79_stepper.ipynb #cdc18840
+# %% ../nbs/api/79_stepper.ipynb #b780bcca
 def step_now(stepper: SteppedTraining, n: int) -> StepRecord | None:
-    "Updates in the foreground; whatever runs is paused."
+    "n updates in the foreground; whatever runs is paused."
     stepper.background.stop()
     try: record = stepper.training.step(n)
     finally: stepper.refresh(True)
@@ -154,7 +154,7 @@ def more(stepper: SteppedTraining) -> None:
     asked = stepper._until if stepper.running and stepper._until else made
     run(stepper, max(asked, made) + 1 - made)
 
-# %% ../nbs/api/79_stepper.ipynb #f5eba213
+# %% ../nbs/api/79_stepper.ipynb #53197a4c
 def piece(stepper: SteppedTraining) -> bool:  # is there more to do?
     "One small piece of the training."
     done = stepper.training.advance()
@@ -163,19 +163,19 @@ def piece(stepper: SteppedTraining) -> bool:  # is there more to do?
     return done is not None and (bool(stepper.training.due) or not enough)
 
 def ended(stepper: SteppedTraining, error: Exception | None) -> None:
-    "The background work has stopped."
+    "The background work has stopped, with an error or without."
     stepper.error = error or stepper.error
     stepper.refresh(True)
 
 def show_picture(stepper: SteppedTraining, number: int) -> None:
-    "Look at another picture."
+    "Look at another picture, by its number."
     watched_picture(stepper.training, number)  # refuses what is no picture
     stepper._picture = number
     stepper.refresh(True)
 
-# %% ../nbs/api/79_stepper.ipynb #9afc467e
+# %% ../nbs/api/79_stepper.ipynb #a1577af6
 def error_words(error: BaseException) -> str:
-    "What went wrong, without the quotes of a KeyError, and never nothing."
+    "What an error says, without the quotes of a KeyError, and never nothing."
     words = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
     return words or type(error).__name__
 
@@ -193,7 +193,7 @@ def stepper_status(stepper: SteppedTraining) -> str:
     if made >= training.total and not training.due: return "finished"
     return "paused" if made else "ready"
 
-def stepper_state(stepper: SteppedTraining) -> dict[str, Any]:
+def stepper_state(stepper: SteppedTraining) -> dict[str, Any]:  # settings, numbers, what is shown
     "All of it, as plain strings and numbers."
     return stepper.settings | stepper.training.state | {"running": stepper.running, "status": stepper.status, "picture": stepper.picture}
 

@@ -68,12 +68,12 @@ def warm_start(
         if "patch_embedding.weight" in name: parameter.copy_(kernels)
         if "position_embedding" in name: parameter.view(-1, d)[-grid * grid:] = places
 
-# %% ../nbs/api/32_tiny_train.ipynb #71293dcf
+# %% ../nbs/api/32_tiny_train.ipynb #ea7ebdbb
 class Heads(nn.Module):
     "What a tower must tell of a scene while it trains: the count, which coloured shapes, the digit, the letter, colours, and what lies in each patch."
     sizes = (MAX_OBJECTS + 1, len(SHAPES) * len(COLORS), 10, len(LETTERS), len(COLORS))
 
-    def __init__(self, d: int = 64):
+    def __init__(self, d: int = 64):  # width
         super().__init__()
         self.queries = nn.Parameter(torch.randn(1, 6, d) * .1)
         self.attention = nn.MultiheadAttention(d, 4, batch_first=True)
@@ -256,16 +256,16 @@ def encode_pool(
         write_atomic(path, save(dict(features=torch.cat(parts))))
     return load_file(path)["features"]
 
-# %% ../nbs/api/32_tiny_train.ipynb #fb782ad8
+# %% ../nbs/api/32_tiny_train.ipynb #97c53084
 class Texts:
     "Instructions and answers of one model as token ids, laid out as its processor lays them out."
 
-    def __init__(self, name: str):
+    def __init__(self, name: str):  # one of TINY
         self.name, self.tokenizer, self.known = name, tiny_tokenizer(), {}
         self.tower, self.language, self.template = TINY[name]
 
     def ids(self, text: str, special: bool = True) -> list[int]:
-        "Token ids, remembered."
+        "Token ids of a text, with special tokens or without, remembered."
         if (text, special) not in self.known: self.known[text, special] = self.tokenizer(text, add_special_tokens=special).input_ids
         return self.known[text, special]
 
@@ -275,8 +275,8 @@ class Texts:
         if "<image>" in text: return self.ids(text.replace("<image>", "<image>" * count))
         return [4] * count + self.ids(text)
 
-    def batch(self, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-        "Inputs with labels on the answer and its end."
+    def batch(self, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:  # ids, mask and labels, (B, L)
+        "Inputs from pairs of instruction and answer, with labels on the answer and its end."
         prompts = [self.prompt(q) for q, _ in pairs]
         answers = [self.ids(" " + a, special=False) + [2] for _, a in pairs]
         if self.language == "t5": out = dict(input_ids=pad(prompts), labels=pad(answers, -100))

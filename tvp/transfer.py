@@ -78,7 +78,7 @@ def write_atomic(
     if not (folder := as_path(path).parent).is_dir(): raise FileNotFoundError(f"`path`: there is no folder {folder}. Make it first.")
     return write_file(path, content)
 
-# %% ../nbs/api/60_transfer.ipynb #5e8759ed
+# %% ../nbs/api/60_transfer.ipynb #1d7bb2ec
 class TransferResults:
     "Who gains and who loses from which prompt."
     def __init__(self, runs: Iterable[TransferRun]):
@@ -95,6 +95,7 @@ class TransferResults:
     scores = property(lambda self: self.only_run().scores, doc="(method, target) -> (n, N) mean log-likelihoods, of a single run.")
     labels = property(lambda self: self.only_run().labels, doc="(n,) number of the right candidate, of a single run.")
     def only_run(self) -> TransferRun:
+        "The run, where there is one; an error where there are several."
         if len(self.runs) > 1: raise ValueError(f"these are {len(self.runs)} runs, each with scores of its own: see `.runs`.")
         return self.runs[0]
     def _by_group(self, rows) -> pd.DataFrame: return pd.DataFrame([r for runs in runs_together(self.runs) for r in rows(runs)])
@@ -112,10 +113,10 @@ class TransferResults:
     def negative_transfer(self) -> pd.DataFrame:
         "The rows of `mean` whose whole interval is below 0."
         return self.mean().query("high < 0").reset_index(drop=True)
-    def details(self) -> pd.DataFrame: return metric_details(self.runs)
-    def table(self) -> str: return "\n\n".join(table_text(runs) for runs in runs_together(self.runs))
-    def save_csv(self, path: str | Path) -> Path: return write_atomic(path, self.df[TIDY_COLUMNS].to_csv(index=False))
-    def plot(self, ax=None): return plot_results(self, ax)
+    def details(self) -> pd.DataFrame: "Every number that the metrics give, not only the headline."; return metric_details(self.runs)
+    def table(self) -> str: "The result for a terminal."; return "\n\n".join(table_text(runs) for runs in runs_together(self.runs))
+    def save_csv(self, path: str | Path) -> Path: "The tidy rows as a file."; return write_atomic(path, self.df[TIDY_COLUMNS].to_csv(index=False))
+    def plot(self, ax=None): "Who gains and who is harmed, model by model; returns Axes."; return plot_results(self, ax)
     def __repr__(self) -> str: return f"TransferResults({describe_runs(self.runs)})"
     def _repr_html_(self) -> str: return "".join(table_html(runs) for runs in runs_together(self.runs))
 
@@ -182,13 +183,13 @@ def _common(prompts: Mapping[str, VisualPrompt], fact: str) -> Any:
     said = {prompt.provenance.get(fact) for prompt in prompts.values()}
     return said.pop() if len(said) == 1 else None
 
-# %% ../nbs/api/60_transfer.ipynb #fb73d065
+# %% ../nbs/api/60_transfer.ipynb #570f4c8c
 def rank_everything(
     prompts: Mapping[str, VisualPrompt],  # method name -> prompt
     tasks: Sequence[tuple[Task, dict]],  # with what is out of the ordinary about each: fields of TransferRun
     zoo: Mapping[str, Mllm],
     names: Sequence[str],  # of the models
-    source: str | None,
+    source: str | None,  # trained on this model; None: what the prompts say
     seed: int,
     **how,  # split, limit, batch_size
 ) -> TransferResults:  # a run for each task

@@ -49,7 +49,7 @@ class Check:
     prompted: float  # with the prompt so far, 0 to 1
     n: int  # pictures
 
-# %% ../nbs/api/79_watch.ipynb #b300ac58
+# %% ../nbs/api/79_watch.ipynb #c899e030
 class WatchedTraining:
     "A learner, stepped by hand, and models that are asked how they do meanwhile."
     def __init__(self, learner: Learner,  # from `make_learner`, not yet trained
@@ -66,15 +66,15 @@ class WatchedTraining:
         self.due, self.checks, self.over = list(self.models), [], False
     def advance(self) -> StepRecord | Check | None: "The next small piece of work: one model is asked, or one update made; None when all is done."; return advance(self)
     def step(self, n: int = 1) -> StepRecord | None: "n updates and the looks that are due; the last record, None when the training is over."; return step(self, n)
-    def answers(self, picture: int = 0) -> pd.DataFrame: "What the source thinks of each candidate, without and with the prompt."; return ranked_answers(self, picture)
+    def answers(self, picture: int = 0) -> pd.DataFrame: "What the source thinks of each candidate for a picture, without and with the prompt."; return ranked_answers(self, picture)
     history = property(lambda self: self.learner.history, doc="One row per update, a DataFrame.")
     accuracy = property(lambda self: checks_frame(self.checks), doc="One row per look and model, a DataFrame.")
     state = property(lambda self: training_state(self), doc="Where the training stands, as plain numbers.")
 
-# %% ../nbs/api/79_watch.ipynb #dd780b72
+# %% ../nbs/api/79_watch.ipynb #28575253
 def check_count(
     name: str,  # of the parameter, for the message
-    value: Any,
+    value: Any,  # what came
 ) -> int:  # the value
     "Refuse anything but a whole number of at least 1."
     if type(value) is not int or value < 1: raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
@@ -82,7 +82,7 @@ def check_count(
 
 def watched_models(
     zoo: Mapping[str, Mllm],
-    source: str,
+    source: str,  # its name
     models: Sequence[str] | None,  # names; None: all
 ) -> list[str]:  # the source first
     "The names of those who are asked."

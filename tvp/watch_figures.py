@@ -55,7 +55,7 @@ def draw_prompt(
     left.set_title(f"prompt, values {prompt.delta.min():.2f} to {prompt.delta.max():.2f}", loc="left", fontsize=9)
     _draw_spectrum(right, prompt)
 
-# %% ../nbs/api/79_watch_figures.ipynb #949aa036
+# %% ../nbs/api/79_watch_figures.ipynb #82fa8d4d
 def shown_answers(
     answers: pd.DataFrame,  # of tvp.watch.ranked_answers
     most: int = 8,  # rows
@@ -63,7 +63,7 @@ def shown_answers(
     "A choice that fits into a picture."
     return answers[answers.right | (answers.index < most - (not answers.right[:most].any()))]
 
-def relative(scores: pd.Series) -> np.ndarray: "Softmax: probabilities of the candidates relative to each other."; return np.exp(scores - np.logaddexp.reduce(scores))
+def relative(scores: pd.Series) -> np.ndarray: "Softmax of (N,) scores -> (N,): probabilities of the candidates relative to each other."; return np.exp(scores - np.logaddexp.reduce(scores))
 
 def _draw_bars(ax, answers: pd.DataFrame, colour: str) -> None:
     "Two bars for each candidate, the right answer in bold."
@@ -109,7 +109,7 @@ def draw_answers(
         _draw_picture(ax, image, name, best.answer, best.right)
     _draw_bars(axes[2], answers, training_colour(training))
 
-# %% ../nbs/api/79_watch_figures.ipynb #ceade337
+# %% ../nbs/api/79_watch_figures.ipynb #cc9184b5
 def loss_panels(
     training: WatchedTraining,
 ) -> dict[str, str]:  # column of the history -> title
@@ -118,7 +118,7 @@ def loss_panels(
     return {term.name: f"{short.get(term.name, term.name)} {'↓' if term.sign > 0 else '↑'}" for term in training.learner.losses} | {"grad_norm": "gradient norm"}
 
 def begin_curves(ax, end: int, empty: str) -> None:
-    "An axis of updates; in words, why nothing is on it."
+    "An axis of updates up to the `end`; where nothing is on it, `empty` says why."
     ax.set_xlim(0, end)
     ax.locator_params(axis="x", nbins=4, integer=True)
     ax.set_xlabel("updates", fontsize=8, labelpad=1)

@@ -43,18 +43,18 @@ def display_bundle(
     except ImportError as error: return {"text/plain": f"{text}\n(No widgets here: {error}. Try pip install ipywidgets.)"}
     return {"text/plain": text, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": view.model_id}}
 
-# %% ../nbs/api/80_widgets.ipynb #bb06f88f
+# %% ../nbs/api/80_widgets.ipynb #790c5f21
 class TrainingStepper(SteppedTraining):
     "A training in single steps: with buttons in a notebook, from Python everywhere."
     _view = None
     @property
     def view(self): "The live view, an ipywidgets Box."; self._view = self._view or StepperView(self); return self._view.box
-    def refresh(self, whole: bool = False) -> None: "Bring the live view up to date, if there is one."; self._view and self._view.refresh(whole)
+    def refresh(self, whole: bool = False) -> None: "Bring the live view up to date, if there is one: what has changed, or the `whole`."; self._view and self._view.refresh(whole)
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
 
-# %% ../nbs/api/80_widgets.ipynb #c453a82c
+# %% ../nbs/api/80_widgets.ipynb #07db7d0a
 def labelled(kind, description: str, value, **traits):
-    "A control with its name."
+    "A control of a kind, with a description and a value."
     return kind(value=value, description=description, layout={"width": "286px"}, style={"description_width": "86px"}, **traits)
 
 def choice_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
@@ -110,7 +110,7 @@ def models_html(training: WatchedTraining) -> str:
     body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
     return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
 
-# %% ../nbs/api/80_widgets.ipynb #fc8a5834
+# %% ../nbs/api/80_widgets.ipynb #9bd44515
 class StepperView:
     "The controls and pictures of one stepper."
     def __init__(self, stepper: TrainingStepper):
@@ -125,7 +125,7 @@ class StepperView:
         self.refresh(True)
 
     def do(self, action: Callable[[], Any]) -> None:
-        "What a control asks for, where the training is, and with its error shown."
+        "What a control asks for: an action, where the training is, with its error shown."
         def safely():
             try: action()
             except Exception as error:
@@ -133,7 +133,7 @@ class StepperView:
                 self.refresh(True)
         self.stepper.background.call(safely)
 
-    def refresh(self, whole: bool = False) -> None: refresh_view(self, whole)
+    def refresh(self, whole: bool = False) -> None: "Show the numbers, and pictures in their turn; see `refresh_view`."; refresh_view(self, whole)
 
 # %% ../nbs/api/80_widgets.ipynb #52df9e3c
 def stepper_layout(view: StepperView):  # ipywidgets VBox
@@ -170,9 +170,9 @@ def follow(view: StepperView) -> None:
         view.buttons["step"].disabled, view.buttons["pause"].disabled = stepper.status == "finished", not stepper.running
     finally: view.following = None
 
-# %% ../nbs/api/80_widgets.ipynb #b643db37
+# %% ../nbs/api/80_widgets.ipynb #06886e0d
 def refresh_view(view: StepperView, whole: bool = False) -> None:
-    "Numbers always; all pictures that have changed, or one of them if drawing has not had its third of the time."
+    "Numbers always; all pictures that have changed, or one of them if drawing has not had its third of the time; `whole` brings everything up to date."
     stepper, training = view.stepper, view.stepper.training
     if whole or view.buttons["pause"].disabled == stepper.running: follow(view)
     view.progress.max, view.progress.value = training.total, len(training.learner.records)
