@@ -40,7 +40,7 @@ class Run:
 
 
 CARD = Run("cuda", torch.bfloat16, ("instructblip-7b", "llava-7b"), 8192, 5, 100)
-TINY = Run("cpu", torch.float32, ("mini-instructblip", "mini-llava"), 256, 2, 10)
+TINY = Run("cpu", torch.float32, ("mini-instructblip", "mini-llava"), 1024, 2, 10)
 
 
 def matrix_rate(run: Run) -> float:

@@ -51,7 +51,7 @@ FULL = Plan(
               ("llava-58m", 10, 4, 3), ("llava-58m", 100, 4, 5), ("llava-58m", 1000, 1, 1)],
     photos=64, memory=["paper-32k", "paper", "llava-32k"], variants=[("paper", 5)])
 
-# %% ../nbs/api/86_bench.ipynb #a6237c84
+# %% ../nbs/api/86_bench.ipynb #53834645
 def resident(
     what: str = "VmRSS",  # VmRSS, now; VmHWM, the highest since it was reset
 ) -> int:  # bytes
@@ -62,7 +62,7 @@ def resident(
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
 
-
+# %% ../nbs/api/86_bench.ipynb #f0e38721
 def memory_growth(
     model: str,  # as in `make_scene`
     contestant: str,  # cached, uncached, reference or floor
@@ -80,7 +80,7 @@ def memory_growth(
     run()
     return resident("VmHWM") - before
 
-
+# %% ../nbs/api/86_bench.ipynb #e36079de
 def measure_memory(
     model: str,  # as in `make_scene`
     contestants: Sequence[str] = ("cached", "uncached", "reference", "floor"),  # who is measured
@@ -156,13 +156,13 @@ def source_commit() -> str | None:  # None: not a checkout, or no git
     except OSError: return None
     return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else None
 
-# %% ../nbs/api/86_bench.ipynb #6cf56b87
+# %% ../nbs/api/86_bench.ipynb #fdeecd47
 def headlines(
     results: dict,  # of the sections that ran
 ) -> dict[str, float]:  # ratios, by name
     "The five figures, as far as they were measured."
     steps = {row["model"]: {name: value["median"] for name, value in row["ratios"].items()} for row in results.get("step", [])}
-    first = steps.get("paper") or next(iter(steps.values()), {})
+    first = steps.get("paper", {})
     named = {"step_vs_reference": "cached_vs_reference", "step_vs_reference_no_cache": "uncached_vs_reference", "step_vs_floor": "cached_vs_floor"}
     out = {name: first[key] for name, key in named.items() if key in first}
     hundred = [row["ratio"]["median"] for row in results.get("ranking", []) if row["candidates"] == 100]
@@ -170,7 +170,7 @@ def headlines(
     memory = [row["ratios"]["cached_vs_reference"] for row in results.get("memory", [])]
     return out | ({"memory_vs_reference": memory[0]} if memory else {})
 
-
+# %% ../nbs/api/86_bench.ipynb #5e3d15ba
 def loading_rows(
     plan: Plan,
     steps: list[dict],  # the rows of the steps
@@ -182,7 +182,7 @@ def loading_rows(
     if paper: row["share_of_a_step"] = paper["batch"] / row["pictures_per_second"]["first"]["median"] / paper["seconds"]["cached"]["median"]
     return [row, small]
 
-
+# %% ../nbs/api/86_bench.ipynb #43eadade
 def run_bench(
     quick: bool = True,  # a few minutes; else a quarter of an hour
     only: Sequence[str] | None = None,  # some of SECTIONS; None: all
@@ -204,10 +204,10 @@ def run_bench(
     if "variants" in wanted: section("variants", time_variants, plan.variants)
     return headlines(results) | machine_facts() | {"plan": asdict(plan), "seconds": time.time() - start} | results
 
-# %% ../nbs/api/86_bench.ipynb #3bd18010
+# %% ../nbs/api/86_bench.ipynb #a933a8c7
 def _figure(value: dict) -> str: return f"{value['median']:.2f} ({value['low']:.2f}..{value['high']:.2f})"
 
-
+# %% ../nbs/api/86_bench.ipynb #3a4e47e6
 def ratio_table(
     results: dict,  # of `run_bench`
 ) -> str:
@@ -231,7 +231,7 @@ def ratio_table(
         lines.append(f"floor    {row['model']:18} " + "  ".join(f"{name} {_figure(value)}" for name, value in row["ratios"].items()) + "".join(f"  {n}: {e}" for n, e in row["failed"].items()))
     return "\n".join(lines)
 
-
+# %% ../nbs/api/86_bench.ipynb #cdd63a83
 def bench(
     quick: bool = True,  # a minute, or the whole
     file: str | Path | None = None,  # where to write everything, as JSON

@@ -129,7 +129,7 @@ def bench_processor(
     if shape.kind == "blip-2": return MarkerProcessor(tf.BlipImageProcessor(size=square), tokenizer, shape.queries)
     return tf.InstructBlipProcessor(tf.BlipImageProcessor(size=square), tokenizer, bench_tokenizer(shape.vocabulary), num_query_tokens=shape.queries)
 
-# %% ../nbs/api/83_bench_models.ipynb #b66df27a
+# %% ../nbs/api/83_bench_models.ipynb #1ad6896c
 def bench_mllm(
     name: str,  # one of SHAPES
     device: str | torch.device = "cpu",
@@ -146,7 +146,7 @@ def bench_mllm(
     template = {"blip-2": "<Img><image></Img> {}", "instructblip": "{}", "llava": "<image> {}"}[shape.kind]
     return Mllm(model, bench_processor(shape), template.format, name=name, end="</s>")
 
-
+# %% ../nbs/api/83_bench_models.ipynb #ea69ea1a
 def bench_clip(
     name: str,  # one of SHAPES
     device: str | torch.device = "cpu",

@@ -28,7 +28,7 @@ from .prompt import VisualPrompt
 from .reference_loop import ReferenceLoop, normalised, reference_rank, source_inputs
 from .tasks import Batch, Split, Task
 
-# %% ../nbs/api/85_bench_races.ipynb #b5269469
+# %% ../nbs/api/85_bench_races.ipynb #d134f855
 def alternate(
     contestants: dict[str, Callable],  # name -> function without arguments
     rounds: int,  # measured, each contestant once in each
@@ -48,7 +48,7 @@ def alternate(
             if turn >= warmup: times[name].append(time.perf_counter() - start)
     return times
 
-
+# %% ../nbs/api/85_bench_races.ipynb #67a8eca5
 def spread(
     values: list[float],  # at least one
 ) -> dict[str, float]:  # median, low and high: the middle half of the values
@@ -56,7 +56,7 @@ def spread(
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": middle, "low": low, "high": high, "runs": len(values)}
 
-
+# %% ../nbs/api/85_bench_races.ipynb #a2016f3d
 def ratio(
     times: dict[str, list[float]],  # from `alternate`
     one: str,
@@ -65,7 +65,7 @@ def ratio(
     "One contestant's time over another's, round by round."
     return spread([a / b for a, b in zip(times[one], times[other])])
 
-# %% ../nbs/api/85_bench_races.ipynb #4bdcf2e8
+# %% ../nbs/api/85_bench_races.ipynb #75dd5dd9
 @dataclass
 class Scene:
     "Models, pictures and geometry."
@@ -88,7 +88,7 @@ class Scene:
         generator = torch.Generator().manual_seed(0)
         while True: yield from self.task.batches("train", self.size - 2 * self.width, self.batch, shuffle=True, generator=generator)
 
-
+# %% ../nbs/api/85_bench_races.ipynb #1bca3b67
 def make_scene(
     name: str,  # one of SHAPES, or a model of the small zoo
     device: str = "cpu",
@@ -180,7 +180,7 @@ def time_ranking(
     return {"model": scene.name, "parameters": scene.source.model.num_parameters(), "pictures": pictures, "candidates": candidates, "tokens": tokens,
             "largest_difference": gap, "largest_score": size, "seconds": {name: spread(t) for name, t in times.items()}, "ratio": ratio(times, "ours", "reference")}
 
-# %% ../nbs/api/85_bench_races.ipynb #da480f23
+# %% ../nbs/api/85_bench_races.ipynb #e74fe5f1
 def photo_task(
     pictures: int,  # in each split
     height: int = 375,  # pixels
@@ -198,7 +198,7 @@ def photo_task(
     split = Split(Pictures(files), ["this is a photo of a"] * pictures, [0] * pictures, ["cat"] * pictures)
     return Task("photos", split, split, split, ["cat", "dog"])
 
-
+# %% ../nbs/api/85_bench_races.ipynb #0f59eb5b
 def time_loading(
     task: Task,
     size: int,  # side that pictures are fitted to, pixels

@@ -7,7 +7,8 @@ __all__ = ['StepRecord', 'CleanTokens', 'Position', 'plain_accelerator', 'Learne
            'guarded_update', 'start_training', 'training_steps', 'remaining_steps', 'training_batches',
            'training_facts', 'update_rule', 'step_record', 'records_frame', 'LiveCurve', 'fit', 'kept_if_lost']
 
-# %% ../nbs/api/50_learner.ipynb #99cc826d
+# %% ../nbs/api/50_learner.ipynb #15693917
+import logging
 import math
 import sys
 import time
@@ -328,7 +329,7 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #f02a00ea
+# %% ../nbs/api/50_learner.ipynb #574f2214
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
@@ -344,7 +345,7 @@ def fit(
     steps, at, curve = begin(learner, epochs, file, resume, read_every), learner.position, LiveCurve(learner)
     alone, kept, quiet = learner.accelerator.num_processes == 1, at.done, {} if learner.accelerator.is_main_process else {"disable": True}
     bar = tqdm(steps, desc=learner.task.name, initial=at.done, total=at.epochs * learner.per_epoch, unit="step", delay=2, **quiet)
-    with held_signals() as came, bar, kept_if_lost(learner, file):
+    with held_signals() as came, bar, kept_if_lost(learner, file, came):
         for record in bar:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             curve.update()
@@ -360,12 +361,15 @@ def fit(
 def kept_if_lost(
     learner: Learner,
     file: Path | None,  # of the checkpoint
+    came: list[int],  # signals that will be delivered afterwards
 ) -> Iterator[None]:
     "A training that has lost a process keeps what it has, and says how to go on."
     from tvp.resume import save_checkpoint
     try: yield
     except ProcessLost as error:
         settle(learner)
-        if file is None: raise
-        save_checkpoint(learner, file)
-        raise ProcessLost(f"{error} Everything up to step {len(learner.records)} is kept in {str(file)!r}: go on with resume=True.") from None
+        if file is not None:
+            save_checkpoint(learner, file)
+            error = ProcessLost(f"{error} Everything up to step {len(learner.records)} is kept in {str(file)!r}: go on with resume=True.")
+        if came: logging.getLogger(__name__).error("%s", error)  # the launcher is about to end this process, too
+        raise error from None

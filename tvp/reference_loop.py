@@ -116,7 +116,7 @@ class ReferenceLoop:
         self.delta -= self.lr * self.mask * (gradient / (norm + 1e-10))
         return {name: value.item() for name, value in (values | {"loss": total, "grad_norm": norm}).items()}
 
-# %% ../nbs/api/84_reference_loop.ipynb #a84a3a17
+# %% ../nbs/api/84_reference_loop.ipynb #a436872e
 @torch.no_grad()
 def reference_rank(
     source: Mllm,  # a decoder
@@ -137,7 +137,7 @@ def reference_rank(
         scores.append(continued(source, ids, *prefix))
     return torch.stack(scores, 1)
 
-
+# %% ../nbs/api/84_reference_loop.ipynb #47cefbd2
 def continued(
     source: Mllm,
     ids: Tensor,  # (B, A), a candidate
