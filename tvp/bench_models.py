@@ -60,7 +60,7 @@ def candidate_names(
         names[" ".join(random.choices(words, k=1 + len(names) % 3 if i < limit / 2 else 3))] = None  # enough words for single ones? Else longer
     raise ValueError(f"`words` must allow {count} different names of up to three words, got {len(words)} words. Give more words.")
 
-# %% ../nbs/api/83_bench_models.ipynb #a325d89f
+# %% ../nbs/api/83_bench_models.ipynb #bf1f2bb9
 @dataclass(frozen=True)
 class Shape:
     "How large the parts of a model are: (width, layers, heads, width of the MLP) each."
@@ -81,7 +81,7 @@ class Shape:
     @property
     def picture_tokens(self) -> int: "Visual tokens of a picture."; return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
 
-
+# %% ../nbs/api/83_bench_models.ipynb #684a6a47
 _PAPER = dict(size=224, width=30, patch=14, vision=(256, 7, 4, 1120), qformer=(128, 4, 4, 512), text=(512, 11, 8, 1376))
 _LLAVA = dict(size=336, width=45, patch=14, vision=(96, 3, 4, 384), text=(384, 4, 6, 1032))
 _VICUNA = (4096, 32, 32, 11008)

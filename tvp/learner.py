@@ -329,7 +329,7 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #574f2214
+# %% ../nbs/api/50_learner.ipynb #5dcb5bac
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
@@ -345,7 +345,7 @@ def fit(
     steps, at, curve = begin(learner, epochs, file, resume, read_every), learner.position, LiveCurve(learner)
     alone, kept, quiet = learner.accelerator.num_processes == 1, at.done, {} if learner.accelerator.is_main_process else {"disable": True}
     bar = tqdm(steps, desc=learner.task.name, initial=at.done, total=at.epochs * learner.per_epoch, unit="step", delay=2, **quiet)
-    with held_signals() as came, bar, kept_if_lost(learner, file, came):
+    with held_signals() as came, bar, kept_if_lost(learner, file):
         for record in bar:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             curve.update()
@@ -361,7 +361,6 @@ def fit(
 def kept_if_lost(
     learner: Learner,
     file: Path | None,  # of the checkpoint
-    came: list[int],  # signals that will be delivered afterwards
 ) -> Iterator[None]:
     "A training that has lost a process keeps what it has, and says how to go on."
     from tvp.resume import save_checkpoint
@@ -371,5 +370,5 @@ def kept_if_lost(
         if file is not None:
             save_checkpoint(learner, file)
             error = ProcessLost(f"{error} Everything up to step {len(learner.records)} is kept in {str(file)!r}: go on with resume=True.")
-        if came: logging.getLogger(__name__).error("%s", error)  # the launcher is about to end this process, too
+        logging.getLogger(__name__).error("%s", error)  # at once: the launcher is about to end this process, too
         raise error from None

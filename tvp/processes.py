@@ -36,7 +36,7 @@ def token_shares(
     mean, = mean_over_processes([tokens.mean()], accelerator)
     return list(tokens / mean)
 
-# %% ../nbs/api/49_processes.ipynb #051375b5
+# %% ../nbs/api/49_processes.ipynb #844f62c0
 class ProcessLost(RuntimeError):
     "Another process of this training has ended."
 
@@ -50,7 +50,7 @@ def mean_over_processes(
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
     try: flat = accelerator.reduce(flat, "mean")
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ProcessLost(f"process {accelerator.process_index} of {accelerator.num_processes} can no longer reach the others: one of them has "
                           f"ended. The prompt is as it was before this step; look at the messages of the others for the cause. ({reason})") from None
     parts = flat.split([tensor.numel() for tensor in tensors])
