@@ -140,7 +140,7 @@ def command_bench(args: argparse.Namespace) -> None:
     if file is not None and file.is_dir(): raise UsageError(f"{file} is a folder. Name a file with --json.")
     bench(args.quick, file, only)
 
-# %% ../nbs/api/90_cli.ipynb #405f87b4
+# %% ../nbs/api/90_cli.ipynb #6e063535
 def training_checkpoint(
     place: str | None,  # --checkpoint, as typed
     resume: bool,  # --resume
@@ -155,7 +155,7 @@ def training_checkpoint(
         raise UsageError(f"there is a checkpoint at {file}. Go on from it with --resume, choose another place with --checkpoint, or remove it to start again.")
     return file
 
-
+# %% ../nbs/api/90_cli.ipynb #c7bb5b97
 def fit_or_explain(
     learner,  # ready to fit
     epochs: int | None,  # as typed
@@ -175,7 +175,7 @@ def fit_or_explain(
         raise
     return done
 
-
+# %% ../nbs/api/90_cli.ipynb #03d9a18c
 def command_train(args: argparse.Namespace) -> None:
     "Train one prompt and save it."
     from tvp.recipes import METHODS, make_learner
@@ -191,7 +191,7 @@ def command_train(args: argparse.Namespace) -> None:
     print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
-# %% ../nbs/api/90_cli.ipynb #b34f3247
+# %% ../nbs/api/90_cli.ipynb #817d7bc0
 def load_prompt_file(
     path: str,  # as typed
 ):  # the prompt
@@ -200,7 +200,7 @@ def load_prompt_file(
     try: return load_prompt(path)
     except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
 
-
+# %% ../nbs/api/90_cli.ipynb #11994132
 def command_apply(args: argparse.Namespace) -> None:
     "Make prompted pictures, for any other program to look at."
     prompt = load_prompt_file(args.prompt)
@@ -208,7 +208,7 @@ def command_apply(args: argparse.Namespace) -> None:
     except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(str(error)) from None
     print(f"{len(written)} prompted in {args.out}")
 
-
+# %% ../nbs/api/90_cli.ipynb #421774fb
 def named_corruption(
     text: str,  # NAME or NAME:SEVERITY
 ):  # a Corruption
@@ -220,7 +220,7 @@ def named_corruption(
     if severity not in map(str, SEVERITIES): raise UsageError(f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got {text!r}. Try {name}:3.")
     return Corruption(name, int(severity))
 
-
+# %% ../nbs/api/90_cli.ipynb #c5f7b55e
 def save_rows(
     results,  # of `evaluate_transfer`
     file: Path,  # CSV
@@ -231,7 +231,7 @@ def save_rows(
     df = results.df
     return write_atomic(file, df[[*TIDY_COLUMNS, *(name for name in CONDITIONS if name in df)]].to_csv(index=False))
 
-
+# %% ../nbs/api/90_cli.ipynb #fdd47893
 def command_evaluate(args: argparse.Namespace) -> None:
     "Evaluate a saved prompt on every model, with and without it."
     prompt = load_prompt_file(args.prompt)

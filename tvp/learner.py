@@ -124,7 +124,7 @@ class Learner:
     accelerator = cached_property(plain_accelerator)  # runs the backward pass
     def plot(self): "The records over the updates, as matplotlib Axes."; from tvp.plots import plot_history; return plot_history(self.history)
 
-# %% ../nbs/api/50_learner.ipynb #cfb23770
+# %% ../nbs/api/50_learner.ipynb #2077b3f4
 def update(
     learner: Learner,
     batch: Batch,  # this process's part of it
@@ -136,7 +136,7 @@ def update(
     learner.optimizer.zero_grad()
     numbers = sum(backward(learner, piece, share) for piece, share in zip(pieces, shares)) / len(pieces)
     prompt, lr = learner.prompt, learner.optimizer.param_groups[0]["lr"]
-    stopping = numbers.new_tensor([learner.stopping])
+    stopping = numbers.new_full((1,), learner.stopping)
     numbers, prompt.delta.grad, prompt.canvas_gradient, stopping = mean_over_processes(
         [numbers, prompt.delta.grad, prompt.canvas_gradient, stopping], learner.accelerator)
     norm = prompt.canvas_gradient_norm().to(numbers.dtype)
@@ -329,7 +329,7 @@ class LiveCurve:
         plt.close(figure)
         self.drawn = time.monotonic()
 
-# %% ../nbs/api/50_learner.ipynb #5dcb5bac
+# %% ../nbs/api/50_learner.ipynb #b822f9b5
 def fit(
     learner: Learner,
     epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
@@ -356,7 +356,7 @@ def fit(
     curve.update(now=True)
     return learner.prompt
 
-
+# %% ../nbs/api/50_learner.ipynb #991a3827
 @contextmanager
 def kept_if_lost(
     learner: Learner,
