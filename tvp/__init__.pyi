@@ -3,6 +3,7 @@
 from .explorer import TransferExplorer as TransferExplorer
 from .learner import Learner as Learner
 from .losses import FeatureConsistency as FeatureConsistency
+from .losses import LayerConsistency as LayerConsistency
 from .losses import TaskLoss as TaskLoss
 from .losses import TaskSemantics as TaskSemantics
 from .losses import tvp_losses as tvp_losses

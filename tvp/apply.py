@@ -149,7 +149,7 @@ def apply_to_folder(
         write_atomic(place, buffer.getvalue())
     return list(found.values())
 
-# %% ../nbs/api/14_apply.ipynb #e71d911b
+# %% ../nbs/api/14_apply.ipynb #b4fe9052
 def warn_of_clipping(
     prompt: VisualPrompt,
 ) -> None:
@@ -157,8 +157,11 @@ def warn_of_clipping(
     if prompt.range != "free": return
     outside, kept = clipping(prompt)
     lost = f"{outside:.0%} of its values lie outside [0, 1], and {kept:.0%} of its energy is left" if prompt.kind == "border" else "what leaves [0, 1] is lost"
-    if outside: warnings.warn(f"a prompt of range='free' is clipped in a picture: {lost}. One trained with range='uint8' loses nothing.", stacklevel=3)
+    recolored = prompt.color is not None and bool(prompt.color.any())
+    if recolored: lost += ", and so may be what its contrast and brightness make of the picture itself"
+    if outside or recolored: warnings.warn(f"a prompt of range='free' is clipped in a picture: {lost}. One trained with range='uint8' loses nothing.", stacklevel=3)
 
+# %% ../nbs/api/14_apply.ipynb #7fe0fa7a
 def apply_prompt(
     prompt: VisualPrompt,
     picture: Any,  # path, PIL picture, bytes or uint8 array; with `out` the path of a picture or folder

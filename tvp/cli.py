@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
            'command_check', 'command_bench', 'training_checkpoint', 'fit_or_explain', 'command_train',
-           'load_prompt_file', 'command_apply', 'named_corruption', 'save_rows', 'command_evaluate', 'peak_memory',
-           'command_demo', 'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole',
-           'parser', 'started_as', 'join_processes', 'main']
+           'load_prompt_file', 'command_apply', 'named_corruption', 'command_evaluate', 'peak_memory', 'command_demo',
+           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser',
+           'started_as', 'join_processes', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
 import argparse
@@ -220,18 +220,7 @@ def named_corruption(
     if severity not in map(str, SEVERITIES): raise UsageError(f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got {text!r}. Try {name}:3.")
     return Corruption(name, int(severity))
 
-# %% ../nbs/api/90_cli.ipynb #c5f7b55e
-def save_rows(
-    results,  # of `evaluate_transfer`
-    file: Path,  # CSV
-) -> Path:
-    "The tidy columns, and those that say what was done to the pictures."
-    from tvp.files import write_atomic
-    from tvp.tables import CONDITIONS, TIDY_COLUMNS
-    df = results.df
-    return write_atomic(file, df[[*TIDY_COLUMNS, *(name for name in CONDITIONS if name in df)]].to_csv(index=False))
-
-# %% ../nbs/api/90_cli.ipynb #fdd47893
+# %% ../nbs/api/90_cli.ipynb #2f75b30b
 def command_evaluate(args: argparse.Namespace) -> None:
     "Evaluate a saved prompt on every model, with and without it."
     prompt = load_prompt_file(args.prompt)
@@ -245,7 +234,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     try: results = evaluate_transfer(prompt, task, zoo, targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None)
     except (ValueError, ImportError) as error: raise UsageError(str(error)) from None
     print(results.table())
-    if file: print(f"\nsaved as {save_rows(results, file)}")
+    if file: print(f"\nsaved as {results.save_csv(file)}")
 
 # %% ../nbs/api/90_cli.ipynb #09b0fce3
 def peak_memory() -> str | None:  # in GB, or None where the system does not say

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'Demo', 'run_demo', 'sample_models', 'in_words', 'demo_facts', 'demo_pictures', 'write_demo']
 
-# %% ../nbs/api/77_demo.ipynb #4bf2cd25
+# %% ../nbs/api/77_demo.ipynb #4af9733a
 import os
 import tempfile
 import time
@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from .arguments import source_names
 from .learner import Learner
 from .mllm import Mllm
 from .prompt import VisualPrompt
@@ -72,7 +73,7 @@ def run_demo(
     demo.seconds["all together"] = time.monotonic() - start
     return demo
 
-# %% ../nbs/api/77_demo.ipynb #23099f87
+# %% ../nbs/api/77_demo.ipynb #9c20d945
 FILES = ("results.csv", "prompt.safetensors", "prompt.png", "transfer.png", "report.html")
 
 def sample_models(
@@ -80,7 +81,7 @@ def sample_models(
 ) -> list[str]:  # at most three names
     "The source and the first model of each other group: whose answers the report shows."
     run, chosen = demo.results.runs[0], {}
-    for target in [demo.source, *run.targets]: chosen.setdefault(target_group(run, target), target)
+    for target in [*source_names(demo.source), *run.targets]: chosen.setdefault(target_group(run, target), target)
     return list(chosen.values())
 
 # %% ../nbs/api/77_demo.ipynb #3ac06a8e

@@ -7,7 +7,7 @@ __all__ = ['READ_PICTURES', 'TransferExplorer', 'first_cell', 'check_rows', 'cel
            'show_from', 'cell_text', 'explorer_text', 'draw_selected', 'explorer_figure', 'gain_colour', 'name_html',
            'ExplorerView', 'refresh_explorer']
 
-# %% ../nbs/api/82_explorer.ipynb #8b5fdbc8
+# %% ../nbs/api/82_explorer.ipynb #7ece76a2
 import html
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .arguments import check_kind
+from .arguments import check_kind, source_names
 from .cases import changed_answers, draw_cases, find_prompts, prompt_of
 from .plots import BASELINES, plot_matrix, transfer_matrix
 from .prompt import VisualPrompt
@@ -54,11 +54,11 @@ class TransferExplorer:
     def __repr__(self) -> str: return explorer_text(self)
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
 
-# %% ../nbs/api/82_explorer.ipynb #4c2b2d38
+# %% ../nbs/api/82_explorer.ipynb #140df1c5
 def first_cell(explorer: TransferExplorer) -> dict[str, Any]:  # method, source, target, seed
     "Where to begin: TVP if it is there, and the first unseen model."
     run, methods = explorer.results.runs[0], explorer.methods
-    unseen = [target for target in run.targets if target != run.source]
+    unseen = [target for target in run.targets if target not in source_names(run.source)]
     return {"method": "TVP" if "TVP" in methods else methods[0], "source": run.source, "target": (unseen or run.targets)[0], "seed": run.seed}
 
 def check_rows(explorer: TransferExplorer) -> None:

@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'METHOD_COLOURS', 'METHOD_MARKERS', 'METHOD_LINES', 'HIS
            'transfer_matrix', 'plot_matrix', 'plot_history', 'prompt_scale', 'prompt_title', 'plot_prompt',
            'sample_batches', 'plot_samples']
 
-# %% ../nbs/api/70_plots.ipynb #f41a3609
+# %% ../nbs/api/70_plots.ipynb #0fbf69f6
 import textwrap
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .arguments import check_choice, check_kind, check_whole
+from .arguments import check_choice, check_kind, check_whole, source_names
 from .mllm import Mllm
-from .prompt import VisualPrompt, shown_prompt
+from .prompt import VisualPrompt, adjustments, shown_prompt
 from .tables import GROUPS
 from .tasks import Task, check_like_task
 
@@ -37,7 +37,7 @@ def method_style(
     own = {method: dict(color=_OTHER[i % 4], marker="DpPX"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
     return {m: own.get(m) or dict(color=METHOD_COLOURS[m], marker=METHOD_MARKERS[m], linestyle=METHOD_LINES[m]) for m in methods}
 
-# %% ../nbs/api/70_plots.ipynb #1e9ac4fc
+# %% ../nbs/api/70_plots.ipynb #5b03e87b
 def _one_story(
     df: pd.DataFrame,  # rows of `TransferResults.df` or `.mean()`
 ) -> pd.DataFrame:  # the same with `group`
@@ -52,7 +52,7 @@ def _one_story(
     if df.duplicated(["method", "target"]).any():
         raise ValueError("`df` must have one row for each method and target, got several: several seeds? Try results.mean().")
     if "group" in df: return df
-    return df.assign(group=np.where(df.target == df.source, "source", "unseen"))
+    return df.assign(group=["source" if target in source_names(source) else "unseen" for target, source in zip(df.target, df.source)])
 
 # %% ../nbs/api/70_plots.ipynb #2b0efed3
 def _columns(
@@ -134,18 +134,18 @@ def transfer_matrix(
     wide = lambda column: rows.pivot(index="source", columns="target", values=column).loc[rows.source.unique(), rows.target.unique()] * 100
     return wide("gain"), wide("high")
 
-# %% ../nbs/api/70_plots.ipynb #5e2dea6f
+# %% ../nbs/api/70_plots.ipynb #6416bbb0
 def _frame_matrix(ax, gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
-    "Frames around the diagonal, lines between towers."
+    "Frames around what each prompt was trained on, lines between towers."
     import matplotlib.pyplot as plt
     for i, source in enumerate(gain.index):
-        if source in gain.columns:
-            ax.add_patch(plt.Rectangle((list(gain.columns).index(source) + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=2, ec="#222222"))
+        for name in [name for name in source_names(source) if name in gain.columns]:
+            ax.add_patch(plt.Rectangle((list(gain.columns).index(name) + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=2, ec="#222222"))
     names = list(gain.columns)
     for i, (left, right) in enumerate(zip(names, names[1:]), 1):
         if towers.get(left) != towers.get(right): ax.axvline(i, color="white", lw=6)
 
-# %% ../nbs/api/70_plots.ipynb #7a993531
+# %% ../nbs/api/70_plots.ipynb #ba9306a9
 def plot_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
@@ -163,7 +163,7 @@ def plot_matrix(
     _frame_matrix(ax, gain, df.drop_duplicates("target").set_index("target")["tower"] if "tower" in df else {})
     ax.set(xlabel="plugged into", ylabel="trained on")
     ax.set_xticklabels([name.removeprefix("tiny-") for name in gain.columns], rotation=30, ha="right")
-    ax.set_yticklabels([name.removeprefix("tiny-") for name in gain.index], rotation=0)
+    ax.set_yticklabels([" +\n".join(name.removeprefix("tiny-") for name in source_names(source)) for source in gain.index], rotation=0)
     ax.set_title(f"{df.task.iloc[0]}: gain of {method} over no prompt", loc="left", fontsize=12, fontweight="bold")
     return ax
 
@@ -214,7 +214,7 @@ def plot_history(
     if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-# %% ../nbs/api/70_plots.ipynb #75dd8e32
+# %% ../nbs/api/70_plots.ipynb #3fa50a7d
 def prompt_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
@@ -224,13 +224,14 @@ def prompt_scale(
 
 def prompt_title(
     prompt: VisualPrompt,
-) -> str:  # three lines
-    "Method, source and task, as far as the prompt knows them; size and range; range of the colours."
+) -> str:  # three lines, and one for each thing that is done to the picture itself
+    "Method, source and task, as far as the prompt knows them; size and range; range of the colours; contrast, brightness and scale of the picture."
     known, delta, scale = prompt.provenance, shown_prompt(prompt).detach(), prompt_scale(prompt)
     what = str(known.get("method", f"{prompt.kind} prompt"))
     if known.get("source"): what += f" on {known['source']}"
     if known.get("task"): what += f", {known['task']}"
-    return f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to {delta.max():.2f}\nfull colour at ±{scale:.2f}"
+    own = "".join(f"\n{name} of the picture {', '.join(f'{value:.2f}' for value in values)}" for name, values in adjustments(prompt).items())
+    return f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to {delta.max():.2f}\nfull colour at ±{scale:.2f}{own}"
 
 def plot_prompt(
     prompt: VisualPrompt,

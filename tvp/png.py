@@ -50,7 +50,7 @@ def rgba(
     seen = alpha(prompt)
     return Image.fromarray(np.dstack([levels * (seen > 0)[..., None], seen]))
 
-# %% ../nbs/api/03_png.ipynb #62537056
+# %% ../nbs/api/03_png.ipynb #a37eacca
 def save_png(
     prompt: VisualPrompt,  # of range uint8
     path: str | Path,  # ends in .png; missing folders are made
@@ -58,7 +58,7 @@ def save_png(
     "Write a PNG with the prompt's pixels, geometry and provenance, all or nothing."
     path = with_suffix(as_path(path), ".png")
     check_exact(prompt)
-    if not prompt.delta.isfinite().all(): raise ValueError("`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller learning rate.")
+    if not all(part.isfinite().all() for part in prompt.parameters()): raise ValueError("`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller learning rate.")
     text, file = PngInfo(), io.BytesIO()
     for name, fact in prompt_facts(prompt).items(): text.add_text(name, fact)
     rgba(prompt).save(file, "PNG", pnginfo=text, optimize=True)

@@ -6,12 +6,13 @@
 __all__ = ['ANSWERS', 'TOP_1', 'PUBLISHED', 'TEASER', 'PROMPT_PLACE', 'PUBLISHED_PROMPT', 'Published', 'published_table',
            'published_for', 'share_interval', 'compare_published', 'number', 'compared_cells', 'prompt_figures']
 
-# %% ../nbs/api/65_published.ipynb #87865737
+# %% ../nbs/api/65_published.ipynb #709307ef
 import math
 from dataclasses import dataclass
 
 import pandas as pd
 
+from .arguments import source_names
 from .prompt import VisualPrompt, clipping, shown_prompt
 from .transfer import TransferResults
 
@@ -64,7 +65,7 @@ def share_interval(
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
-# %% ../nbs/api/65_published.ipynb #7eba2120
+# %% ../nbs/api/65_published.ipynb #3a5a419c
 def compare_published(
     results: TransferResults,  # of one task and source
 ) -> pd.DataFrame:  # a row for each method and model; scores in percent, NaN where there is none
@@ -73,7 +74,7 @@ def compare_published(
     for row in results.mean().query("method != 'none'").to_dict("records"):
         low, high = (math.nan, math.nan) if row["metric"] == "auroc" else share_interval(row["prompted"], row["n"])
         known = published_for(row["task"], row["method"], row["target"])
-        rows.append(dict(method=row["method"], model=row["target"], role="source" if row["target"] == row["source"] else "unseen", metric=row["metric"],
+        rows.append(dict(method=row["method"], model=row["target"], role="source" if row["target"] in source_names(row["source"]) else "unseen", metric=row["metric"],
                          without=100 * row["clean"], prompted=100 * row["prompted"], low=100 * low, high=100 * high, gain=100 * row["gain"],
                          gain_low=100 * row["low"], gain_high=100 * row["high"], n=row["n"], seeds=seeds, published=known.score if known else math.nan))
     return pd.DataFrame(rows).assign(difference=lambda df: df.prompted - df.published)
@@ -98,7 +99,7 @@ def compared_cells(
                       number(row.gain, True) + span(row.gain_low, row.gain_high, True), f"{row.n:,}", "" if math.isnan(row.published) else f"{row.published:.2f}"])
     return cells
 
-# %% ../nbs/api/65_published.ipynb #e9026cf7
+# %% ../nbs/api/65_published.ipynb #a7b07f3a
 PROMPT_PLACE = "save/checkpoint_best.pth in https://github.com/zycheiheihei/Transferable-Visual-Prompting (MIT)"
 PUBLISHED_PROMPT = {"numbers": 69_840, "low": -1.735, "high": 2.038, "norm": 63.39, "outside": 0.485}  # of the released file
 
@@ -111,5 +112,6 @@ def prompt_figures(
     outside, kept = clipping(prompt)
     norm = values.norm().item()
     count = int(3 * prompt.mask.sum()) if prompt.kind != "random-patch" else prompt.delta.numel()
+    count += sum(getattr(prompt, name).numel() for name in prompt.adjust)
     return {"numbers": count, "low": values.min().item(), "high": values.max().item(), "norm": norm, "outside": outside,
             "energy kept": kept, "energy removed": 1 - kept, "norm when clipped": norm * math.sqrt(kept)}

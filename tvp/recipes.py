@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'find_recipe', 'make_optimizer', 'check_zoo', 'make_learner']
 
-# %% ../nbs/api/55_recipes.ipynb #0c07650f
-from collections.abc import Mapping
+# %% ../nbs/api/55_recipes.ipynb #b5e9e87b
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from .arguments import check_choice
+from .arguments import check_choice, check_texts, source_names
 from .learner import Learner, NormalizedGradient, cosine_by_epoch, cosine_by_step
 from .losses import tvp_losses
 from .mllm import Mllm
@@ -83,11 +83,11 @@ def check_zoo(
     if isinstance(zoo, Mapping) and all(isinstance(getattr(zoo, name, None), int) for name in ("size", "width")): return zoo
     raise TypeError(f"`zoo` must be a Zoo, got {type(zoo).__name__} {str(zoo)[:60]!r}. Try tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own.")
 
-# %% ../nbs/api/55_recipes.ipynb #c2b793ca
+# %% ../nbs/api/55_recipes.ipynb #ad46f1ae
 def make_learner(
     method: str,  # one of METHODS
     zoo: Mapping[str, Mllm],  # a Zoo: models by name, with size, width and clip
-    source: str,  # name of the model to train on
+    source: str | Sequence[str],  # name of the model to train on, or several: "a + b", or a list
     task: Task,
     seed: int = 0,  # of the order of pictures and of VP's start
     scale: str = "tiny",  # whose numbers: "tiny" or "paper"
@@ -95,11 +95,12 @@ def make_learner(
 ) -> Learner:  # ready to fit
     "A learner with a fresh prompt, set up as a recipe says."
     recipe = find_recipe(method, scale, **overrides)
-    check_choice("source", source, check_zoo(zoo), KeyError)
+    names = check_texts("source", source_names(source) if isinstance(source, (str, list, tuple)) else source)
+    for name in names: check_choice("source", name, check_zoo(zoo), KeyError)
     prompt = VisualPrompt(zoo.size, zoo.width, recipe.kind, seed, range=recipe.range)
     losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None)
     schedule = cosine_by_epoch if recipe.warmup is None else cosine_by_step(recipe.warmup)
-    learner = Learner(prompt, zoo[source], task, losses, make_optimizer(recipe, prompt), schedule, recipe.batch_size, seed,
+    learner = Learner(prompt, [zoo[name] for name in names], task, losses, make_optimizer(recipe, prompt), schedule, recipe.batch_size, seed,
                       recipe.augment, recipe.epochs)
-    learner.provenance |= {"method": recipe.name, "source": source, "epochs": recipe.epochs}
+    learner.provenance |= {"method": recipe.name, "source": " + ".join(names), "epochs": recipe.epochs}
     return learner

@@ -6,7 +6,7 @@
 __all__ = ['pack_records', 'unpack_records', 'plain_facts', 'describe_loss', 'identity', 'learner_state', 'set_state', 'refill',
            'save_checkpoint', 'load_checkpoint', 'say_where', 'begin']
 
-# %% ../nbs/api/52_resume.ipynb #4b7c1075
+# %% ../nbs/api/52_resume.ipynb #5aa80205
 import copy
 import logging
 import math
@@ -21,7 +21,7 @@ import torch
 
 from .checkpoints import differences, random_states, read_checkpoint, set_random_states, write_checkpoint
 from .files import remove_leftovers
-from .learner import CleanTokens, Learner, Position, StepRecord, start_training, training_batches, training_steps
+from .learner import CleanTokens, Learner, Position, StepRecord, start_training, training_batches, training_steps, tricks
 
 # %% ../nbs/api/52_resume.ipynb #f2ad31bf
 def pack_records(
@@ -46,13 +46,15 @@ def unpack_records(
         records.append(StepRecord(**row, others={name: value for name, value in others.items() if not math.isnan(value)}))
     return records
 
-# %% ../nbs/api/52_resume.ipynb #066ea04b
+# %% ../nbs/api/52_resume.ipynb #f23f43d4
 def plain_facts(
     facts: dict,  # attributes of a prompt or a loss
 ) -> dict:  # its numbers and texts, and the names of its models
-    "What can be said about a thing in a word."
-    named = {key: getattr(value, "name", value) for key, value in facts.items() if key[0] != "_" and key != "training"}
-    return {key: value for key, value in named.items() if isinstance(value, (bool, int, float, str))}
+    "What can be said about a thing in a word, or in a list of words."
+    named = lambda value: [*map(named, value)] if isinstance(value, (list, tuple)) else getattr(value, "name", value)
+    short = lambda value: all(map(short, value)) if isinstance(value, list) else isinstance(value, (bool, int, float, str))
+    told = {key: named(value) for key, value in facts.items() if key[0] != "_" and key != "training"}
+    return {key: value for key, value in told.items() if short(value)}
 
 # %% ../nbs/api/52_resume.ipynb #0deb3ca9
 def describe_loss(
@@ -62,18 +64,18 @@ def describe_loss(
     own = {field.name: getattr(term, field.name) for field in fields(term)} if is_dataclass(term) else {}
     return plain_facts({"weight": term.weight, "sign": term.sign} | own)
 
-# %% ../nbs/api/52_resume.ipynb #c9ef9803
+# %% ../nbs/api/52_resume.ipynb #5d8b3d3f
 def identity(
     learner: Learner,
 ) -> dict:  # names and values
     "What decides the numbers of a training, by name."
-    return {"task": learner.task.name, "pictures to train on": len(learner.task.split("train")), "source": learner.source.name,
+    return {"task": learner.task.name, "pictures to train on": len(learner.task.split("train")), "source": " + ".join(source.name for source in learner.sources),
             "prompt": plain_facts(vars(learner.prompt)) | {"dtype": str(learner.prompt.delta.dtype)},
             "seed": learner.seed, "batch_size": learner.batch_size, "augment": learner.augment,
             "losses": {term.name: describe_loss(term) for term in learner.losses}, "optimizer": learner.rule,
-            "scheduler": getattr(learner.scheduler, "__name__", type(learner.scheduler).__name__)}
+            "scheduler": getattr(learner.scheduler, "__name__", type(learner.scheduler).__name__)} | tricks(learner)
 
-# %% ../nbs/api/52_resume.ipynb #e50798f7
+# %% ../nbs/api/52_resume.ipynb #0d9b8406
 def learner_state(
     learner: Learner,  # between two updates of a training
 ) -> dict:  # dicts, lists and tuples of numbers, texts and tensors
@@ -82,9 +84,9 @@ def learner_state(
     return {"identity": identity(learner), "position": vars(learner.position), "epoch": learner.epoch,
             "prompt": prompt.state_dict(), "places": prompt.generator.get_state(), "provenance": [learner.provenance, prompt.provenance],
             "optimizer": learner.optimizer.state_dict(), "scheduler": learner.lr_scheduler.state_dict(), "random": random_states(),
-            "records": pack_records(learner.records), "filled": clean_tokens.filled if clean_tokens else []}
+            "records": pack_records(learner.records), "filled": clean_tokens.filled if clean_tokens else [], "summed": learner.summed}
 
-# %% ../nbs/api/52_resume.ipynb #66f77563
+# %% ../nbs/api/52_resume.ipynb #d10ce149
 def set_state(
     learner: Learner,  # made as the one that the state is of
     state: dict,  # made by `learner_state`
@@ -98,23 +100,24 @@ def set_state(
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.lr_scheduler.load_state_dict(state["scheduler"])
     set_random_states(state["random"])
-    learner.records, learner.position, learner.epoch = records, position, state["epoch"]
+    learner.records, learner.position, learner.epoch, learner.summed = records, position, state["epoch"], state.get("summed", [])
     learner.provenance, prompt.provenance = state["provenance"]
 
-# %% ../nbs/api/52_resume.ipynb #35639ab4
+# %% ../nbs/api/52_resume.ipynb #aa1b59be
 def refill(
     learner: Learner,
     filled: list[tuple[int, int]],  # epoch and number of the batches to encode
 ) -> None:
     "Encode clean pictures once more, in the company in which they were first met."
     if not learner.clean_tokens or learner.clean_tokens.filled == filled: return
-    learner.clean_tokens, now = CleanTokens(learner.source), learner.epoch
+    learner.clean_tokens, now = CleanTokens(learner.sources), learner.epoch
     for learner.epoch, places in groupby(filled, key=lambda place: place[0]):
         wanted = {number for _, number in places}
         for number, batch in enumerate(islice(training_batches(learner), max(wanted) + 1)):
             if number not in wanted: continue
             learner.clean_tokens.place = (learner.epoch, number)
-            learner.clean_tokens(learner.prompt.canvas(batch.images.to(learner.device)), batch)
+            clean = learner.prompt.canvas(batch.images.to(learner.device))
+            for source in range(len(learner.sources)): learner.clean_tokens(clean, batch, source)
     learner.epoch = now
 
 # %% ../nbs/api/52_resume.ipynb #39898cf1

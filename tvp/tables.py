@@ -7,7 +7,7 @@ __all__ = ['TIDY_COLUMNS', 'CONDITIONS', 'GROUPS', 'TransferRun', 'target_group'
            'group_rows', 'TableLine', 'table_lines', 'run_title', 'table_text', 'table_html', 'merge_runs',
            'tidy_frame', 'describe_runs', 'metric_details']
 
-# %% ../nbs/api/58_tables.ipynb #cfed7e5c
+# %% ../nbs/api/58_tables.ipynb #b2b86647
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arguments import source_names
 from .metrics import bootstrap_gain, evaluate_metric
 
-# %% ../nbs/api/58_tables.ipynb #c72e9107
+# %% ../nbs/api/58_tables.ipynb #3b9968cf
 TIDY_COLUMNS = ["task", "method", "source", "target", "metric", "clean", "prompted", "gain", "low", "high", "n", "seed"]
 CONDITIONS = ("trained_on", "corruption", "severity")  # further columns, where a run has them
 
@@ -26,7 +27,7 @@ CONDITIONS = ("trained_on", "corruption", "severity")  # further columns, where 
 class TransferRun:
     "What every model said to every picture: one task, one source, one prompt seed."
     task: str  # name of the task
-    source: str | None  # the model the prompts were trained on
+    source: str | None  # the model the prompts were trained on; several: their names joined by " + "
     seed: int  # that the prompts were trained with
     metric: str  # a key of `tvp.metrics.METRICS`
     labels: np.ndarray  # (n,) number of the right candidate
@@ -48,18 +49,18 @@ class TransferRun:
     @property
     def methods(self) -> list[str]: "Names of the methods, `none` among them."; return list(dict.fromkeys(method for method, _ in self.scores))
 
-# %% ../nbs/api/58_tables.ipynb #8cda6d64
+# %% ../nbs/api/58_tables.ipynb #aa507dc9
 GROUPS = ["source", "unseen, same tower", "unseen, other tower", "unseen"]
 
 def target_group(
     run: TransferRun,  # where towers and source are known
     target: str,  # a model's name
 ) -> str:  # one of `GROUPS`
-    "Is this model the source, an unseen one on the same vision tower, or one on another tower?"
-    if target == run.source: return "source"
-    mine, theirs = run.towers.get(target), run.towers.get(run.source)
-    if mine is None or theirs is None: return "unseen"
-    return "unseen, same tower" if mine == theirs else "unseen, other tower"
+    "Is this model a source, an unseen one on the same vision tower, or one on another tower?"
+    if target in (sources := source_names(run.source)): return "source"
+    mine, theirs = run.towers.get(target), [run.towers.get(source) for source in sources]
+    if mine is not None and mine in theirs: return "unseen, same tower"
+    return "unseen" if mine is None or not theirs or None in theirs else "unseen, other tower"
 
 # %% ../nbs/api/58_tables.ipynb #baea3d69
 def gain_row(

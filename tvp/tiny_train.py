@@ -331,7 +331,7 @@ def train_language(
     train_steps(name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (5e-3, 3e-3), folder)
     write_atomic(folder / f"{name}.safetensors", save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
 
-# %% ../nbs/api/32_tiny_train.ipynb #0dc70b30
+# %% ../nbs/api/32_tiny_train.ipynb #27d45c7d
 TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (4000, 12), "tiny-clip": (4000, 14)}  # name: (steps, seed)
 LANGUAGE = {  # name: (steps, seed, whose Q-Former to start from)
     "tiny-minigpt4": (3500, 21, None), "tiny-instructblip": (2000, 22, "tiny-minigpt4"), "tiny-blip2-opt": (2000, 23, "tiny-minigpt4"),
@@ -342,15 +342,16 @@ LANGUAGE = {  # name: (steps, seed, whose Q-Former to start from)
 def train_zoo(
     folder: Path,  # where scenes, checkpoints and weights go
     parts: list[str] | None = None,  # only these towers and models; None: all that are missing
+    seed: int = 0,  # added to the seed of every tower and model: another zoo, of the same make
 ) -> None:
     "Everything from nothing. What is finished is skipped, what was interrupted goes on from its checkpoint."
     folder.mkdir(parents=True, exist_ok=True)
     pool = make_pool(folder)
-    for name, (steps, seed) in TOWERS.items():
-        if (parts is None or name in parts) and not (folder / f"{name}.json").exists(): train_tower(name, pool, folder, steps, seed)
-    for name, (steps, seed, start_from) in LANGUAGE.items():
+    for name, (steps, own) in TOWERS.items():
+        if (parts is None or name in parts) and not (folder / f"{name}.json").exists(): train_tower(name, pool, folder, steps, own + seed)
+    for name, (steps, own, start_from) in LANGUAGE.items():
         if (parts is not None and name not in parts) or (folder / f"{name}.json").exists(): continue
-        train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, seed, start_from)
+        train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, own + seed, start_from)
         (folder / f"{name}.json").write_text(json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
 
 # %% ../nbs/api/32_tiny_train.ipynb #698d69bc

@@ -7,7 +7,7 @@ __all__ = ['Bordered', 'Check', 'WatchedTraining', 'check_count', 'watched_model
            'model_group', 'checks_frame', 'watched_picture', 'ranked_answers', 'prompt_spectrum', 'latest',
            'training_state']
 
-# %% ../nbs/api/79_watch.ipynb #863980b9
+# %% ../nbs/api/79_watch.ipynb #aabfa15d
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .arguments import source_names
 from .learner import Learner, StepRecord
 from .metrics import evaluate_metric
 from .mllm import Mllm
@@ -71,7 +72,7 @@ class WatchedTraining:
     accuracy = property(lambda self: checks_frame(self.checks), doc="One row per look and model, a DataFrame.")
     state = property(lambda self: training_state(self), doc="Where the training stands, as plain numbers.")
 
-# %% ../nbs/api/79_watch.ipynb #28575253
+# %% ../nbs/api/79_watch.ipynb #06a931af
 def check_count(
     name: str,  # of the parameter, for the message
     value: Any,  # what came
@@ -82,14 +83,15 @@ def check_count(
 
 def watched_models(
     zoo: Mapping[str, Mllm],
-    source: str,  # its name
+    source: str,  # its name; several: joined by " + "
     models: Sequence[str] | None,  # names; None: all
 ) -> list[str]:  # the source first
     "The names of those who are asked."
     if models is not None: check_row("models", models)
-    unknown = [name for name in [source, *(models or [])] if name not in list(zoo)]  # `in zoo` could load a model
+    sources = source_names(source) or [source]
+    unknown = [name for name in [*sources, *(models or [])] if name not in list(zoo)]  # `in zoo` could load a model
     if unknown: raise ValueError(f"`models` must be among {', '.join(zoo)}; got {', '.join(map(repr, unknown))}.")
-    return list(dict.fromkeys([source, *(zoo if models is None else models)]))
+    return list(dict.fromkeys([*sources, *(zoo if models is None else models)]))
 
 # %% ../nbs/api/79_watch.ipynb #f5a71338
 def advance(
@@ -116,15 +118,15 @@ def step(
         if isinstance(piece, StepRecord): last, made = piece, made + 1
     return last
 
-# %% ../nbs/api/79_watch.ipynb #6f6cde21
+# %% ../nbs/api/79_watch.ipynb #e1a4a44a
 def headline(
     training: WatchedTraining,
     name: str,  # of a model
     prompt: VisualPrompt | None,  # None: the picture fills the canvas
 ) -> tuple[str, float]:  # name of the metric and its value
     "One number for one model on the validation pictures."
-    task, learner = training.task, training.learner
-    mllm = learner.source if name == training.source else training.zoo[name]  # a zoo of large models may have let go of the source
+    task, own = training.task, dict(zip(source_names(training.source), training.learner.sources))
+    mllm = own[name] if name in own else training.zoo[name]  # a zoo of large models may have let go of the sources
     scores, labels, _ = rank_task(mllm, task, training.prompt.size, prompt, "valid", training.pictures)
     return next(iter(evaluate_metric(task.metric, scores, labels).items()))
 
@@ -138,14 +140,14 @@ def ask(
     (metric, clean), (_, prompted) = training.known[key], headline(training, name, training.prompt)
     return Check(len(training.learner.records), name, model_group(training, name), metric, clean, prompted, training.pictures)
 
-# %% ../nbs/api/79_watch.ipynb #cc056f87
+# %% ../nbs/api/79_watch.ipynb #c96b8f14
 def model_group(
     training: WatchedTraining,
     name: str,  # of a model
 ) -> str:  # one of tvp.tables.GROUPS
-    "The source, an unseen model on its tower, or one on another tower."
+    "A source, an unseen model on its tower, or one on another tower."
     tower = getattr(training.zoo, "tower", lambda name: None)
-    towers = {model: tower(model) for model in (name, training.source)}
+    towers = {model: tower(model) for model in (name, *source_names(training.source))}
     return target_group(TransferRun(training.task.name, training.source, 0, training.task.metric, np.zeros(0), {}, towers), name)
 
 # %% ../nbs/api/79_watch.ipynb #57dee395
@@ -168,12 +170,12 @@ def watched_picture(
     with torch.no_grad():
         return fit([image], prompt.size, how), prompt(fit([image], prompt.inner, how).to(prompt.delta.device)).cpu()
 
-# %% ../nbs/api/79_watch.ipynb #f1ffb518
+# %% ../nbs/api/79_watch.ipynb #eabc5a44
 def ranked_answers(
     training: WatchedTraining,
     picture: int = 0,  # number among the validation pictures
 ) -> pd.DataFrame:  # a row for each candidate, best first: answer, before, after, right
-    "Mean log-likelihood per token of each candidate, to the source."
+    "Mean log-likelihood per token of each candidate, to the source (the first, of several)."
     task, mllm, key = training.task, training.learner.source, (training.task.name, training.source, "picture", picture)
     rank = lambda images: mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[0].double().cpu().numpy()
     clean, prompted = watched_picture(training, picture)
