@@ -4,6 +4,7 @@
     python benchmarks/transfer_tricks.py search   --work DIR             # optuna puts tricks together, on validation pictures
     python benchmarks/transfer_tricks.py train    --work DIR --zoo ZOO   # the prompts of the comparison
     python benchmarks/transfer_tricks.py evaluate --work DIR --zoo ZOO   # all models, test pictures, once
+    python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features, and what models want of them
     python benchmarks/transfer_tricks.py collect  --work DIR             # tables into benchmarks/transfer
 
 ZOO is `tiny`, the models that come along, or a folder that `tvp train-zoo --seed 100 --out FOLDER` has filled. Every stage skips what is
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from tvp.arguments import source_names
 from tvp.files import write_atomic as write
@@ -25,7 +28,7 @@ from tvp.filters import Convolutional, LowFrequency, Smooth
 from tvp.gradients import CommonWeakness, SharpnessAware, Spsa
 from tvp.learner import Learner
 from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
-from tvp.prompt import VisualPrompt
+from tvp.prompt import ADJUSTMENTS, VisualPrompt
 from tvp.recipes import find_recipe, make_learner
 from tvp.tasks import load_task, task_names
 from tvp.transfer import evaluate_transfer
@@ -43,6 +46,7 @@ class Setting:
     "Everything that the study varies. The defaults are TVP as it comes for the small models, but for half as long."
     lr: float = 45.0  # length of a step
     epochs: int = 4
+    width: int = 6  # of the border, pixels
     range: str = "free"
     fca: float = 0.005
     distance: str = "euclidean"
@@ -64,7 +68,7 @@ class Setting:
 
 TEMPLATES = ["this is a photo of a {}", "a picture of a {}", "an image with a {}"]
 TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where the trick changes them
-    "TVP": {}, "without FCA and TSE": dict(fca=0.0, tse=0.0), "smaller steps": dict(lr=10.0), "in [0, 1]": dict(range="unit", lr=5.0),
+    "TVP": {}, "without FCA and TSE": dict(fca=0.0, tse=0.0), "smaller steps": dict(lr=10.0), "narrower border": dict(width=3), "in [0, 1]": dict(range="unit", lr=5.0),
     "momentum": dict(lr=4.5, momentum=0.9), "Nesterov": dict(lr=4.5, momentum=0.9, nesterov=True),
     "input diversity": dict(views=(ResizePad(0.85),)), "shifts": dict(views=(Shift(2),)), "jitter": dict(views=(Jitter(),)),
     "scale copies": dict(views=tuple(scale_copies(3))), "smoothed gradient": dict(filters=(Smooth(),)),
@@ -72,7 +76,8 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "average": dict(average=50), "sharpness-aware": dict(gradient=SharpnessAware(2.0)), "black box": dict(gradient=Spsa(4), fca=0.0, filters=(LowFrequency(6),), lr=2.0, momentum=0.9, nesterov=True),
     "TSE on crops": dict(crops=2), "TSE in several words": dict(templates=3), "contrastive TSE": dict(tse=0.0, contrastive=0.3),
     "FCA in every layer": dict(fca=0.0, layers=0.02), "FCA by cosine": dict(distance="cosine", fca=1.0), "relative FCA": dict(distance="relative", fca=0.3),
-    "color": dict(adjust=("color",)), "scale": dict(adjust=("scale",)), "color and scale alone": dict(adjust=("color", "scale"), lr=1e-6)}
+    "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),
+    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6)}
 ENSEMBLES = {"mean": {}, "normalized": dict(combine="normalized"), "common direction": dict(combine="common"), "adaptive": dict(combine="adaptive"),
              "common weakness": dict(gradient=CommonWeakness(2.0, 2.0))}
 
@@ -88,7 +93,7 @@ def losses(setting: Setting, task, clip) -> list:
 
 def make(setting: Setting, zoo, source: str, task, seed: int) -> Learner:
     "A learner as a setting says; `source` is a name, or several with ` + ` in between."
-    prompt = VisualPrompt(zoo.size, zoo.width, seed=seed, range=setting.range, adjust=setting.adjust)
+    prompt = VisualPrompt(zoo.size, setting.width, seed=seed, range=setting.range, adjust=setting.adjust)
     optimizer = NormalizedGradient(parameter_groups(prompt, setting.adjust_lr), setting.lr, prompt.canvas_gradient_norm, setting.momentum, setting.nesterov)
     return Learner(prompt, [zoo[name] for name in source_names(source)], task, losses(setting, task, zoo.clip), optimizer, seed=seed, epochs=setting.epochs,
                    combine=setting.combine, gradient=setting.gradient, views=setting.views, filters=setting.filters, average=setting.average)
@@ -119,11 +124,40 @@ def ablate(work: Path, mine, **_) -> None:
     for name, change, task, source in mine(jobs): tried(work, name, Setting(**change), task, source)
 
 
-def objective(trial, work: Path) -> float:
-    "Mean gain on models that a prompt never saw, over tasks and sources, on validation pictures; hopeless settings are given up early."
+VIEWS = {"none": (), "jitter": (Jitter(),), "shift": (Shift(2),), "resize": (ResizePad(0.9),)}
+FILTERS = {"none": (), "low": (LowFrequency(12),), "smooth": (Smooth(),)}
+SEARCH_SOURCES = (SHARED, SIGLIP)
+START = dict(range="free", lr=45.0, epochs=4, width=6, fca=0.005, tse=0.005, contrastive=False, momentum=0.0, color=False, sharpness=False, scale=False, adjust_lr=0.02,
+             view="none", filter="none", sharp=False)  # TVP, half as long as its recipe
+HINTS = [{}, dict(sharpness=True), dict(color=True, sharpness=True), dict(range="unit", lr=15.0, color=True, sharpness=True), dict(lr=10.0, fca=0.05, color=True, sharpness=True, scale=True),
+         dict(lr=2.0, color=True, sharpness=True), dict(range="unit", lr=15.0, sharpness=True), dict(range="unit", lr=15.0, sharpness=True, width=3),
+         dict(range="unit", lr=15.0, sharpness=True, width=3, adjust_lr=0.05), dict(lr=30.0, sharpness=True, width=2), dict(range="unit", lr=15.0, sharpness=True, width=4, contrastive=True, tse=0.02)]
+
+
+def suggested(trial) -> dict:
+    "What the search may choose."
+    pick = trial.suggest_categorical
+    return dict(range=pick("range", ["free", "unit"]), lr=trial.suggest_float("lr", 0.5, 50, log=True), epochs=pick("epochs", [2, 4]), width=trial.suggest_int("width", 1, 6),
+                fca=trial.suggest_float("fca", 0.001, 0.5, log=True), tse=trial.suggest_float("tse", 0.001, 0.1, log=True), contrastive=pick("contrastive", [False, True]),
+                momentum=pick("momentum", [0.0, 0.9]), color=pick("color", [False, True]), sharpness=pick("sharpness", [False, True]), scale=pick("scale", [False, True]),
+                adjust_lr=trial.suggest_float("adjust_lr", 0.003, 0.1, log=True), view=pick("view", list(VIEWS)), filter=pick("filter", list(FILTERS)),
+                sharp=pick("sharp", [False, True]))
+
+
+def chosen(params: dict) -> Setting:
+    "A setting from what the search has chosen."
+    p = dict(params)
+    adjust = tuple(name for name in ADJUSTMENTS if p.pop(name))
+    views, filters, sharp, contrastive, tse = VIEWS[p.pop("view")], FILTERS[p.pop("filter")], p.pop("sharp"), p.pop("contrastive"), p.pop("tse")
+    lr = p.pop("lr") * (0.1 if p["momentum"] else 1)  # steps with momentum grow tenfold
+    return Setting(lr, **p, adjust=adjust, views=views, filters=filters, gradient=SharpnessAware(lr / 20) if sharp else None,
+                   tse=0.0 if contrastive else tse, contrastive=10 * tse if contrastive else 0.0)
+
+
+def gain_so_far(trial, work: Path) -> float:
+    "Mean gain on models that a prompt never saw, over tasks and sources, on validation pictures; a hopeless setting is given up early."
     import optuna
-    setting = chosen(trial.params if isinstance(trial, optuna.trial.FrozenTrial) else suggested(trial))
-    gains = []
+    setting, gains = chosen(suggested(trial)), []
     for number, (task, source) in enumerate(itertools.product(("shapes", "counting", "digits", "agreement", "presence"), SEARCH_SOURCES)):
         rows = tried(work, f"trial{trial.number}", setting, task, source)
         gains.append(rows[rows.group != "source"].gain.mean())
@@ -132,36 +166,192 @@ def objective(trial, work: Path) -> float:
     return float(np.mean(gains))
 
 
-SEARCH_SOURCES = (SHARED, SIGLIP)
+def search(work: Path, mine, **_) -> None:
+    "Tricks put together by optuna, until it is stopped."
+    import optuna
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(work / "search.log")))
+    study = optuna.create_study(storage=storage, study_name="tricks", direction="maximize", load_if_exists=True,
+                                sampler=optuna.samplers.TPESampler(seed=mine([0, 1])[0], multivariate=True, constant_liar=True),
+                                pruner=optuna.pruners.MedianPruner(n_startup_trials=6, n_warmup_steps=3))
+    for hint in HINTS if not study.trials else []: study.enqueue_trial(START | hint)
+    study.optimize(lambda trial: gain_so_far(trial, work))
 
 
-def suggested(trial) -> dict:
-    "What the search may choose."
-    pick = trial.suggest_categorical
-    return dict(range=pick("range", ["free", "unit"]), lr=trial.suggest_float("lr", 0.5, 45, log=True), epochs=pick("epochs", [2, 4, 8]),
-                fca=trial.suggest_float("fca", 0.001, 0.5, log=True), tse=trial.suggest_float("tse", 0.001, 0.1, log=True), contrastive=pick("contrastive", [False, True]),
-                momentum=pick("momentum", [0.0, 0.9]), color=pick("color", [False, True]), scale=pick("scale", [False, True]),
-                adjust_lr=trial.suggest_float("adjust_lr", 0.003, 0.1, log=True), view=pick("view", ["none", "jitter", "shift", "resize"]),
-                filter=pick("filter", ["none", "low", "smooth"]), sharp=pick("sharp", [False, True]))
+NEW = "TVP*"  # the recipe that the search has led to, see tvp.recipes
+SEEDS = (0, 1, 2, 3, 4)
+PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP), (SHARED, "tiny-blip2-opt"))  # the last one on a single tower
 
 
-VIEWS = {"none": (), "jitter": (Jitter(),), "shift": (Shift(2),), "resize": (ResizePad(0.9),)}
-FILTERS = {"none": (), "low": (LowFrequency(12),), "smooth": (Smooth(),)}
+def some_zoo(name: str):
+    "The models that come along, or those of a folder."
+    return tiny_zoo() if name == "tiny" else tiny_zoo(Path(name))
 
 
-def chosen(params: dict) -> Setting:
-    "A setting from what the search has chosen."
-    p = dict(params)
-    adjust = tuple(name for name in ("color", "scale") if p.pop(name))
-    views, filters, sharp, contrastive = VIEWS[p.pop("view")], FILTERS[p.pop("filter")], p.pop("sharp"), p.pop("contrastive")
-    tse = p.pop("tse")
-    return Setting(**p, adjust=adjust, views=views, filters=filters, gradient=SharpnessAware(p["lr"] / 20) if sharp else None,
-                   tse=0.0 if contrastive else tse, contrastive=10 * tse if contrastive else 0.0)
+def folder(work: Path, zoo: str) -> Path:
+    "Where everything about a zoo lies."
+    return work / "final" / Path(zoo).name
+
+
+def all_sources(zoo) -> list[str]:
+    "Every model alone, and the pairs that this zoo has."
+    return [*zoo, *(" + ".join(pair) for pair in PAIRS if set(pair) <= set(zoo))]
+
+
+def train(work: Path, mine, zoo: str) -> None:
+    "Every prompt of the comparison, one seed after the other."
+    models = some_zoo(zoo)
+    for seed, source, task, method in mine(list(itertools.product(SEEDS, all_sources(models), task_names(), ("TVP", NEW)))):
+        path = folder(work, zoo) / "prompts" / f"{task}|{source}|{method}|{seed}.safetensors"
+        if not path.exists(): make_learner(method, models, source, load_task(task), seed).fit().save(path)
+
+
+def evaluate(work: Path, mine, zoo: str) -> None:
+    "Which test pictures every model gets right, without a prompt and with each one of a task and a seed."
+    models = some_zoo(zoo)
+    for seed, name in mine(list(itertools.product(SEEDS, task_names()))):
+        path, task = folder(work, zoo) / f"{name}-{seed}.safetensors", load_task(name)
+        wanted = {f"{source}|{method}": folder(work, zoo) / "prompts" / f"{name}|{source}|{method}|{seed}.safetensors"
+                  for source in all_sources(models) for method in ("TVP", NEW)}
+        if path.exists() or not all(place.exists() for place in wanted.values()): continue
+        run = evaluate_transfer({key: VisualPrompt.load(place) for key, place in wanted.items()}, task, models, seed=seed).only_run()
+        right = {"|".join(key): torch.from_numpy(scores.argmax(1) == run.labels).to(torch.uint8) for key, scores in run.scores.items()}
+        write(path, save(right, {"towers": json.dumps(run.towers), "metric": run.metric}))
+
+
+def outcomes(place: Path) -> list[dict]:
+    "One entry for each prompt and model of a comparison: who, in which group, and per picture what was right without and with the prompt."
+    from tvp.tables import TransferRun, target_group
+    found = []
+    for path in sorted(place.glob("*.safetensors")):
+        task, seed = path.stem.rsplit("-", 1)
+        with safe_open(path, "np") as file: right, facts = {name: file.get_tensor(name).astype(float) for name in file.keys()}, file.metadata()
+        towers = json.loads(facts["towers"])
+        for name, prompted in right.items():
+            *who, target = name.split("|")
+            if who == ["none"]: continue
+            run = TransferRun(task, who[0], int(seed), facts["metric"], np.zeros(0), {}, towers)
+            found.append(dict(zoo=place.name, task=task, method=who[1], source=who[0], target=target, seed=int(seed), metric=facts["metric"],
+                              group=target_group(run, target), clean=right[f"none|{target}"], prompted=prompted))
+    return found
+
+
+def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float, float]:
+    "Mean over tasks of arrays (seeds, pictures), and its 95 % interval: seeds and pictures of every task are drawn anew."
+    rng, means = np.random.default_rng(0), np.zeros(draws)
+    for values in differences:
+        seeds, pictures = values.shape
+        for draw in range(draws):
+            rows, columns = rng.integers(0, seeds, seeds), rng.integers(0, pictures, pictures)
+            means[draw] += values[rows].mean(0)[columns].mean() / len(differences)
+    return float(np.mean([values.mean() for values in differences])), *np.quantile(means, [0.025, 0.975])
+
+
+def by_task(entries: list[dict], value) -> dict[str, np.ndarray]:
+    "Mean over sources and models: task -> (seeds, pictures)."
+    found = {}
+    for entry in entries: found.setdefault(entry["task"], {}).setdefault(entry["seed"], []).append(value(entry))
+    return {task: np.stack([np.mean(values, axis=0) for values in seeds.values()]) for task, seeds in found.items()}
+
+
+GAIN = lambda entry: entry["prompted"] - entry["clean"]
+
+
+def groups_of(entries: list[dict]) -> dict[str, list[dict]]:
+    "The groups of models that are reported."
+    chosen = {name: [e for e in entries if e["group"] == name] for name in ("source", "unseen, same tower", "unseen, other tower")}
+    return chosen | {"unseen": [e for e in entries if e["group"] != "source"]}
+
+
+def gains(entries: list[dict]) -> pd.DataFrame:
+    "Gain over no prompt, and of the new recipe over TVP, by zoo, kind of source, group and task, with intervals; `all` is the mean over tasks."
+    rows = []
+    for zoo, kind in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("one", "two")):
+        mine = [e for e in entries if e["zoo"] == zoo and (" + " in e["source"]) == (kind == "two")]
+        for group, inside in groups_of(mine).items():
+            split = {method: by_task([e for e in inside if e["method"] == method], GAIN) for method in ("TVP", NEW)}
+            split[f"{NEW} - TVP"] = {task: split[NEW][task] - split["TVP"][task] for task in split["TVP"]}
+            for method, tasks in split.items():
+                for task, arrays in [*((task, [array]) for task, array in tasks.items()), ("all", list(tasks.values()))]:
+                    if arrays: rows.append(dict(zip(["zoo", "sources", "group", "method", "task", "gain", "low", "high"], [zoo, kind, group, method, task, *interval(arrays)])))
+    return pd.DataFrame(rows)
+
+
+def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
+    "Two sources against the better of the two alone, on models that neither has seen; which is better is known from the very same pictures, which favours the single one."
+    rows = []
+    for zoo, method, pair in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("TVP", NEW), dict.fromkeys(e["source"] for e in entries if " + " in e["source"])):
+        mine = [e for e in entries if e["zoo"] == zoo and e["method"] == method and e["target"] not in source_names(pair)]
+        split = {source: by_task([e for e in mine if e["source"] == source], GAIN) for source in (pair, *source_names(pair))}
+        for task in split[pair]:
+            better = max(source_names(pair), key=lambda name: split[name][task].mean())
+            rows.append(dict(zip(["zoo", "method", "pair", "task", "better", "single", "both", "gain", "low", "high"],
+                                 [zoo, method, pair, task, better, split[better][task].mean(), split[pair][task].mean(), *interval([split[pair][task] - split[better][task]])])))
+    return pd.DataFrame(rows)
+
+
+def tidy(entries: list[dict]) -> pd.DataFrame:
+    "One row for each prompt and model, in the tidy columns of the package, with an interval over pictures."
+    from tvp.metrics import bootstrap_interval
+    from tvp.tables import TIDY_COLUMNS
+    rows = []
+    for e in entries:
+        gain, low, high = bootstrap_interval(e["clean"], e["prompted"], seed=e["seed"])
+        rows.append(e | dict(clean=e["clean"].mean(), prompted=e["prompted"].mean(), gain=gain, low=low, high=high, n=len(e["prompted"])))
+    return pd.DataFrame(rows)[["zoo", *TIDY_COLUMNS, "group"]]
+
+
+def collect(work: Path, mine, **_) -> None:
+    "Small tables of everything there is."
+    RESULTS.mkdir(exist_ok=True)
+    put = lambda name, df: write(RESULTS / f"{name}.csv", df.round(4).to_csv(index=False))
+    runs = pd.concat(pd.DataFrame(json.loads(path.read_text())) for path in sorted((work / "valid").glob("*.json")))
+    isin = runs.method.str.startswith("trial")
+    put("ablation", runs[~isin]), put("trials", runs[isin])
+    if (work / "search.log").exists(): put("settings", settings_tried(work))
+    entries = [entry for place in sorted((work / "final").glob("*")) for entry in outcomes(place)]
+    if entries: put("final", tidy(entries)), put("gains", gains(entries)), put("pairs", pairs_against_singles(entries))
+
+
+def settings_tried(work: Path) -> pd.DataFrame:
+    "Every trial of the search: its setting, how far it came and what it was worth."
+    import optuna
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(work / "search.log")))
+    study = optuna.load_study(storage=storage, study_name="tricks")
+    return pd.DataFrame([dict(trial=t.number, state=t.state.name.lower(), prompts=len(t.intermediate_values), gain=t.value, **t.params) for t in study.trials])
+
+
+def drift(work: Path, mine, **_) -> None:
+    "Why: how far prompts of both recipes move the features of every model, and whether models want the same of a border, and of the picture itself."
+    from tvp.drift import measure_drift
+    from tvp.tables import TransferRun, target_group
+    zoo, moved, agreed = tiny_zoo(), [], []
+    towers = {name: zoo.tower(name) for name in zoo}
+    for name in task_names():
+        task = load_task(name)
+        batch = next(task.batches("train", zoo.size - 2 * zoo.width, 200))
+        for source in (SHARED, CLIP, SIGLIP):
+            prompts = {method: VisualPrompt.load(folder(work, "tiny") / "prompts" / f"{name}|{source}|{method}|0.safetensors") for method in ("TVP", NEW)}
+            groups = {target: target_group(TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers), target) for target in zoo}
+            moved.append(measure_drift(prompts, batch, zoo).assign(task=name, source=source).assign(group=lambda df: df.target.map(groups)))
+        wishes = {target: gradients_of(zoo[target], batch, zoo) for target in zoo}
+        for part, (a, b) in itertools.product(("border", *ADJUSTMENTS), itertools.combinations(zoo, 2)):
+            cosine = torch.cosine_similarity(wishes[a][part], wishes[b][part], dim=0).item()
+            agreed.append(dict(task=name, part=part, a=a, b=b, towers="same" if towers[a] == towers[b] else "other", cosine=cosine))
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / "drift.csv", pd.concat(moved).round(4).to_csv(index=False))
+    write(RESULTS / "agreement.csv", pd.DataFrame(agreed).round(4).to_csv(index=False))
+
+
+def gradients_of(mllm, batch, zoo) -> dict[str, torch.Tensor]:
+    "What a model wants of a prompt that has not been trained: gradient of its task loss, by part of the prompt."
+    prompt = VisualPrompt(zoo.size, zoo.width, adjust=tuple(ADJUSTMENTS))
+    mllm(prompt(batch.images), batch.instructions, batch.answers).loss.backward()
+    return {part: (prompt.delta if part == "border" else getattr(prompt, part)).grad.flatten() for part in ("border", *ADJUSTMENTS)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "collect"))
+    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "drift", "collect"))
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
     parser.add_argument("--zoo", default="tiny", help="the models that come along, or a folder with others of the same make")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")

@@ -6,7 +6,7 @@
 __all__ = ['UsageError', 'known_name', 'output_folder', 'output_file', 'columns', 'command_tasks', 'command_models',
            'command_check', 'command_bench', 'training_checkpoint', 'fit_or_explain', 'command_train',
            'load_prompt_file', 'command_apply', 'named_corruption', 'command_evaluate', 'peak_memory', 'command_demo',
-           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'parser',
+           'named_model', 'reproduction_folder', 'command_reproduce', 'command_train_zoo', 'whole', 'natural', 'parser',
            'started_as', 'join_processes', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
@@ -175,12 +175,12 @@ def fit_or_explain(
         raise
     return done
 
-# %% ../nbs/api/90_cli.ipynb #03d9a18c
+# %% ../nbs/api/90_cli.ipynb #cfba1574
 def command_train(args: argparse.Namespace) -> None:
     "Train one prompt and save it."
-    from tvp.recipes import METHODS, make_learner
-    known_name("method", args.method, METHODS)
-    task, zoo = _task(args.task, args.data_dir, public=True), _zoo(args.source)
+    from tvp.recipes import RECIPES, make_learner
+    known_name("method", args.method, RECIPES["tiny"])
+    task, zoo = _task(args.task, args.data_dir, public=True), _zoo(*args.source)
     file, kept = output_file(args.out, ".safetensors", args.force), training_checkpoint(args.checkpoint, args.resume)
     changes = {"range": args.range} | ({"epochs": args.epochs} if args.epochs else {})
     try: learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
@@ -188,7 +188,7 @@ def command_train(args: argparse.Namespace) -> None:
     done = fit_or_explain(learner, args.epochs, kept, args.resume)
     if learner.accelerator.is_main_process: learner.prompt.save(file)
     earlier = f", {done} of them made earlier" if done else ""
-    print(f"{args.method} on {args.source}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
+    print(f"{args.method} on {' + '.join(args.source)}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
           f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.\nsaved as {file}")
 
 # %% ../nbs/api/90_cli.ipynb #817d7bc0
@@ -305,7 +305,7 @@ def command_reproduce(args: argparse.Namespace) -> None:
     print("", reproduction.table(), "", sep="\n")
     print(f"Written to {folder}: {', '.join(file.name for file in files)}\nOpen {files[-1]} in a browser.")
 
-# %% ../nbs/api/90_cli.ipynb #70215a88
+# %% ../nbs/api/90_cli.ipynb #dfb4b855
 def command_train_zoo(args: argparse.Namespace) -> None:
     "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
     import logging
@@ -313,9 +313,9 @@ def command_train_zoo(args: argparse.Namespace) -> None:
     for name in args.parts or []: known_name("part", name, [*TOWERS, *LANGUAGE])
     folder = output_folder(args.out, force=True)  # what is finished there is kept
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_zoo(folder, args.parts)
+    train_zoo(folder, args.parts, args.seed)
 
-# %% ../nbs/api/90_cli.ipynb #ef2393e1
+# %% ../nbs/api/90_cli.ipynb #9898db5f
 def whole(
     text: str,  # as typed
 ) -> int:
@@ -323,12 +323,20 @@ def whole(
     if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
     return int(text)
 
+def natural(
+    text: str,  # as typed
+) -> int:
+    "A whole number of at least 0."
+    if not text.isdecimal(): raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
 def _add_command(commands, run, arguments: dict[str, dict]) -> None:
     "A subcommand from its function: name and help text come from there."
     name = run.__name__.removeprefix("command_").replace("_", "-")
     parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
     for flag, options in arguments.items():
-        told = " (default: %(default)s)" if options.get("default") is not None else ""
+        default = options.get("default")
+        told = "" if default is None else f" (default: {' '.join(default) if isinstance(default, list) else default})"
         parser.add_argument(flag, **options | dict(help=options["help"] + told))
     parser.set_defaults(run=run)
 
@@ -347,12 +355,13 @@ def _add_reproduce(commands, output: dict[str, dict]) -> None:
         "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
         "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
 
-# %% ../nbs/api/90_cli.ipynb #fc1a7053
-def _add_train_and_evaluate(commands, source: dict[str, dict], out, force: dict[str, dict]) -> None:
+# %% ../nbs/api/90_cli.ipynb #169a891b
+def _add_train_and_evaluate(commands, out, force: dict[str, dict]) -> None:
     "The arguments of `tvp train` and `tvp evaluate`."
     data = {"--data-dir": dict(metavar="FOLDER", help="where the pictures of a public task (cifar10, ...) lie; the hub if not given")}
+    source = {"--source": dict(nargs="+", default=["tiny-minigpt4"], metavar="NAME", help="model to train on, or several: one prompt for all of them; see `tvp models`")}
     _add_command(commands, command_train, {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`, or a public one: cifar10, svhn, ...")} | data | source | {
-        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP or TVP"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
+        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
         "--range": dict(choices=("free", "unit", "uint8"), default="free", help="of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly"),
         "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given, the checkpoint's with --resume"),
         "--checkpoint": dict(metavar="FOLDER", help="keep the training there, every 100 updates and when it is stopped"),
@@ -364,7 +373,7 @@ def _add_train_and_evaluate(commands, source: dict[str, dict], out, force: dict[
         "--corruption": dict(nargs="+", metavar="NAME[:SEVERITY]", help="evaluate on pictures with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if not given")}
         | out(None, "file for the results, .csv") | force)
 
-# %% ../nbs/api/90_cli.ipynb #b866bd41
+# %% ../nbs/api/90_cli.ipynb #270b1e31
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
@@ -377,7 +386,7 @@ def parser() -> argparse.ArgumentParser:
     out = lambda default, text: {"--out": dict(default=default, metavar="PATH", help=text)}
     _add_command(commands, command_demo, task | source | {"--seeds": dict(type=whole, default=1, metavar="N", help="prompts of each method")}
                  | out("tvp-demo", "folder for the results") | force)
-    _add_train_and_evaluate(commands, source, out, force)
+    _add_train_and_evaluate(commands, out, force)
     _add_command(commands, command_apply, {
         "prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"), "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
         "out": dict(metavar="OUT", help="folder for the prompted ones"), "--fit": dict(choices=("crop", "letterbox"), help="how pictures that are not square are fitted")} | force)
@@ -385,10 +394,11 @@ def parser() -> argparse.ArgumentParser:
     for run in (command_models, command_tasks): _add_command(commands, run, {})
     _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})
     _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
-                 | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given")})
+                 | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given"),
+                    "--seed": dict(type=natural, default=0, metavar="N", help="added to every seed: another zoo of the same make")})
     _add_command(commands, command_bench, {
         "--quick": dict(action="store_true", help="fewer models and rounds"), "--json": dict(metavar="FILE", help="where to write everything that was measured"),
-        "--only": dict(metavar="NAMES", help="some of step,ranking,loading,memory,variants; all if not given")})
+        "--only": dict(metavar="NAMES", help="some of step,ranking,shared,loading,memory,variants; all if not given")})
     return top
 
 # %% ../nbs/api/90_cli.ipynb #ceb14595

@@ -49,7 +49,7 @@ def adaptive_weights(
     "softmax(losses): the model that is worst off counts most (min-max with an entropy, Wang et al. 2021)."
     return losses.softmax(0)
 
-# %% ../nbs/api/41_ensembles.ipynb #19e6004a
+# %% ../nbs/api/41_ensembles.ipynb #36e20728
 COMBINERS = {
     "mean": mean_weights,  # mean of the losses
     "normalized": normalized_weights,  # mean of gradients of length 1
@@ -69,6 +69,6 @@ def combine_weights(
     if gradients.ndim != 2 or not gradients.numel() or not gradients.is_floating_point():
         raise ValueError(f"`gradients` must be floats (M, P), one row for each source, got {gradients.dtype} {tuple(gradients.shape)}. "
                          "Flatten each gradient and stack them.")
-    if losses.shape != gradients.shape[:1]:
-        raise ValueError(f"`losses` must be ({len(gradients)},), one for each row of `gradients`, got {tuple(losses.shape)}.")
+    if losses.shape != gradients.shape[:1] or not losses.is_floating_point():
+        raise ValueError(f"`losses` must be floats ({len(gradients)},), one for each row of `gradients`, got {losses.dtype} {tuple(losses.shape)}.")
     return combiner(gradients, losses.detach()).to(gradients)

@@ -7,7 +7,7 @@ __all__ = ['PAPER_CLIP', 'SIZE', 'WIDTH', 'MENDABLE', 'in_words', 'load_named', 
            'check_place', 'check_models', 'Plan', 'chosen_recipes', 'chosen_seeds', 'check_ready', 'plan_reproduction',
            'train_one', 'train_prompts', 'Watched', 'model_facts', 'ask', 'ask_models']
 
-# %% ../nbs/api/66_experiment.ipynb #f0d331f0
+# %% ../nbs/api/66_experiment.ipynb #a6d5ec3b
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .arguments import check_whole
+from .evaluation import read_ahead
 from .mllm import Mllm
 from .paper import PAPER, check_parts
 from .prompt import VisualPrompt
@@ -52,7 +53,7 @@ def load_named(
     place = name if place is None else place
     return load_mllm(place, **({} if place in TINY else options))
 
-# %% ../nbs/api/66_experiment.ipynb #8fed62cc
+# %% ../nbs/api/66_experiment.ipynb #6d29ab03
 def named_zoo(
     models: Mapping[str, Any],  # name -> place
     clip: str | Path,  # folder or hub id
@@ -61,7 +62,9 @@ def named_zoo(
     "A zoo of models from where they lie."
     load = {name: (lambda name=name, place=place: load_named(name, place, **options)) for name, place in models.items()}
     towers = {name: "eva-clip-g" if name in PAPER else name for name in models}
-    return Zoo(load, towers, SIZE, WIDTH, lambda: load_clip(clip), keep=1)
+    usual = {name: PAPER[name].whole or name if name in PAPER else name for name in models}
+    places = {} if "revision" in options else {name: usual[name] if place is None else place for name, place in models.items()}
+    return Zoo(load, towers, SIZE, WIDTH, lambda: load_clip(clip), keep=1, places=places)
 
 # %% ../nbs/api/66_experiment.ipynb #171cb60a
 MENDABLE = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError)  # what a wrong name, place or file raises
@@ -272,7 +275,7 @@ def ask(
             scores[seed, method], *_ = rank_task(mllm, Watched(plan.task, f"{name}, {method}, seed {seed}"), prompt=prompt, **how)
     return scores, labels, index, model_facts(mllm)
 
-# %% ../nbs/api/66_experiment.ipynb #1cb5e275
+# %% ../nbs/api/66_experiment.ipynb #e9853877
 def ask_models(
     plan: Plan,
     prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
@@ -282,9 +285,11 @@ def ask_models(
     "All models of a plan, the source first."
     names, scores, facts = [plan.source, *(name for name in plan.zoo if name != plan.source)], {seed: {} for seed in prompts}, {}
     tower = getattr(plan.zoo, "tower", lambda name: None)
-    for name in names:
+    for name, following in zip(names, [*names[1:], None]):
         say(f"ask {name}")
-        said, labels, index, facts[name] = ask(plan, name, prompts)
+        plan.zoo[name]  # loaded before the next one's files are read; held by nobody but the zoo
+        with read_ahead(plan.zoo.weight_files(following) if following and hasattr(plan.zoo, "weight_files") else []):
+            said, labels, index, facts[name] = ask(plan, name, prompts)
         for (seed, method), values in said.items(): scores[seed][method, name] = values
         towers = {name: tower(name) for name in names}
         same = dict(metric=plan.task.metric, labels=labels, towers=towers, index=index)

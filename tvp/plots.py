@@ -214,7 +214,7 @@ def plot_history(
     if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-# %% ../nbs/api/70_plots.ipynb #3fa50a7d
+# %% ../nbs/api/70_plots.ipynb #32b956e8
 def prompt_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
@@ -225,7 +225,7 @@ def prompt_scale(
 def prompt_title(
     prompt: VisualPrompt,
 ) -> str:  # three lines, and one for each thing that is done to the picture itself
-    "Method, source and task, as far as the prompt knows them; size and range; range of the colours; contrast, brightness and scale of the picture."
+    "Method, source and task, as far as the prompt knows them; size and range; range of the colours; contrast, brightness, sharpness and scale of the picture."
     known, delta, scale = prompt.provenance, shown_prompt(prompt).detach(), prompt_scale(prompt)
     what = str(known.get("method", f"{prompt.kind} prompt"))
     if known.get("source"): what += f" on {known['source']}"

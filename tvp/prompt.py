@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_SIZE', 'KINDS', 'RANGES', 'ADJUSTMENTS', 'check_geometry', 'border_mask', 'patch_mask', 'full_mask',
            'prompt_mask', 'check_images', 'check_pixels', 'RoundToLevels', 'to_pixels', 'from_pixels', 'check_adjust',
-           'recolored', 'rescaled', 'first_delta', 'PromptFiles', 'VisualPrompt', 'on_canvas', 'shown_prompt',
-           'clean_canvas', 'cover', 'adjusted', 'compose', 'lay', 'keep_canvas_gradient', 'gradient_norm',
-           'pixels_to_pil', 'show_prompt', 'adjustments', 'value_facts', 'prompt_html', 'clipping', 'to_range']
+           'recolored', 'blurred', 'resharpened', 'rescaled', 'first_delta', 'PromptFiles', 'VisualPrompt', 'on_canvas',
+           'shown_prompt', 'clean_canvas', 'cover', 'adjusted', 'compose', 'lay', 'keep_canvas_gradient',
+           'gradient_norm', 'pixels_to_pil', 'show_prompt', 'adjustments', 'value_facts', 'prompt_html', 'clipping',
+           'to_range']
 
 # %% ../nbs/api/00_prompt.ipynb #2b5e0f79
 import base64
@@ -160,9 +161,10 @@ def from_pixels(
     if range == "free": return pixels
     return ((2 * pixels - 1).clamp(-1 + 0.5 / 255, 1 - 0.5 / 255)).atanh() / 2
 
-# %% ../nbs/api/00_prompt.ipynb #48fb64e7
+# %% ../nbs/api/00_prompt.ipynb #89014ed1
 ADJUSTMENTS = {
     "color": "contrast and brightness of each channel, six numbers",
+    "sharpness": "how strongly details of one, two and four pixels are shown, three numbers",
     "scale": "size of the picture on its canvas, one number",
 }
 
@@ -175,7 +177,7 @@ def check_adjust(
     for name in adjust: check_choice("adjust", name, ADJUSTMENTS)
     return tuple(name for name in ADJUSTMENTS if name in adjust)
 
-# %% ../nbs/api/00_prompt.ipynb #3d926529
+# %% ../nbs/api/00_prompt.ipynb #95cfdad7
 def recolored(
     pictures: Tensor,  # (B, 3, H, W) around [0, 1]
     color: Tensor,  # (2, 3): log contrast and brightness of each channel; 0: as it is
@@ -183,6 +185,28 @@ def recolored(
     "Contrast around mid grey, then brightness."
     contrast, brightness = color[..., None, None]
     return 0.5 + contrast.exp() * (pictures - 0.5) + brightness
+
+
+def blurred(
+    pictures: Tensor,  # (B, 3, H, W)
+    sigma: float,  # of the Gaussian, pixels, > 0
+) -> Tensor:  # (B, 3, H, W)
+    "Without details below a size; the edge goes on outside the picture."
+    reach = round(3 * sigma)
+    places = torch.arange(-reach, reach + 1, dtype=pictures.dtype, device=pictures.device)
+    kernel = (-places.square() / (2 * sigma ** 2)).exp()
+    kernel = (kernel / kernel.sum()).expand(pictures.shape[1], 1, -1)
+    wide = F.pad(pictures, [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(wide, kernel[..., None], groups=len(kernel)), kernel[..., None, :], groups=len(kernel))
+
+
+def resharpened(
+    pictures: Tensor,  # (B, 3, H, W)
+    sharpness: Tensor,  # (3,): what is added to fine, medium and coarse details, as a share of them; 0: as it is, -1: they are gone
+) -> Tensor:  # (B, 3, H, W), not clipped
+    "Details of one, two and four pixels (differences of Gaussians), stronger or weaker."
+    softer = [pictures, *(blurred(pictures, sigma) for sigma in (1.0, 2.0, 4.0))]
+    return pictures + sum(share * (fine - coarse) for share, fine, coarse in zip(sharpness, softer, softer[1:]))
 
 
 def rescaled(
@@ -237,7 +261,7 @@ class PromptFiles(ModelHubMixin):
         with clear_errors(name): return super().from_pretrained(name, **options)
     def generate_model_card(self, **facts) -> ModelCard: "tvp.ship.prompt_card: results=, seconds=, licence="; from tvp.ship import prompt_card; return prompt_card(self, **facts)
 
-# %% ../nbs/api/00_prompt.ipynb #5c4cba33
+# %% ../nbs/api/00_prompt.ipynb #0253824d
 class VisualPrompt(PromptFiles, nn.Module):
     "Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al. 2022, sec. 3)."
     def __init__(self, size: int,  # canvas side, pixels
@@ -255,6 +279,7 @@ class VisualPrompt(PromptFiles, nn.Module):
         self.delta = nn.Parameter(first_delta(size, width, kind, self.generator, range))
         self.adjust = check_adjust(adjust)
         self.color = nn.Parameter(torch.zeros(2, 3)) if "color" in self.adjust else None  # log contrast and brightness of each channel
+        self.sharpness = nn.Parameter(torch.zeros(3)) if "sharpness" in self.adjust else None  # of fine, medium and coarse details
         self.scale = nn.Parameter(torch.zeros(())) if "scale" in self.adjust else None  # log of the picture's size over `inner`
         self.size, self.width, self.kind, self.range, self.provenance = size, width, kind, range, dict(provenance or {})
         self.inner = size - 2 * width if kind == "border" else size  # pictures are fitted to this side
@@ -306,14 +331,15 @@ def cover(
     painted = on_canvas(prompt, torch.cat([pixels, torch.ones_like(pixels[:1])]), move=True) * opacity
     return clean * (1 - painted[3:]) + painted[:3]
 
-# %% ../nbs/api/00_prompt.ipynb #ab58f1a3
+# %% ../nbs/api/00_prompt.ipynb #86ec20a8
 def adjusted(
     prompt: VisualPrompt,
     clean: Tensor,  # (B, 3, size, size), from `clean_canvas`
 ) -> Tensor:  # (B, 3, size, size); in [0, 1] unless the prompt is free
-    "The picture on its canvas in the prompt's own color and scale."
+    "The picture on its canvas in the prompt's own sharpness, color and scale."
     edge = (prompt.size - prompt.inner) // 2
     picture = clean[..., edge:prompt.size - edge, edge:prompt.size - edge]
+    if prompt.sharpness is not None: picture = resharpened(picture, prompt.sharpness)
     if prompt.color is not None: picture = recolored(picture, prompt.color)
     if prompt.range != "free": picture = picture.clamp(0, 1)
     return F.pad(picture, [edge] * 4) if prompt.scale is None else rescaled(picture, prompt.scale, prompt.size)
@@ -385,12 +411,13 @@ def show_prompt(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/api/00_prompt.ipynb #b104dc08
+# %% ../nbs/api/00_prompt.ipynb #f0fbb338
 def adjustments(
     prompt: VisualPrompt,
-) -> dict[str, list[float]]:  # contrast and brightness of each channel, and scale, as far as they are trained
+) -> dict[str, list[float]]:  # contrast and brightness of each channel, sharpness and scale, as far as they are trained
     "What a prompt does to the picture itself, in plain numbers."
     told = {} if prompt.color is None else {"contrast": prompt.color[0].exp().tolist(), "brightness": prompt.color[1].tolist()}
+    if prompt.sharpness is not None: told["sharpness"] = prompt.sharpness.tolist()
     return told if prompt.scale is None else told | {"scale": [prompt.scale.exp().item()]}
 
 

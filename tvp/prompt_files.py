@@ -58,9 +58,9 @@ def check_file(
     if (size := path.stat().st_size) > most: raise ValueError(f"{path.name!r} is too large for a prompt: {size:,} bytes, at most {most:,} are read.")
     return path
 
-# %% ../nbs/api/02_prompt_files.ipynb #886b78be
+# %% ../nbs/api/02_prompt_files.ipynb #d45464b0
 MAX_ADJUSTMENT = 5.0  # size of each number
-SHAPES = {"color": ("two lists of three numbers", [3, 3]), "scale": ("one number", [1])}  # in words, and the lengths of the lists
+SHAPES = {"color": ("two lists of three numbers", [3, 3]), "sharpness": ("a list of three numbers", [3]), "scale": ("one number", [1])}  # in words, and the lengths of the lists
 
 def check_adjustments(
     numbers: Any,  # name in ADJUSTMENTS -> numbers, as JSON holds them
@@ -69,7 +69,7 @@ def check_adjustments(
     if not isinstance(numbers, dict) or not numbers: raise ValueError(f"`adjust` must be a JSON object with {' or '.join(ADJUSTMENTS)}, got {str(numbers)[:60]}")
     for name, value in numbers.items():
         words, lengths = SHAPES[check_choice("adjust", name, ADJUSTMENTS)]
-        rows = value if name == "color" else [[value]]
+        rows = {"color": value, "sharpness": [value], "scale": [[value]]}[name]
         fits = isinstance(rows, list) and all(isinstance(row, list) for row in rows) and [len(row) for row in rows] == lengths
         if not fits or any(type(x) not in (int, float) or not abs(x) <= MAX_ADJUSTMENT for row in rows for x in row):
             raise ValueError(f"`adjust` {name} must be {words} in [-{MAX_ADJUSTMENT:g}, {MAX_ADJUSTMENT:g}], got {str(value)[:60]}")

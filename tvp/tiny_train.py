@@ -7,7 +7,7 @@ __all__ = ['log', 'VALID', 'TOWERS', 'LANGUAGE', 'KINDS', 'normalize', 'make_poo
            'heads_loss', 'make_optimizers', 'train_steps', 'caption_ids', 'contrast', 'train_tower', 'StoredFeatures',
            'encode_pool', 'Texts', 'pad', 'train_language', 'train_zoo', 'question_kind', 'abilities']
 
-# %% ../nbs/api/32_tiny_train.ipynb #7694eade
+# %% ../nbs/api/32_tiny_train.ipynb #0db5f115
 import io
 import json
 import logging
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 
+from .arguments import check_whole
 from .files import write_atomic
 from .mllm import Mllm
 from .tiny import PATCH, QUERIES, SIZE, TINY, _weights, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
@@ -331,7 +332,7 @@ def train_language(
     train_steps(name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (5e-3, 3e-3), folder)
     write_atomic(folder / f"{name}.safetensors", save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
 
-# %% ../nbs/api/32_tiny_train.ipynb #27d45c7d
+# %% ../nbs/api/32_tiny_train.ipynb #a676a3df
 TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (4000, 12), "tiny-clip": (4000, 14)}  # name: (steps, seed)
 LANGUAGE = {  # name: (steps, seed, whose Q-Former to start from)
     "tiny-minigpt4": (3500, 21, None), "tiny-instructblip": (2000, 22, "tiny-minigpt4"), "tiny-blip2-opt": (2000, 23, "tiny-minigpt4"),
@@ -345,6 +346,7 @@ def train_zoo(
     seed: int = 0,  # added to the seed of every tower and model: another zoo, of the same make
 ) -> None:
     "Everything from nothing. What is finished is skipped, what was interrupted goes on from its checkpoint."
+    check_whole("seed", seed, 0)
     folder.mkdir(parents=True, exist_ok=True)
     pool = make_pool(folder)
     for name, (steps, own) in TOWERS.items():

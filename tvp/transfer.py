@@ -151,7 +151,7 @@ def named_prompts(
             raise ValueError(f"`prompt` {name!r} holds NaN or infinite numbers. Train it again with a smaller learning rate.")
     return dict(prompt)
 
-# %% ../nbs/api/60_transfer.ipynb #ff4bd1a8
+# %% ../nbs/api/60_transfer.ipynb #c6499b71
 def _known_names(
     zoo: Mapping[str, Any],  # name -> model
     source: str | None,
@@ -164,7 +164,7 @@ def _known_names(
         if not hasattr(model, "rank"): raise TypeError(f"`zoo` must hold models, got {type(model).__name__} for {name!r}. Try tvp.load_mllm(name).")
     # `in zoo` would load the model of a lazy mapping, `in list(zoo)` only reads names
     named = [("targets", name) for name in ([] if targets is None else check_texts("targets", targets))]
-    named += [("source", name) for name in source_names(source) or [source] if source is not None]
+    if source is not None: named += [("source", name) for name in (isinstance(source, str) and source_names(source)) or [source]]
     for parameter, name in named:
         if name not in list(zoo): raise ValueError(f"`{parameter}` must be among {', '.join(zoo)}; got {name!r}.")
     names = list(zoo) if targets is None else check_texts("targets", targets)
@@ -184,7 +184,7 @@ def _common(prompts: Mapping[str, VisualPrompt], fact: str) -> Any:
     said = {prompt.provenance.get(fact) for prompt in prompts.values()}
     return said.pop() if len(said) == 1 else None
 
-# %% ../nbs/api/60_transfer.ipynb #744ad63c
+# %% ../nbs/api/60_transfer.ipynb #9f7d87bd
 def rank_models(
     zoo: Mapping[str, Mllm],
     names: Sequence[str],  # of the models
@@ -202,6 +202,7 @@ def rank_models(
         with read_ahead(zoo.weight_files(following) if following and hasattr(zoo, "weight_files") else []):
             for number, task in enumerate(fitted):
                 for method, p in {"none": None, **prompts}.items(): found[number, method, name] = rank_task(mllm, task, size, prompt=p, part=part, **how)
+        del mllm  # nobody but the zoo holds it when the next one is loaded
     return found
 
 # %% ../nbs/api/60_transfer.ipynb #2c1f284e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NormalizedGradient', 'with_momentum', 'parameter_groups', 'cosine_by_epoch', 'cosine_by_step']
 
-# %% ../nbs/api/45_updates.ipynb #b5c43042
+# %% ../nbs/api/45_updates.ipynb #91120be5
 import math
 from collections.abc import Callable
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from .arguments import check_number, check_whole
+from .arguments import check_kind, check_number, check_whole
 from .prompt import VisualPrompt
 
-# %% ../nbs/api/45_updates.ipynb #643b351c
+# %% ../nbs/api/45_updates.ipynb #2fc80ffd
 class NormalizedGradient(Optimizer):
     "Gradient steps of set length: delta - lr * g / (norm + 1e-10) (EVP, Wu et al. 2024; TVP's reference code)."
     def __init__(self, params,  # parameters or groups of them, as for any optimizer; a group with `apart=True` is divided by its own norm
@@ -26,7 +26,7 @@ class NormalizedGradient(Optimizer):
                  momentum: float = 0.0,  # in [0, 1): share of the last step that is kept; steps grow up to lr / (1 - momentum)
                  nesterov: bool = False):  # look ahead: the gradient is taken where the momentum leads
         check_number("lr", lr, above=True, hint="The paper's is 10.")
-        check_number("momentum", momentum, 0)
+        check_number("momentum", momentum, 0), check_kind("nesterov", nesterov, bool)
         if momentum >= 1 or nesterov and not momentum: raise ValueError(f"`momentum` must be below 1, and above 0 with nesterov=True; got {momentum}. Try 0.9.")
         if norm is not None and not callable(norm): raise TypeError(f"`norm` must be a function, got {norm!r}. Try prompt.canvas_gradient_norm.")
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "apart": False})
@@ -44,7 +44,7 @@ class NormalizedGradient(Optimizer):
                 if p.grad is not None: p.sub_(group["lr"] * with_momentum(p.grad / (norm + 1e-10), self.state[p], group))
         return loss
 
-# %% ../nbs/api/45_updates.ipynb #6bb3b935
+# %% ../nbs/api/45_updates.ipynb #9bd7bec3
 def with_momentum(
     step: Tensor,  # the normalised gradient
     state: dict,  # of the parameter: keeps "momentum_buffer"
@@ -62,6 +62,7 @@ def parameter_groups(
     lr: float = 0.03,  # of color and scale: length of a step, in logarithms of contrast and size
 ) -> list[dict]:  # for any optimizer that knows groups; `apart` is NormalizedGradient's
     "The border, and what else of a prompt is trained, in steps of their own length."
+    check_number("lr", lr, above=True, hint="A recipe calls it adjust_lr. Try 0.03.")
     rest = [parameter for parameter in prompt.parameters() if parameter is not prompt.delta]
     return [{"params": [prompt.delta]}, *([{"params": rest, "lr": lr, "apart": True}] if rest else [])]
 

@@ -6,7 +6,7 @@
 __all__ = ['Place', 'SIX', 'load_mllm', 'local_weights', 'Zoo', 'tiny_zoo', 'paper_zoo', 'load_zoo', 'own_zoo', 'load_clip',
            'load_clip_b32']
 
-# %% ../nbs/api/35_zoo.ipynb #090f20b4
+# %% ../nbs/api/35_zoo.ipynb #ef09bdd2
 import gc
 import json
 import os
@@ -22,7 +22,7 @@ from .arguments import check_choice, check_kind
 from .mllm import Clip, Mllm
 from .pretrained import best_device, check_place, find_checkpoint, load_pretrained
 from .registry import REGISTRY, find_known, load_known
-from .tiny import SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
+from .tiny import DATA, SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 
 # %% ../nbs/api/35_zoo.ipynb #9cfcdc2e
 def _unknown(name: str, names: list[str]) -> KeyError:
@@ -135,13 +135,21 @@ class Zoo(Mapping):
 
     def __repr__(self): return f"Zoo({self.size} px, border {self.width} px: {', '.join(f'{n} ({t})' for n, t in self._towers.items())})"
 
-# %% ../nbs/api/35_zoo.ipynb #e09718c8
+# %% ../nbs/api/35_zoo.ipynb #ebb2303c
 SIX = ("minigpt4-7b", "instructblip-7b", "blip2-flan-t5-xl", "vpgtrans-7b", "bliva-7b", "visualglm-6b")  # of the paper
 
 
 @lru_cache(maxsize=None)
-def tiny_zoo() -> Zoo: "The small zoo; one for all, so that no model is loaded twice."; return Zoo(
-    {n: (lambda n=n: load_tiny(n)) for n in TINY}, {n: TINY[n][0] for n in TINY}, SIZE, WIDTH, load_tiny_clip)
+def tiny_zoo(
+    folder: Path = DATA,  # where weights lie; the default ships with the package
+) -> Zoo:  # the same for the same folder, so that no model is loaded twice
+    "The small zoo, or another from a folder that `tvp train-zoo` has filled: the models whose weights are there."
+    is_here = lambda part: Path(folder, f"{part}.safetensors").is_file()
+    towers = {name: tower for name, (tower, *_) in TINY.items() if is_here(name) and is_here(tower)}
+    if not towers:
+        raise FileNotFoundError(f"`folder` must hold a model of the small zoo and its vision tower, such as tiny-llava.safetensors and clip.safetensors; "
+                                f"there is none in {str(folder)!r}. Train some: tvp train-zoo --out FOLDER.")
+    return Zoo({n: (lambda n=n: load_tiny(n, Path(folder))) for n in towers}, towers, SIZE, WIDTH, lambda: load_tiny_clip(Path(folder)))
 
 
 def paper_zoo(
