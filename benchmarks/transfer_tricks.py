@@ -4,7 +4,8 @@
     python benchmarks/transfer_tricks.py search   --work DIR             # optuna puts tricks together, on validation pictures
     python benchmarks/transfer_tricks.py train    --work DIR --zoo ZOO   # the prompts of the comparison
     python benchmarks/transfer_tricks.py evaluate --work DIR --zoo ZOO   # all models, test pictures, once
-    python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features, and what models want of them
+    python benchmarks/transfer_tricks.py agree    --work DIR             # what models want of a prompt
+    python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features
     python benchmarks/transfer_tricks.py collect  --work DIR             # tables into benchmarks/transfer
 
 ZOO is `tiny`, the models that come along, or a folder that `tvp train-zoo --seed 100 --out FOLDER` has filled. Every stage skips what is
@@ -177,7 +178,7 @@ def search(work: Path, mine, **_) -> None:
     study.optimize(lambda trial: gain_so_far(trial, work))
 
 
-NEW = "TVP*"  # the recipe that the search has led to, see tvp.recipes
+NEW = "TVP-lens"  # the recipe that the search has led to, see tvp.recipes
 SEEDS = (0, 1, 2, 3, 4)
 PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP), (SHARED, "tiny-blip2-opt"))  # the last one on a single tower
 
@@ -320,26 +321,32 @@ def settings_tried(work: Path) -> pd.DataFrame:
     return pd.DataFrame([dict(trial=t.number, state=t.state.name.lower(), prompts=len(t.intermediate_values), gain=t.value, **t.params) for t in study.trials])
 
 
-def drift(work: Path, mine, **_) -> None:
-    "Why: how far prompts of both recipes move the features of every model, and whether models want the same of a border, and of the picture itself."
-    from tvp.drift import measure_drift
-    from tvp.tables import TransferRun, target_group
-    zoo, moved, agreed = tiny_zoo(), [], []
-    towers = {name: zoo.tower(name) for name in zoo}
+def agree(work: Path, mine, **_) -> None:
+    "Whether models want the same of a border, and of the picture itself, before anything has been learned."
+    zoo, found = tiny_zoo(), []
     for name in task_names():
-        task = load_task(name)
-        batch = next(task.batches("train", zoo.size - 2 * zoo.width, 200))
-        for source in (SHARED, CLIP, SIGLIP):
-            prompts = {method: VisualPrompt.load(folder(work, "tiny") / "prompts" / f"{name}|{source}|{method}|0.safetensors") for method in ("TVP", NEW)}
-            groups = {target: target_group(TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers), target) for target in zoo}
-            moved.append(measure_drift(prompts, batch, zoo).assign(task=name, source=source).assign(group=lambda df: df.target.map(groups)))
+        batch = next(load_task(name).batches("train", zoo.size - 2 * zoo.width, 200))
         wishes = {target: gradients_of(zoo[target], batch, zoo) for target in zoo}
         for part, (a, b) in itertools.product(("border", *ADJUSTMENTS), itertools.combinations(zoo, 2)):
             cosine = torch.cosine_similarity(wishes[a][part], wishes[b][part], dim=0).item()
-            agreed.append(dict(task=name, part=part, a=a, b=b, towers="same" if towers[a] == towers[b] else "other", cosine=cosine))
+            found.append(dict(task=name, part=part, a=a, b=b, towers="same" if zoo.tower(a) == zoo.tower(b) else "other", cosine=cosine))
     RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / "drift.csv", pd.concat(moved).round(4).to_csv(index=False))
-    write(RESULTS / "agreement.csv", pd.DataFrame(agreed).round(4).to_csv(index=False))
+    write(RESULTS / "agreement.csv", pd.DataFrame(found).round(4).to_csv(index=False))
+
+
+def drift(work: Path, mine, **_) -> None:
+    "How far prompts of both recipes move the features of every model."
+    from tvp.drift import measure_drift
+    from tvp.tables import TransferRun, target_group
+    zoo, found = tiny_zoo(), []
+    towers = {name: zoo.tower(name) for name in zoo}
+    for name, source, method in itertools.product(task_names(), (SHARED, CLIP, SIGLIP), ("TVP", NEW)):
+        task, prompt = load_task(name), VisualPrompt.load(folder(work, "tiny") / "prompts" / f"{name}|{source}|{method}|0.safetensors")
+        moved = measure_drift({method: prompt}, next(task.batches("train", prompt.inner, 200)), zoo)
+        run = TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers)
+        found.append(moved.assign(task=name, source=source, group=[target_group(run, target) for target in moved.target]))
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / "drift.csv", pd.concat(found).round(4).to_csv(index=False))
 
 
 def gradients_of(mllm, batch, zoo) -> dict[str, torch.Tensor]:
@@ -351,7 +358,7 @@ def gradients_of(mllm, batch, zoo) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "drift", "collect"))
+    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "agree", "drift", "collect"))
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
     parser.add_argument("--zoo", default="tiny", help="the models that come along, or a folder with others of the same make")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")

@@ -175,14 +175,14 @@ def fit_or_explain(
         raise
     return done
 
-# %% ../nbs/api/90_cli.ipynb #cfba1574
+# %% ../nbs/api/90_cli.ipynb #2acbf4c3
 def command_train(args: argparse.Namespace) -> None:
     "Train one prompt and save it."
     from tvp.recipes import RECIPES, make_learner
     known_name("method", args.method, RECIPES["tiny"])
     task, zoo = _task(args.task, args.data_dir, public=True), _zoo(*args.source)
     file, kept = output_file(args.out, ".safetensors", args.force), training_checkpoint(args.checkpoint, args.resume)
-    changes = {"range": args.range} | ({"epochs": args.epochs} if args.epochs else {})
+    changes = {name: value for name, value in (("range", args.range), ("epochs", args.epochs)) if value}
     try: learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
     except ValueError as error: raise UsageError(str(error)) from None
     done = fit_or_explain(learner, args.epochs, kept, args.resume)
@@ -236,7 +236,7 @@ def command_evaluate(args: argparse.Namespace) -> None:
     print(results.table())
     if file: print(f"\nsaved as {results.save_csv(file)}")
 
-# %% ../nbs/api/90_cli.ipynb #09b0fce3
+# %% ../nbs/api/90_cli.ipynb #a665ea01
 def peak_memory() -> str | None:  # in GB, or None where the system does not say
     "The most memory this process has held."
     try: import resource
@@ -245,7 +245,7 @@ def peak_memory() -> str | None:  # in GB, or None where the system does not say
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
 
 def command_demo(args: argparse.Namespace) -> None:
-    "Train VP, EVP and TVP on one small model, evaluate them on all, write a table and a report."
+    "Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a report."
     task, zoo = _task(args.task), _zoo(args.source)
     folder = output_folder(args.out, args.force)
     from tvp.demo import run_demo, write_demo
@@ -355,14 +355,14 @@ def _add_reproduce(commands, output: dict[str, dict]) -> None:
         "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
         "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
 
-# %% ../nbs/api/90_cli.ipynb #169a891b
+# %% ../nbs/api/90_cli.ipynb #d9e4d0f2
 def _add_train_and_evaluate(commands, out, force: dict[str, dict]) -> None:
     "The arguments of `tvp train` and `tvp evaluate`."
     data = {"--data-dir": dict(metavar="FOLDER", help="where the pictures of a public task (cifar10, ...) lie; the hub if not given")}
     source = {"--source": dict(nargs="+", default=["tiny-minigpt4"], metavar="NAME", help="model to train on, or several: one prompt for all of them; see `tvp models`")}
     _add_command(commands, command_train, {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`, or a public one: cifar10, svhn, ...")} | data | source | {
         "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
-        "--range": dict(choices=("free", "unit", "uint8"), default="free", help="of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly"),
+        "--range": dict(choices=("free", "unit", "uint8"), help="of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly; the recipe's if not given"),
         "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given, the checkpoint's with --resume"),
         "--checkpoint": dict(metavar="FOLDER", help="keep the training there, every 100 updates and when it is stopped"),
         "--resume": dict(action="store_true", help="go on from the checkpoint, if there is one: the same prompt as if nothing had happened")}

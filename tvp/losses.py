@@ -21,7 +21,7 @@ from .arguments import check_choice, check_kind, check_texts, check_whole
 from .mllm import Clip, Mllm, MllmOutput, encode_layers
 from .tasks import Batch
 
-# %% ../nbs/api/40_losses.ipynb #6889819d
+# %% ../nbs/api/40_losses.ipynb #6299979b
 @dataclass
 class StepContext:
     "What one update knows, handed to every loss."
@@ -31,8 +31,7 @@ class StepContext:
     source: Mllm | None  # the frozen model that the prompt is trained on; None: no loss needs it
     output: MllmOutput | None  # of the prompted pictures: loss, visual_tokens (B, T, D) and layers; None: no loss needs it
     encode: Callable | None = None  # (images, batch) -> clean tokens; None: ask the source
-    generator: torch.Generator | None = None  # where losses get their randomness from; None: for losses without any
-    generator: torch.Generator | None = None  # where a loss that draws anything takes it from, so that a checkpoint holds its state
+    generator: torch.Generator | None = None  # where a loss that draws anything takes it from, so that a checkpoint holds its state; None: nothing is drawn
 
     @cached_property
     def clean_tokens(self) -> Tensor:  # (B, T, D)

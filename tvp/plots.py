@@ -21,20 +21,20 @@ from .prompt import VisualPrompt, adjustments, shown_prompt
 from .tables import GROUPS
 from .tasks import Task, check_like_task
 
-# %% ../nbs/api/70_plots.ipynb #98554ac1
+# %% ../nbs/api/70_plots.ipynb #e20e08b1
 BASELINES = ("none", "frame")  # no prompt, and a border of zeros: nothing was learned
-METHOD_COLOURS = {"none": "#7f7f7f", "frame": "#a0a0a0", "VP": "#E69F00", "EVP": "#009E73", "TVP": "#0055A4"}
-METHOD_MARKERS = {"none": "_", "frame": "s", "VP": "s", "EVP": "^", "TVP": "o"}
-METHOD_LINES = {"none": "-", "frame": "-", "VP": (0, (1, 2)), "EVP": (0, (3, 3)), "TVP": "-"}
-_OTHER = ["#CC79A7", "#56B4E9", "#D55E00", "#000000"]
-_OTHER_LINES = ["-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (8, 3))]
+METHOD_COLOURS = {"none": "#7f7f7f", "frame": "#a0a0a0", "VP": "#E69F00", "EVP": "#009E73", "TVP": "#0055A4", "TVP-lens": "#D55E00"}
+METHOD_MARKERS = {"none": "_", "frame": "s", "VP": "s", "EVP": "^", "TVP": "o", "TVP-lens": "D"}
+METHOD_LINES = {"none": "-", "frame": "-", "VP": (0, (1, 2)), "EVP": (0, (3, 3)), "TVP": "-", "TVP-lens": (0, (7, 1.5))}
+_OTHER = ["#CC79A7", "#56B4E9", "#000000", "#882255"]
+_OTHER_LINES = ["-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (6, 4))]
 
 def method_style(
     methods: list[str],  # in the order in which they are drawn
 ) -> dict[str, dict]:  # method -> matplotlib's color, marker and linestyle
-    "One colour, marker and dash pattern for each method: fixed for the paper's, from what is left for others."
+    "One colour, marker and dash pattern for each method: fixed for those of this package, from what is left for others."
     rest = [method for method in methods if method not in METHOD_COLOURS]
-    own = {method: dict(color=_OTHER[i % 4], marker="DpPX"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
+    own = {method: dict(color=_OTHER[i % 4], marker="pPX*"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
     return {m: own.get(m) or dict(color=METHOD_COLOURS[m], marker=METHOD_MARKERS[m], linestyle=METHOD_LINES[m]) for m in methods}
 
 # %% ../nbs/api/70_plots.ipynb #5b03e87b
@@ -93,7 +93,7 @@ def _head(ax, title: str, more: str) -> None:
     ax.set_title(title, loc="left", pad=50, fontsize=12, fontweight="bold")
     ax.annotate(more, (0, 1), (0, 35), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="#444444")
 
-# %% ../nbs/api/70_plots.ipynb #681dfbf6
+# %% ../nbs/api/70_plots.ipynb #e1fdbef6
 def plot_transfer(
     df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
     ax=None,  # matplotlib Axes; None: a new figure
@@ -113,7 +113,7 @@ def plot_transfer(
     _head(ax, f"{df.task.iloc[0]}: one prompt, every model", f"{df.n.iloc[0]:,} pictures, 95 % intervals")
     handles, labels = ax.get_legend_handles_labels()
     if (df.high[~df.method.isin(BASELINES)] < 0).any(): handles, labels = [*handles, *ax.plot([], [], "v", ms=5, color="#b00020")], [*labels, "negative transfer"]
-    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=6, frameon=False, fontsize=9, handletextpad=0.4)
+    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.4, ncols=max(3, min(7, int(ax.figure.get_figwidth()))), frameon=False, fontsize=9, handletextpad=0.4)
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     sns.despine(ax=ax)

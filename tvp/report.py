@@ -77,17 +77,17 @@ def compare_sentences(
         else: sentences.append(f"{method} does not beat {baseline} on {there}: the difference, {points(row)}, is within chance.")
     return sentences
 
-# %% ../nbs/api/75_report.ipynb #7e530eb1
+# %% ../nbs/api/75_report.ipynb #edf90157
 def rival_sentences(
     results: TransferResults,
     method: str = "TVP",  # hoped to be best
-    told: str = "EVP",  # of this one `compare_sentences` speaks
+    told: Sequence[str] = ("EVP", "TVP-lens"),  # of these `compare_sentences` speaks
 ) -> list[str]:  # one sentence for each method and group that does better
     "Which other methods do better, and where?"
     methods = dict.fromkeys(m for run in results.runs for m in run.methods)
     if method not in methods: return []
     return [f"{rival} does better than {method} on {where(row)}, by {points(row)}."
-            for rival in methods if rival not in ("none", method, told)
+            for rival in methods if rival not in ("none", method, *told)
             for row in results.compare(rival, method).to_dict("records") if row["low"] > 0]
 
 # %% ../nbs/api/75_report.ipynb #07585c75
@@ -102,7 +102,7 @@ def harm_sentences(
             f"on {len(rows)} of {(tried.method == method).sum()} models."
             for method, rows in harmed.groupby("method", sort=False)]
 
-# %% ../nbs/api/75_report.ipynb #5ed25afa
+# %% ../nbs/api/75_report.ipynb #8477b49a
 def caveats(
     results: TransferResults,
 ) -> list[str]:
@@ -118,7 +118,8 @@ def notes(
     "Everything a report says about its results, in order."
     methods = [m for m in results.runs[0].methods if m != "none"]
     best = "TVP" if "TVP" in methods else methods[-1]
-    return gain_sentences(results, best) + compare_sentences(results) + rival_sentences(results) + harm_sentences(results) + caveats(results)
+    pairs = compare_sentences(results) + compare_sentences(results, "TVP-lens", "TVP")
+    return gain_sentences(results, best) + pairs + rival_sentences(results) + harm_sentences(results) + caveats(results)
 
 # %% ../nbs/api/75_report.ipynb #8f71fccd
 def versions() -> dict[str, str]:  # package -> version
@@ -188,12 +189,13 @@ def page(
     body = "\n".join((f"<section><h2>{html.escape(head)}</h2>" if head else "<section>") + f"{text}</section>" for head, text in sections)
     return _PAGE.format(title=html.escape(title), body=body)
 
-# %% ../nbs/api/75_report.ipynb #bb2b31ec
+# %% ../nbs/api/75_report.ipynb #1991feb8
 METHOD_NOTES = {
     "none": "No prompt: the picture fills the canvas.",
     "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size picture.",
     "EVP": "Enhanced visual prompting (Wu et al. 2024): the picture is shrunk, and a frame around it is trained on the task loss alone.",
     "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature consistency (FCA) and task semantics (TSE) as well.",
+    "TVP-lens": "TVP, and three more trained numbers beside its frame: how sharply fine, medium and coarse details of the picture are shown. An addition of this package.",
 }
 
 def list_html(items: Sequence[str]) -> str: "Items as a list."; return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"

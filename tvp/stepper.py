@@ -7,44 +7,46 @@ __all__ = ['SETTINGS', 'recipe_settings', 'changed_settings', 'StepperFacts', 'S
            'change', 'remembered', 'step_now', 'run', 'more', 'piece', 'ended', 'show_picture', 'error_words', 'doing',
            'stepper_status', 'stepper_state', 'stepper_text']
 
-# %% ../nbs/api/79_stepper.ipynb #fe319a85
+# %% ../nbs/api/79_stepper.ipynb #b7c6a77c
 import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from .arguments import check_number, check_whole
+from .arguments import check_choice, check_number, check_whole
 from .background import Background
 from .learner import StepRecord
 from .mllm import Mllm
 from .recipes import check_zoo, find_recipe, make_learner
 from .tasks import Task, check_like_task, load_task
-from .watch import Bordered, WatchedTraining, check_count, watched_picture
+from .watch import WatchedTraining, check_count, picture_words, watched_picture
 from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo
 
-# %% ../nbs/api/79_stepper.ipynb #2090a658
-SETTINGS = {"task": "name of the task", "source": "model to train on", "method": "VP, EVP or TVP", "lr": "learning rate",
+# %% ../nbs/api/79_stepper.ipynb #fde05b4a
+SETTINGS = {"task": "name of the task", "source": "model to train on", "method": "VP, EVP, TVP or TVP-lens", "lr": "learning rate",
             "fca": "weight of Feature Consistency Alignment", "tse": "weight of Task Semantics Enrichment", "width": "border, pixels"}
 
 def recipe_settings(
-    method: str,  # one of METHODS
+    method: str,  # a name in RECIPES[scale]
     scale: str,  # "tiny" or "paper"
-) -> dict[str, Any]:  # method, lr, fca, tse
+    width: int,  # the zoo's border, pixels: for a recipe without its own
+) -> dict[str, Any]:  # method, lr, fca, tse, width
     "What a recipe says about the settings."
     recipe = find_recipe(method, scale)
-    return {"method": method, "lr": float(recipe.lr), "fca": float(recipe.fca), "tse": float(recipe.tse)}
+    return {"method": method, "lr": float(recipe.lr), "fca": float(recipe.fca), "tse": float(recipe.tse), "width": recipe.width or width}
 
 def changed_settings(
     settings: dict[str, Any],  # complete
     changes: dict[str, Any],  # some of SETTINGS
     scale: str,  # whose recipes: "tiny" or "paper"
+    width: int,  # the zoo's border, pixels
 ) -> dict[str, Any]:  # complete
     "New settings; another method brings its recipe's numbers, unless they are given too."
     unknown = set(changes) - set(SETTINGS)
     if unknown: raise TypeError(f"a stepper has no setting {', '.join(sorted(unknown))}. It has {', '.join(SETTINGS)}.")
-    recipe = recipe_settings(changes["method"], scale) if changes.get("method", settings["method"]) != settings["method"] else {}
+    recipe = recipe_settings(changes["method"], scale, width) if changes.get("method", settings["method"]) != settings["method"] else {}
     new = settings | recipe | changes
     check_number("lr", new["lr"], above=True), check_number("fca", new["fca"]), check_number("tse", new["tse"]), check_whole("width", new["width"])
     return new
@@ -64,13 +66,13 @@ class StepperFacts:
     picture = property(lambda self: self._picture, lambda self, number: show_picture(self, number), doc="Number of the validation picture that is shown.")
     def __repr__(self) -> str: return stepper_text(self)
 
-# %% ../nbs/api/79_stepper.ipynb #f80f00a4
+# %% ../nbs/api/79_stepper.ipynb #b7929310
 class SteppedTraining(StepperFacts):
     "A training in single steps, whose settings can be changed."
     def __init__(self, zoo: Mapping[str, Mllm] | None = None,  # models by name, with size, width and clip; None: the small zoo
                  task: str | Task = "shapes",  # to begin with; the embedded ones can be chosen too
                  source: str | None = None,  # name of the model to train on; None: the zoo's first
-                 method: str = "TVP",  # VP, EVP or TVP
+                 method: str = "TVP",  # VP, EVP, TVP or TVP-lens
                  seed: int = 0,  # of the order of pictures and of VP's start
                  every: int = 20,  # updates between two looks at all models
                  pictures: int = 60,  # of the validation split, for these looks
@@ -81,7 +83,7 @@ class SteppedTraining(StepperFacts):
         self.tasks, name = ({}, task) if isinstance(task, str) else ({check_like_task("task", task).name: task}, task.name)
         self.background, self.earlier, self.error = Background(lambda: piece(self), lambda error: ended(self, error)), {}, None
         self._until, self._picture = None, 0
-        self.settings = {"task": name, "source": next(iter(self.zoo)) if source is None else source, "width": self.zoo.width} | recipe_settings(method, scale)
+        self.settings = {"task": name, "source": next(iter(self.zoo)) if source is None else source} | recipe_settings(method, scale, self.zoo.width)
         self.training = new_training(self, self.settings)
 
     def step(self, n: int = 1) -> StepRecord | None: "n updates, now; the last record, None when the training was over."; return step_now(self, n)
@@ -92,7 +94,7 @@ class SteppedTraining(StepperFacts):
     def set(self, **changes) -> None: "Other settings, and a new training with them: task, source, method, lr, fca, tse, width."; change(self, changes)
     def refresh(self, whole: bool = False) -> None: "Called after each piece of work, `whole` when it stops: whoever shows something shows it now."
 
-# %% ../nbs/api/79_stepper.ipynb #f545d62f
+# %% ../nbs/api/79_stepper.ipynb #bc9a0e86
 def stepper_task(stepper: SteppedTraining, name: str) -> Task: "A task by its name, loaded once."; return stepper.tasks.setdefault(name, stepper.tasks.get(name) or load_task(name))
 
 def new_training(
@@ -100,18 +102,18 @@ def new_training(
     settings: dict[str, Any],  # complete
 ) -> WatchedTraining:  # not yet begun
     "What the settings mean."
-    zoo, numbers = Bordered(stepper.zoo, settings["width"]), {name: settings[name] for name in ("lr", "fca", "tse")}
-    if settings["source"] not in list(zoo): raise KeyError(f"`source` must be one of {', '.join(zoo)}; got {settings['source']!r}.")
+    zoo, numbers = stepper.zoo, {name: settings[name] for name in ("lr", "fca", "tse", "width")}
+    check_choice("source", settings["source"], zoo, KeyError)
     task = stepper_task(stepper, settings["task"])
     learner = make_learner(settings["method"], zoo, settings["source"], task, stepper.seed, stepper.scale, **numbers)
-    return WatchedTraining(learner, stepper.zoo, **stepper.watching)
+    return WatchedTraining(learner, zoo, **stepper.watching)
 
 def change(
     stepper: SteppedTraining,
     changes: dict[str, Any],  # some of SETTINGS; none: just start over
 ) -> None:
     "Stop, keep what was seen, start anew."
-    settings, old = changed_settings(stepper.settings, changes, stepper.scale), stepper.settings
+    settings, old = changed_settings(stepper.settings, changes, stepper.scale, stepper.zoo.width), stepper.settings
     training = new_training(stepper, settings)
     stepper.background.stop()
     if settings != old: stepper.earlier = remembered(stepper, settings)
@@ -173,7 +175,7 @@ def show_picture(stepper: SteppedTraining, number: int) -> None:
     stepper._picture = number
     stepper.refresh(True)
 
-# %% ../nbs/api/79_stepper.ipynb #a1577af6
+# %% ../nbs/api/79_stepper.ipynb #736b5229
 def error_words(error: BaseException) -> str:
     "What an error says, without the quotes of a KeyError, and never nothing."
     words = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
@@ -203,7 +205,7 @@ def stepper_text(stepper: SteppedTraining) -> str:
     lines = [f"{type(stepper).__name__}, {stepper.status}: {training_title(stepper.training)}"]
     if "loss" in state:
         terms = [f"{name} {state[key]:.3g}" for name, key in (("task loss", "task_loss"), ("FCA", "fca"), ("TSE", "tse")) if state[key] == state[key]]
-        lines.append(f"  {', '.join(terms)}, gradient norm {state['grad_norm']:.3g}")
+        lines.append("  " + ", ".join([*terms, f"gradient norm {state['grad_norm']:.3g}", *picture_words(stepper.prompt)]))
     for group in ("source", "unseen"):
         if f"{group}_clean" in state:
             lines.append(f"  {group}: {state[group + '_clean']:.1%} without a prompt, {state[group + '_prompted']:.1%} with it ({n} validation pictures)")

@@ -7,7 +7,7 @@ __all__ = ['PLACES', 'PARTS', 'tidy_axes', 'training_colour', 'draw_prompt', 'sh
            'draw_answers', 'loss_panels', 'begin_curves', 'draw_losses', 'split_accuracy', 'shown_looks',
            'draw_accuracy', 'part_drawing', 'part_versions', 'part_png', 'training_title', 'watch_figure']
 
-# %% ../nbs/api/79_watch_figures.ipynb #273d7f79
+# %% ../nbs/api/79_watch_figures.ipynb #ecba2c4d
 import io
 import textwrap
 from collections.abc import Callable, Mapping
@@ -17,7 +17,8 @@ import pandas as pd
 
 from .learner import records_frame
 from .plots import METHOD_COLOURS, method_style, plot_prompt
-from .watch import WatchedTraining, prompt_spectrum, watched_picture
+from .prompt import shown_prompt
+from .watch import WatchedTraining, picture_words, prompt_spectrum, watched_picture
 
 # %% ../nbs/api/79_watch_figures.ipynb #fac245aa
 def tidy_axes(ax, title: str = "", grid: str | None = "y") -> None:
@@ -34,7 +35,7 @@ PLACES = {"prompt": dict(left=0.01, right=0.97, bottom=0.09, top=0.9, wspace=0.0
 
 def training_colour(training: WatchedTraining) -> str: "One colour per method."; return METHOD_COLOURS.get(training.method, METHOD_COLOURS["TVP"])
 
-# %% ../nbs/api/79_watch_figures.ipynb #525dd0fb
+# %% ../nbs/api/79_watch_figures.ipynb #f28e6338
 def _draw_spectrum(ax, prompt) -> None:
     "Power at each frequency, as far as there is any."
     power, half = prompt_spectrum(prompt), prompt.size / 2
@@ -51,8 +52,10 @@ def draw_prompt(
 ) -> None:
     "The prompt so far, and its power spectrum."
     prompt, (left, right) = training.prompt, figure.subplots(1, 2, gridspec_kw=PLACES["prompt"])
+    shown, words = shown_prompt(prompt).detach(), "\n".join(text.replace(" ", "\n", 1) for text in picture_words(prompt))
     plot_prompt(prompt, left)
-    left.set_title(f"prompt, values {prompt.delta.min():.2f} to {prompt.delta.max():.2f}", loc="left", fontsize=9)
+    left.set_title(f"prompt, values {shown.min():.2f} to {shown.max():.2f}", loc="left", fontsize=9)
+    if words: left.text(0.5, 0.33, words, transform=left.transAxes, ha="center", va="center", color="white", fontsize=8)
     _draw_spectrum(right, prompt)
 
 # %% ../nbs/api/79_watch_figures.ipynb #82fa8d4d

@@ -7,7 +7,7 @@ __all__ = ['WIDGET', 'widgets_run', 'display_bundle', 'TrainingStepper', 'labell
            'button_controls', 'loss_html', 'numbers_html', 'models_html', 'StepperView', 'stepper_layout', 'connect',
            'follow', 'refresh_view']
 
-# %% ../nbs/api/80_widgets.ipynb #8aff2d61
+# %% ../nbs/api/80_widgets.ipynb #97f694ac
 import html
 import os
 import sys
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
-from .recipes import METHODS
+from .recipes import RECIPES
 from .stepper import SteppedTraining, doing
 from .tasks import task_names
-from .watch import WatchedTraining, latest
+from .watch import WatchedTraining, latest, picture_words
 from .watch_figures import PARTS, part_drawing, part_png, part_versions
 
 # %% ../nbs/api/80_widgets.ipynb #31b0bef1
@@ -52,7 +52,7 @@ class TrainingStepper(SteppedTraining):
     def refresh(self, whole: bool = False) -> None: "Bring the live view up to date, if there is one: what has changed, or the `whole`."; self._view and self._view.refresh(whole)
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
 
-# %% ../nbs/api/80_widgets.ipynb #07db7d0a
+# %% ../nbs/api/80_widgets.ipynb #2ab39354
 def labelled(kind, description: str, value, **traits):
     "A control of a kind, with a description and a value."
     return kind(value=value, description=description, layout={"width": "286px"}, style={"description_width": "86px"}, **traits)
@@ -62,7 +62,7 @@ def choice_controls(stepper: TrainingStepper) -> dict:  # name of the setting ->
     from ipywidgets import Dropdown
     s, tasks = stepper.settings, list(dict.fromkeys([*stepper.tasks, *task_names()]))
     return {"task": labelled(Dropdown, "task", s["task"], options=tasks), "source": labelled(Dropdown, "source", s["source"], options=list(stepper.zoo)),
-            "method": labelled(Dropdown, "method", s["method"], options=list(METHODS))}
+            "method": labelled(Dropdown, "method", s["method"], options=list(RECIPES[stepper.scale]))}
 
 def slider_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
     "The numbers; they take effect when the slider is let go."
@@ -81,7 +81,7 @@ def button_controls() -> dict:  # name of the action -> widget
              "reset": ("refresh", "the same settings, from the start")}
     return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
 
-# %% ../nbs/api/80_widgets.ipynb #af73690f
+# %% ../nbs/api/80_widgets.ipynb #5ba42e10
 def loss_html(training: WatchedTraining) -> str:  # "" before the first update
     "The loss of the last update, as the sum that it is."
     if not training.learner.records: return ""
@@ -97,6 +97,7 @@ def numbers_html(stepper: TrainingStepper) -> str:
     training, colour = stepper.training, "#b00020" if stepper.error else "inherit"
     record, numbers = training.learner.records[-1:], loss_html(training) or "The models are asked before the first update."
     if record: numbers += "".join(f" &nbsp;·&nbsp; {name} <b>{getattr(record[0], key):.3g}</b>" for name, key in (("gradient norm", "grad_norm"), ("learning rate", "lr")))
+    if record: numbers += "".join(f" &nbsp;·&nbsp; {name} <b>{values}</b>" for name, _, values in (words.partition(" ") for words in picture_words(stepper.prompt)))
     status = f'<b style="color:{colour}">{html.escape(doing(stepper))}</b> &nbsp; update <b>{len(training.learner.records)}</b> of {training.total}'
     return f'<div style="line-height:1.5">{status}<br>{numbers}</div>'
 
