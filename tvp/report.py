@@ -189,13 +189,13 @@ def page(
     body = "\n".join((f"<section><h2>{html.escape(head)}</h2>" if head else "<section>") + f"{text}</section>" for head, text in sections)
     return _PAGE.format(title=html.escape(title), body=body)
 
-# %% ../nbs/api/75_report.ipynb #1991feb8
+# %% ../nbs/api/75_report.ipynb #8aeaba38
 METHOD_NOTES = {
     "none": "No prompt: the picture fills the canvas.",
     "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size picture.",
     "EVP": "Enhanced visual prompting (Wu et al. 2024): the picture is shrunk, and a frame around it is trained on the task loss alone.",
     "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature consistency (FCA) and task semantics (TSE) as well.",
-    "TVP-lens": "TVP, and three more trained numbers beside its frame: how sharply fine, medium and coarse details of the picture are shown. An addition of this package.",
+    "TVP-lens": "TVP's losses, a frame, and a few trained numbers beside it: how sharply and how large the picture itself is shown. An addition of this package.",
 }
 
 def list_html(items: Sequence[str]) -> str: "Items as a list."; return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"

@@ -173,12 +173,12 @@ def ranked_answers(
     frame = pd.DataFrame({"answer": list(task.candidates), "before": before, "after": after, "right": right})
     return frame.sort_values("after", ascending=False, ignore_index=True)
 
-# %% ../nbs/api/79_watch.ipynb #6f52bd0b
+# %% ../nbs/api/79_watch.ipynb #56b398ff
 def picture_words(
     prompt: VisualPrompt,
 ) -> list[str]:  # one text for each thing that is learned of the picture; none for a border alone
-    "What a prompt does to the picture itself by now."
-    return [f"{name} {', '.join(f'{value:.2f}' for value in values)}" for name, values in adjustments(prompt).items()]
+    "What a prompt does to the picture itself by now; no -0.00."
+    return [f"{name} {', '.join(f'{round(value, 2) + 0:.2f}' for value in values)}" for name, values in adjustments(prompt).items()]
 
 # %% ../nbs/api/79_watch.ipynb #fd13c317
 def prompt_spectrum(

@@ -35,7 +35,7 @@ PLACES = {"prompt": dict(left=0.01, right=0.97, bottom=0.09, top=0.9, wspace=0.0
 
 def training_colour(training: WatchedTraining) -> str: "One colour per method."; return METHOD_COLOURS.get(training.method, METHOD_COLOURS["TVP"])
 
-# %% ../nbs/api/79_watch_figures.ipynb #f28e6338
+# %% ../nbs/api/79_watch_figures.ipynb #13be5821
 def _draw_spectrum(ax, prompt) -> None:
     "Power at each frequency, as far as there is any."
     power, half = prompt_spectrum(prompt), prompt.size / 2
@@ -55,7 +55,7 @@ def draw_prompt(
     shown, words = shown_prompt(prompt).detach(), "\n".join(text.replace(" ", "\n", 1) for text in picture_words(prompt))
     plot_prompt(prompt, left)
     left.set_title(f"prompt, values {shown.min():.2f} to {shown.max():.2f}", loc="left", fontsize=9)
-    if words: left.text(0.5, 0.33, words, transform=left.transAxes, ha="center", va="center", color="white", fontsize=8)
+    if words: left.text(0.5, 0.41, words, transform=left.transAxes, ha="center", va="top", color="white", fontsize=8)
     _draw_spectrum(right, prompt)
 
 # %% ../nbs/api/79_watch_figures.ipynb #82fa8d4d
