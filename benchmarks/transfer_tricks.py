@@ -75,6 +75,7 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "scale copies": dict(views=tuple(scale_copies(3))), "smoothed gradient": dict(filters=(Smooth(),)),
     "low frequencies": dict(filters=(LowFrequency(8),)), "convolutional": dict(filters=(Convolutional(),)),
     "average": dict(average=50), "sharpness-aware": dict(gradient=SharpnessAware(2.0)), "black box": dict(gradient=Spsa(4), fca=0.0, filters=(LowFrequency(6),), lr=2.0, momentum=0.9, nesterov=True),
+    "black box, lens": dict(gradient=Spsa(2), fca=0.0, lr=1e-6, adjust=("sharpness",), adjust_lr=0.04),
     "TSE on crops": dict(crops=2), "TSE in several words": dict(templates=3), "contrastive TSE": dict(tse=0.0, contrastive=0.3),
     "FCA in every layer": dict(fca=0.0, layers=0.02), "FCA by cosine": dict(distance="cosine", fca=1.0), "relative FCA": dict(distance="relative", fca=0.3),
     "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),

@@ -62,10 +62,10 @@ def blur_matrix(
         if abs(offset) < size: blur.diagonal(offset).fill_(weight)
     return blur
 
-# %% ../nbs/api/43_filters.ipynb #5d7abe1e
+# %% ../nbs/api/43_filters.ipynb #4721b0df
 def check_kernel(
-    width: int,
-    sigma: float,
+    width: int,  # of the kernel, pixels
+    sigma: float,  # standard deviation, pixels
 ) -> None:
     "Refuse a kernel without a middle."
     if check_whole("width", width) % 2 == 0: raise ValueError(f"`width` must be odd, so that the kernel has a middle, got {width}. Try {width + 1}.")

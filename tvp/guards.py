@@ -59,13 +59,13 @@ def check_sources(
         raise ValueError(f"`source` must be a model, or hold several of different names; got {names}.")
     return sources
 
-# %% ../nbs/api/47_guards.ipynb #99c5be83
+# %% ../nbs/api/47_guards.ipynb #4dbdbfcf
 def check_tricks(
-    combine: Any,
-    gradient: Any,
-    views: Any,
-    filters: Any,
-    average: Any,
+    combine: Any,  # a name in COMBINERS
+    gradient: Any,  # a function (learner, pieces) -> numbers, or None
+    views: Any,  # a list of functions
+    filters: Any,  # a list of functions
+    average: Any,  # a whole number, 0 or more
     losses: list,  # checked
     sources: int,  # how many
 ) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .arguments import check_kind, check_number, check_whole
 
-# %% ../nbs/api/42_views.ipynb #0bbb33d0
+# %% ../nbs/api/42_views.ipynb #72727273
 def check_composites(
     images: Tensor,  # (B, 3, S, S) float
-    generator: torch.Generator,
+    generator: torch.Generator,  # source of what is drawn
 ) -> None:
     "Refuse what no view can look at; asks for the shape only, so nobody waits for a graphics card."
     check_kind("images", images, Tensor), check_kind("generator", generator, torch.Generator, "Try torch.Generator().manual_seed(0).")
@@ -27,19 +27,19 @@ def check_composites(
 
 
 def draw_whole(
-    low: int,
+    low: int,  # included, too
     high: int,  # included
-    generator: torch.Generator,
-) -> int:
+    generator: torch.Generator,  # source of the number
+) -> int:  # in [low, high]
     "A whole number, every one equally likely."
     return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
 
 def draw_number(
-    low: float,
-    high: float,
-    generator: torch.Generator,
-) -> float:
+    low: float,  # smallest
+    high: float,  # largest
+    generator: torch.Generator,  # source of the number
+) -> float:  # in [low, high)
     "A number between two others, uniform."
     return low + (high - low) * float(torch.rand((), generator=generator, device=generator.device))
 
