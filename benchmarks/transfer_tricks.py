@@ -79,7 +79,7 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "TSE on crops": dict(crops=2), "TSE in several words": dict(templates=3), "contrastive TSE": dict(tse=0.0, contrastive=0.3),
     "FCA in every layer": dict(fca=0.0, layers=0.02), "FCA by cosine": dict(distance="cosine", fca=1.0), "relative FCA": dict(distance="relative", fca=0.3),
     "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),
-    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6)}
+    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
 ENSEMBLES = {"mean": {}, "normalized": dict(combine="normalized"), "common direction": dict(combine="common"), "adaptive": dict(combine="adaptive"),
              "common weakness": dict(gradient=CommonWeakness(2.0, 2.0))}
 
