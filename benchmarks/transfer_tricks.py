@@ -14,7 +14,7 @@ there already, so it can be interrupted; `--shard 0/2` and `--shard 1/2` share a
 import argparse
 import itertools
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from tvp.gradients import CommonWeakness, SharpnessAware, Spsa
 from tvp.learner import Learner
 from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
 from tvp.prompt import ADJUSTMENTS, VisualPrompt
-from tvp.recipes import find_recipe, make_learner
+from tvp.recipes import make_learner
 from tvp.tasks import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.updates import NormalizedGradient, parameter_groups

@@ -6,7 +6,7 @@
 __all__ = ['check_parts', 'check_sources', 'check_tricks', 'check_rows', 'check_shares', 'check_terms', 'check_optimizer',
            'check_prompt', 'check_inputs', 'check_finite', 'memory_error']
 
-# %% ../nbs/api/47_guards.ipynb #b5874c7b
+# %% ../nbs/api/47_guards.ipynb #7e9a6cd8
 import math
 import traceback
 from collections.abc import Callable, Iterable
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from .arguments import check_choice, check_kind, check_whole
 from .ensembles import COMBINERS
 from .losses import check_losses
-from .mllm import Mllm
 from .prompt import VisualPrompt
 from .tasks import Batch, Task
 
