@@ -4,6 +4,7 @@
     python benchmarks/transfer_tricks.py search   --work DIR             # optuna puts tricks together, on validation pictures
     python benchmarks/transfer_tricks.py train    --work DIR --zoo ZOO   # the prompts of the comparison
     python benchmarks/transfer_tricks.py evaluate --work DIR --zoo ZOO   # all models, test pictures, once
+    python benchmarks/transfer_tricks.py retain   --work DIR             # prompts on the tasks that they were not trained for
     python benchmarks/transfer_tricks.py agree    --work DIR             # what models want of a prompt
     python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features
     python benchmarks/transfer_tricks.py collect  --work DIR             # tables into benchmarks/transfer
@@ -31,6 +32,7 @@ from tvp.learner import Learner
 from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
 from tvp.prompt import ADJUSTMENTS, VisualPrompt
 from tvp.recipes import make_learner
+from tvp.studies import evaluate_retention
 from tvp.tasks import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.updates import NormalizedGradient, parameter_groups
@@ -180,8 +182,9 @@ def search(work: Path, mine, **_) -> None:
 
 
 NEW = "TVP-lens"  # the recipe that the search has led to, see tvp.recipes
-SEEDS = (0, 1, 2, 3, 4)
-PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP), (SHARED, "tiny-blip2-opt"))  # the last one on a single tower
+SEEDS, PAIR_SEEDS = (0, 1, 2, 3, 4), (0,)
+PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP))  # two towers: the third is new to the prompt
+PICTURES = 300  # of every task's test pictures, the first ones
 
 
 def some_zoo(name: str):
@@ -189,33 +192,34 @@ def some_zoo(name: str):
     return tiny_zoo() if name == "tiny" else tiny_zoo(Path(name))
 
 
-def folder(work: Path, zoo: str) -> Path:
-    "Where everything about a zoo lies."
-    return work / "final" / Path(zoo).name
+def prompt_path(work: Path, zoo: str, task: str, source: str, method: str, seed: int) -> Path:
+    "Where a prompt of the comparison lies."
+    return work / "final" / Path(zoo).name / "prompts" / f"{task}|{source}|{method}|{seed}.safetensors"
 
 
-def all_sources(zoo) -> list[str]:
-    "Every model alone, and the pairs that this zoo has."
-    return [*zoo, *(" + ".join(pair) for pair in PAIRS if set(pair) <= set(zoo))]
+def rounds(zoo) -> list[tuple[int, str, list[str]]]:
+    "Seed, `one` or `two`, and the sources: every model alone with all seeds, then pairs on two towers."
+    pairs = [" + ".join(pair) for pair in PAIRS]
+    return [*((seed, "one", list(zoo)) for seed in SEEDS), *((seed, "two", pairs) for seed in PAIR_SEEDS)]
 
 
 def train(work: Path, mine, zoo: str) -> None:
     "Every prompt of the comparison, one seed after the other."
     models = some_zoo(zoo)
-    for seed, source, task, method in mine(list(itertools.product(SEEDS, all_sources(models), task_names(), ("TVP", NEW)))):
-        path = folder(work, zoo) / "prompts" / f"{task}|{source}|{method}|{seed}.safetensors"
+    jobs = [(task, source, method, seed) for seed, _, sources in rounds(models) for source, task, method in itertools.product(sources, task_names(), ("TVP", NEW))]
+    for task, source, method, seed in mine(jobs):
+        path = prompt_path(work, zoo, task, source, method, seed)
         if not path.exists(): make_learner(method, models, source, load_task(task), seed).fit().save(path)
 
 
 def evaluate(work: Path, mine, zoo: str) -> None:
     "Which test pictures every model gets right, without a prompt and with each one of a task and a seed."
     models = some_zoo(zoo)
-    for seed, name in mine(list(itertools.product(SEEDS, task_names()))):
-        path, task = folder(work, zoo) / f"{name}-{seed}.safetensors", load_task(name)
-        wanted = {f"{source}|{method}": folder(work, zoo) / "prompts" / f"{name}|{source}|{method}|{seed}.safetensors"
-                  for source in all_sources(models) for method in ("TVP", NEW)}
+    for (seed, kind, sources), name in mine(list(itertools.product(rounds(models), task_names()))):
+        path = work / "final" / Path(zoo).name / f"{name}-{kind}-{seed}.safetensors"
+        wanted = {f"{source}|{method}": prompt_path(work, zoo, name, source, method, seed) for source in sources for method in ("TVP", NEW)}
         if path.exists() or not all(place.exists() for place in wanted.values()): continue
-        run = evaluate_transfer({key: VisualPrompt.load(place) for key, place in wanted.items()}, task, models, seed=seed).only_run()
+        run = evaluate_transfer({key: VisualPrompt.load(place) for key, place in wanted.items()}, load_task(name), models, limit=PICTURES, seed=seed).only_run()
         right = {"|".join(key): torch.from_numpy(scores.argmax(1) == run.labels).to(torch.uint8) for key, scores in run.scores.items()}
         write(path, save(right, {"towers": json.dumps(run.towers), "metric": run.metric}))
 
@@ -225,14 +229,14 @@ def outcomes(place: Path) -> list[dict]:
     from tvp.tables import TransferRun, target_group
     found = []
     for path in sorted(place.glob("*.safetensors")):
-        task, seed = path.stem.rsplit("-", 1)
+        task, kind, seed = path.stem.rsplit("-", 2)
         with safe_open(path, "np") as file: right, facts = {name: file.get_tensor(name).astype(float) for name in file.keys()}, file.metadata()
         towers = json.loads(facts["towers"])
         for name, prompted in right.items():
             *who, target = name.split("|")
             if who == ["none"]: continue
             run = TransferRun(task, who[0], int(seed), facts["metric"], np.zeros(0), {}, towers)
-            found.append(dict(zoo=place.name, task=task, method=who[1], source=who[0], target=target, seed=int(seed), metric=facts["metric"],
+            found.append(dict(zoo=place.name, sources=kind, task=task, method=who[1], source=who[0], target=target, seed=int(seed), metric=facts["metric"],
                               group=target_group(run, target), clean=right[f"none|{target}"], prompted=prompted))
     return found
 
@@ -240,11 +244,8 @@ def outcomes(place: Path) -> list[dict]:
 def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float, float]:
     "Mean over tasks of arrays (seeds, pictures), and its 95 % interval: seeds and pictures of every task are drawn anew."
     rng, means = np.random.default_rng(0), np.zeros(draws)
-    for values in differences:
-        seeds, pictures = values.shape
-        for draw in range(draws):
-            rows, columns = rng.integers(0, seeds, seeds), rng.integers(0, pictures, pictures)
-            means[draw] += values[rows].mean(0)[columns].mean() / len(differences)
+    often = lambda n: rng.multinomial(n, np.full(n, 1 / n), draws) / n
+    for values in differences: means += (often(len(values)) @ values * often(values.shape[1])).sum(1) / len(differences)
     return float(np.mean([values.mean() for values in differences])), *np.quantile(means, [0.025, 0.975])
 
 
@@ -268,7 +269,7 @@ def gains(entries: list[dict]) -> pd.DataFrame:
     "Gain over no prompt, and of the new recipe over TVP, by zoo, kind of source, group and task, with intervals; `all` is the mean over tasks."
     rows = []
     for zoo, kind in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("one", "two")):
-        mine = [e for e in entries if e["zoo"] == zoo and (" + " in e["source"]) == (kind == "two")]
+        mine = [e for e in entries if e["zoo"] == zoo and e["sources"] == kind]
         for group, inside in groups_of(mine).items():
             split = {method: by_task([e for e in inside if e["method"] == method], GAIN) for method in ("TVP", NEW)}
             split[f"{NEW} - TVP"] = {task: split[NEW][task] - split["TVP"][task] for task in split["TVP"]}
@@ -282,7 +283,7 @@ def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
     "Two sources against the better of the two alone, on models that neither has seen; which is better is known from the very same pictures, which favours the single one."
     rows = []
     for zoo, method, pair in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("TVP", NEW), dict.fromkeys(e["source"] for e in entries if " + " in e["source"])):
-        mine = [e for e in entries if e["zoo"] == zoo and e["method"] == method and e["target"] not in source_names(pair)]
+        mine = [e for e in entries if e["zoo"] == zoo and e["method"] == method and e["seed"] in PAIR_SEEDS and e["target"] not in source_names(pair)]
         split = {source: by_task([e for e in mine if e["source"] == source], GAIN) for source in (pair, *source_names(pair))}
         for task in split[pair]:
             better = max(source_names(pair), key=lambda name: split[name][task].mean())
@@ -312,6 +313,7 @@ def collect(work: Path, mine, **_) -> None:
     if (work / "search.log").exists(): put("settings", settings_tried(work))
     entries = [entry for place in sorted((work / "final").glob("*")) for entry in outcomes(place)]
     if entries: put("final", tidy(entries)), put("gains", gains(entries)), put("pairs", pairs_against_singles(entries))
+    if kept := sorted((work / "retain").glob("*.json")): put("retention", pd.concat(pd.DataFrame(json.loads(path.read_text())) for path in kept))
 
 
 def settings_tried(work: Path) -> pd.DataFrame:
@@ -335,6 +337,19 @@ def agree(work: Path, mine, **_) -> None:
     write(RESULTS / "agreement.csv", pd.DataFrame(found).round(4).to_csv(index=False))
 
 
+def retain(work: Path, mine, **_) -> None:
+    "What prompts cost, or bring, on the four tasks that they were not trained for."
+    zoo = tiny_zoo()
+    for home, source in mine(list(itertools.product(task_names(), (SHARED, CLIP, SIGLIP)))):
+        path = work / "retain" / f"{home}-{source}.json"
+        if path.exists(): continue
+        prompts = {method: VisualPrompt.load(prompt_path(work, "tiny", home, source, method, 0)) for method in ("TVP", NEW)}
+        others = [load_task(name) for name in task_names() if name != home]
+        results = evaluate_retention(prompts, load_task(home), others, zoo, source=source, limit=PICTURES)
+        rows = results.df.query("method != 'none' and task != @home")
+        write(path, json.dumps(rows.drop(columns=["low", "high"]).to_dict("records")))
+
+
 def drift(work: Path, mine, **_) -> None:
     "How far prompts of both recipes move the features of every model."
     from tvp.drift import measure_drift
@@ -342,7 +357,7 @@ def drift(work: Path, mine, **_) -> None:
     zoo, found = tiny_zoo(), []
     towers = {name: zoo.tower(name) for name in zoo}
     for name, source, method in itertools.product(task_names(), (SHARED, CLIP, SIGLIP), ("TVP", NEW)):
-        task, prompt = load_task(name), VisualPrompt.load(folder(work, "tiny") / "prompts" / f"{name}|{source}|{method}|0.safetensors")
+        task, prompt = load_task(name), VisualPrompt.load(prompt_path(work, "tiny", name, source, method, 0))
         moved = measure_drift({method: prompt}, next(task.batches("train", prompt.inner, 200)), zoo)
         run = TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers)
         found.append(moved.assign(task=name, source=source, group=[target_group(run, target) for target in moved.target]))
@@ -359,7 +374,7 @@ def gradients_of(mllm, batch, zoo) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "agree", "drift", "collect"))
+    parser.add_argument("stage", choices=("ablate", "search", "train", "evaluate", "retain", "agree", "drift", "collect"))
     parser.add_argument("--work", type=Path, required=True, help="folder for prompts and raw results")
     parser.add_argument("--zoo", default="tiny", help="the models that come along, or a folder with others of the same make")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th job, from the i-th")
