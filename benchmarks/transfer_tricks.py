@@ -351,14 +351,16 @@ def retain(work: Path, mine, **_) -> None:
 
 
 def drift(work: Path, mine, **_) -> None:
-    "How far prompts of both recipes move the features of every model."
-    from tvp.drift import measure_drift
+    "How far prompts of both recipes move the features of every model, and whether they move them like those of the source (`alike`)."
+    from tvp.drift import measure_drift, shift_agreement
     from tvp.tables import TransferRun, target_group
     zoo, found = tiny_zoo(), []
     towers = {name: zoo.tower(name) for name in zoo}
     for name, source, method in itertools.product(task_names(), (SHARED, CLIP, SIGLIP), ("TVP", NEW)):
         task, prompt = load_task(name), VisualPrompt.load(prompt_path(work, "tiny", name, source, method, 0))
-        moved = measure_drift({method: prompt}, next(task.batches("train", prompt.inner, 200)), zoo)
+        learn, batch = next(task.batches("train", prompt.inner, 400)), next(task.batches("valid", prompt.inner, 200))
+        moved = measure_drift({method: prompt}, batch, zoo)
+        moved["alike"] = shift_agreement(prompt, learn, batch, zoo).loc[source, moved.target].to_numpy()
         run = TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers)
         found.append(moved.assign(task=name, source=source, group=[target_group(run, target) for target in moved.target]))
     RESULTS.mkdir(exist_ok=True)
