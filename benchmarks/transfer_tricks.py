@@ -83,7 +83,7 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),
     "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
 ENSEMBLES = {"mean": {}, "normalized": dict(combine="normalized"), "common direction": dict(combine="common"), "adaptive": dict(combine="adaptive"),
-             "common weakness": dict(gradient=CommonWeakness(2.0, 2.0))}
+             "common weakness": dict(gradient=CommonWeakness(0.5, 2.0))}
 
 
 def losses(setting: Setting, task, clip) -> list:

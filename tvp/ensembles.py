@@ -19,13 +19,14 @@ def mean_weights(
     "1/M each: the gradient of the mean of the losses (ensembles of losses: Dong et al. 2018)."
     return torch.full_like(gradients[:, 0], 1 / len(gradients))
 
-# %% ../nbs/api/41_ensembles.ipynb #62f14858
+# %% ../nbs/api/41_ensembles.ipynb #b97808a6
 def normalized_weights(
     gradients: Tensor,  # (M, P), one row a source
     losses: Tensor,  # (M,)
 ) -> Tensor:  # (M,)
-    "1 / (M |g|): the mean of gradients of length 1."
-    return 1 / (len(gradients) * (gradients.norm(dim=1) + 1e-10))
+    "Mean length / (M |g|): the mean of gradients brought to one length, their mean length."
+    lengths = gradients.norm(dim=1)
+    return torch.where(lengths > 0, lengths.mean() / (len(gradients) * lengths), 0)
 
 # %% ../nbs/api/41_ensembles.ipynb #f75928b6
 def common_weights(
@@ -49,10 +50,10 @@ def adaptive_weights(
     "softmax(losses): the model that is worst off counts most (min-max with an entropy, Wang et al. 2021)."
     return losses.softmax(0)
 
-# %% ../nbs/api/41_ensembles.ipynb #36e20728
+# %% ../nbs/api/41_ensembles.ipynb #540f4d42
 COMBINERS = {
     "mean": mean_weights,  # mean of the losses
-    "normalized": normalized_weights,  # mean of gradients of length 1
+    "normalized": normalized_weights,  # mean of gradients of one length
     "common": common_weights,  # conflicting parts removed
     "adaptive": adaptive_weights,  # the worst off counts most
 }

@@ -44,14 +44,14 @@ def check_parts(
         raise ValueError("`accelerator` must not scale the loss, got mixed_precision='fp16'. The prompt's own numbers stay in float32; load the model "
                          "in half precision instead: tvp.load_mllm(name, dtype='bfloat16').")
 
-# %% ../nbs/api/47_guards.ipynb #ec92a31b
+# %% ../nbs/api/47_guards.ipynb #a996f3e5
 def check_sources(
     source: Any,  # one model or several
 ) -> list:  # of models, each once
     "One source or several, as a list."
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     for one in sources:
-        if isinstance(one, type) or not (callable(one) and hasattr(one, "visual_tokens") and hasattr(one, "device")):
+        if isinstance(one, type) or not (callable(one) and hasattr(one, "device")):
             raise TypeError(f"`source` must be a model, got {one!r}. Load it first: zoo[name] or tvp.load_mllm(name).")
     names = [getattr(one, "name", None) for one in sources]
     if not names or len(names) > 1 and len(set(names)) < len(names):
@@ -111,18 +111,21 @@ def check_terms(
     if kinds: raise TypeError(f"`losses` must hold losses, got the class {kinds[0]}. Make one of it: {kinds[0]}(...).")
     return check_losses(list(losses))
 
-# %% ../nbs/api/47_guards.ipynb #b1a246e3
+# %% ../nbs/api/47_guards.ipynb #596f44cf
 def check_optimizer(
     optimizer: Optimizer,
     prompt: VisualPrompt,
 ) -> Optimizer:  # the same
     "Refuse an optimizer that would move something else."
     check_kind("optimizer", optimizer, Optimizer, "Try torch.optim.SGD(prompt.parameters(), lr=1.0).")
+    if still := [name for name, part in prompt.named_parameters() if not part.requires_grad]:
+        raise ValueError(f"`prompt` must be trained as a whole: {' and '.join(still)} of it has requires_grad=False. To leave a part as it is, give its group of the optimizer lr=0.")
     moved = {id(part) for group in optimizer.param_groups for part in group["params"]}
     left = [name for name, part in prompt.named_parameters() if id(part) not in moved]
     if not left: return optimizer
     what = "this prompt" if "delta" in left else f"the {' and the '.join(left)} of this prompt"
-    raise ValueError(f"`optimizer` does not train {what}: make it with prompt.parameters() of the prompt handed in.")
+    parts = "tvp.updates.parameter_groups(prompt)" if prompt.adjust else "prompt.parameters()"
+    raise ValueError(f"`optimizer` does not train {what}: make it with {parts} of the prompt handed in.")
 
 # %% ../nbs/api/47_guards.ipynb #ef4d8e1d
 def check_prompt(

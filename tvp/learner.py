@@ -9,17 +9,18 @@ __all__ = ['StepRecord', 'CleanTokens', 'Position', 'plain_accelerator', 'Learne
            'remaining_steps', 'training_batches', 'training_facts', 'tricks', 'in_words', 'update_rule', 'step_record',
            'records_frame', 'LiveCurve', 'fit', 'kept_if_lost']
 
-# %% ../nbs/api/50_learner.ipynb #aa90a892
+# %% ../nbs/api/50_learner.ipynb #9a38e1b3
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from .losses import StepContext, TaskLoss, weigh
 from .mllm import Mllm
 from .processes import ProcessLost, ahead, batch_part, mean_over_processes, pinned, token_shares
 from .prompt import VisualPrompt, lay
+from .prompt_files import MAX_ADJUSTMENT
 from .tasks import Batch, Task
 from .updates import NormalizedGradient, cosine_by_epoch, cosine_by_step, parameter_groups
 
@@ -148,7 +150,7 @@ def begin_books(
     if len(learner.sources) > 1 and "task" in learner.columns: learner.columns += [f"task {source.name}" for source in learner.sources]
     learner.rule, learner.provenance = update_rule(learner.optimizer), training_facts(learner)
 
-# %% ../nbs/api/50_learner.ipynb #2a56b384
+# %% ../nbs/api/50_learner.ipynb #7562ab5e
 def update(
     learner: Learner,
     batch: Batch,  # this process's part of it
@@ -175,11 +177,11 @@ def forward(
     prompted = lay(learner.prompt, clean)
     if view is not None: clean, prompted = seen_alike(view, learner.prompt.generator, clean, prompted)
     output = None if source is None else source(prompted, batch.instructions, batch.answers)  # the one encode with gradient
-    if share is not None: output = replace(output, loss=output.loss * share)
+    if share is not None: output = SimpleNamespace(**vars(output) | {"loss": output.loss * share})
     number = 0 if source is None else next(n for n, one in enumerate(learner.sources) if one is source)
     encode = learner.clean_tokens and partial(learner.clean_tokens, number=number)
     total, values = weigh(losses, StepContext(batch, clean, prompted, source, output, encode, learner.prompt.generator))
-    return total, torch.stack([value.detach().to(total) for value in (total, *values.values())])
+    return total, torch.stack([value.detach().to(learner.device, total.dtype) for value in (total, *values.values())])
 
 # %% ../nbs/api/50_learner.ipynb #d72c4527
 def source_gradient(
@@ -226,7 +228,7 @@ def seen_alike(
     generator.set_state(state)
     return clean, view(prompted, generator)
 
-# %% ../nbs/api/50_learner.ipynb #e3a7e03e
+# %% ../nbs/api/50_learner.ipynb #6685e515
 def parts_of(
     learner: Learner,
 ) -> list[tuple[Mllm | None, list]]:  # each source with its losses; last, without a source, the losses that need none
@@ -247,9 +249,9 @@ def combined_gradient(
         gradients.append([learner.prompt.canvas_gradient, *(p.grad for p in parameters)])
     if len(numbers) == 1: return numbers[0]
     count = len(learner.sources)
-    flat = torch.stack([torch.cat([g.flatten() for g in each[1:]]) for each in gradients[:count]])
+    flat = torch.stack([border.flatten() for _, border, *_ in gradients[:count]])
     weights = combine_weights(learner.combine, flat, torch.stack([each[0] for each in numbers[:count]]).to(flat))
-    weights = torch.cat([weights, weights.sum()[None]])
+    weights = [*weights, 1.0]  # what needs no source is added as it is
     learner.prompt.canvas_gradient, *together = [sum(w * g for w, g in zip(weights, same)) for same in zip(*gradients)]
     for parameter, gradient in zip(parameters, together): parameter.grad = gradient
     return joined_numbers(learner, numbers)
@@ -279,7 +281,7 @@ def filter_gradient(
         prompt.canvas_gradient, prompt.delta.grad = keep(prompt.canvas_gradient), keep(prompt.delta.grad)
     if learner.filters and prompt.kind != "random-patch": prompt.delta.grad = prompt.delta.grad * prompt.mask
 
-# %% ../nbs/api/50_learner.ipynb #89b52b48
+# %% ../nbs/api/50_learner.ipynb #02ad867c
 def move(
     learner: Learner,
     sound: Tensor,  # scalar, bool: are this update's numbers finite?
@@ -289,6 +291,7 @@ def move(
     before, sound = [p.detach().clone() for p in parameters], learner.sound & sound
     for parameter in parameters: parameter.grad = torch.where(sound, parameter.grad, 0)  # nothing that is not a number enters a momentum
     learner.optimizer.step()
+    for parameter in parameters[1:]: parameter.data.clamp_(-MAX_ADJUSTMENT, MAX_ADJUSTMENT)
     learner.sound = torch.stack([sound, *(p.isfinite().all() for p in parameters)]).all()
     for parameter, was in zip(parameters, before): parameter.data.copy_(torch.where(learner.sound, parameter, was))
     return learner.sound
@@ -304,7 +307,7 @@ def average_prompt(
     values = [p.detach().clone() for p in parameters]
     learner.summed = [s + v for s, v in zip(learner.summed, values)] if learner.summed else values
     if made < total: return
-    for parameter, summed in zip(parameters, learner.summed): parameter.data.copy_(summed / min(learner.average, total))
+    for parameter, summed in zip(parameters, learner.summed): parameter.data.copy_(torch.where(learner.sound, summed / min(learner.average, total), parameter))
     learner.summed = []
 
 
@@ -403,7 +406,7 @@ def training_batches(
     if learner.device.type == "cpu": return full
     return ahead(full, pinned) if learner.device.type == "cuda" else ahead(full)
 
-# %% ../nbs/api/50_learner.ipynb #139e33e2
+# %% ../nbs/api/50_learner.ipynb #c460d9e0
 def training_facts(
     learner: Learner,
 ) -> dict:  # for the prompt's provenance
@@ -426,16 +429,18 @@ def tricks(
 def in_words(
     piece: Any,  # a function or a dataclass
 ) -> str:  # its name, and its numbers if it shows them
-    "A trick by name."
-    return getattr(piece, "__qualname__", None) or repr(piece)
+    "A trick by name: the same words in every process."
+    return getattr(piece, "__qualname__", None) or (repr(piece) if " at 0x" not in repr(piece) else type(piece).__qualname__)
 
-# %% ../nbs/api/50_learner.ipynb #7ae14a7b
+# %% ../nbs/api/50_learner.ipynb #5abee1f6
 def update_rule(
     optimizer: Optimizer,  # as it was handed in
 ) -> dict:  # its name and its numbers
     "With what rule a prompt moves."
     plain = {name: value for name, value in optimizer.defaults.items() if value is None or isinstance(value, (bool, int, float, str, tuple))}
-    return {"name": type(optimizer).__name__} | plain | {"lr": float(optimizer.param_groups[0]["lr"])}
+    lr, *others = (float(group["lr"]) for group in optimizer.param_groups)
+    norm = {"norm": getattr(optimizer.norm, "__name__", "own")} if getattr(optimizer, "norm", None) else {}
+    return {"name": type(optimizer).__name__} | plain | {"lr": lr} | norm | ({"lr of the others": others} if others else {})
 
 # %% ../nbs/api/50_learner.ipynb #d98e87b5
 def step_record(

@@ -21,7 +21,7 @@ from .arguments import check_choice, check_kind, check_texts, check_whole
 from .mllm import Clip, Mllm, MllmOutput, encode_layers
 from .tasks import Batch
 
-# %% ../nbs/api/40_losses.ipynb #6299979b
+# %% ../nbs/api/40_losses.ipynb #711789f2
 @dataclass
 class StepContext:
     "What one update knows, handed to every loss."
@@ -37,6 +37,7 @@ class StepContext:
     def clean_tokens(self) -> Tensor:  # (B, T, D)
         "Visual tokens of the clean pictures, without gradient, computed at most once."
         with torch.no_grad():
+            if not hasattr(self.source, "visual_tokens"): raise TypeError(f"`losses`: FCA compares visual tokens, and {self.source.name} gives none. Leave it out.")
             if self.encode is not None: return self.encode(self.clean, self.batch)
             return self.source.visual_tokens(self.clean, self.batch.instructions)
 
@@ -135,7 +136,7 @@ class LayerConsistency:
                              "Use FeatureConsistency, which needs its visual tokens only, or another source.")
         return torch.stack([mean_distance(self.distance, *pair) for pair in zip(prompted, context.clean_layers, strict=True)]).mean()
 
-# %% ../nbs/api/40_losses.ipynb #27925e2e
+# %% ../nbs/api/40_losses.ipynb #7ad2237c
 def as_list(
     value,  # one thing, or several in a list or a tuple
 ) -> list:
@@ -151,8 +152,8 @@ def check_semantics(
         if isinstance(clip, type) or not hasattr(clip, "image_features"):
             raise TypeError(f"`clip` must be a Clip or a list of them, got {type(clip).__name__} {str(clip)[:60]!r}. Pass clip=zoo.clip.")
     for template in as_list(term.template) or [term.template]:
-        if "{}" not in check_kind("template", template, str):
-            raise ValueError(f"`template` must contain {{}} where the picture's content goes, got {template!r}.")
+        if not check_kind("template", template, str).count("{}") == template.count("{") == template.count("}") == 1:
+            raise ValueError(f"`template` must contain {{}} once, where the picture's content goes, got {template!r}.")
     check_whole("crops", term.crops, 0)
     if term.captions is None: return
     several = check_texts("captions", term.captions)
@@ -213,13 +214,13 @@ class TaskSemantics:
         return torch.stack([caption_score(clip, features, context.batch.semantics, template, self.captions)
                             for clip, features in pairs for template in as_list(self.template)]).mean()
 
-# %% ../nbs/api/40_losses.ipynb #9203657e
+# %% ../nbs/api/40_losses.ipynb #335db493
 def weigh(
     losses: list,  # callables with name, weight and sign
     context: StepContext,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total to go backward from; unweighted values by name
     "Total loss of a step: the sum of sign * weight * value."
-    values = {term.name: term(context) for term in losses}
+    values = {term.name: term(context).to(context.prompted.device) for term in losses}  # models may be on devices of their own
     return sum(term.sign * term.weight * values[term.name] for term in losses), values
 
 # %% ../nbs/api/40_losses.ipynb #ad3ae28f

@@ -21,7 +21,7 @@ from .prompt import VisualPrompt
 from .tasks import Task
 from .updates import parameter_groups
 
-# %% ../nbs/api/55_recipes.ipynb #97663ede
+# %% ../nbs/api/55_recipes.ipynb #cc8156cf
 @dataclass(frozen=True)
 class Recipe:
     "How one method trains a prompt."
@@ -37,7 +37,7 @@ class Recipe:
     augment: bool = False  # random crops and flips, as far as the task allows
     range: str = "free"  # of the prompt's pixels: "free", "unit" or "uint8"; see tvp.prompt.RANGES
     adjust: tuple[str, ...] = ()  # what of the picture itself is learned, too; see tvp.prompt.ADJUSTMENTS
-    adjust_lr: float = 0.02  # length of the steps in which that is learned
+    adjust_lr: float = 0.02  # learning rate of that: the length of its common step where the gradient is normalised
     width: int | None = None  # of the border, pixels; None: what suits the zoo
 
 # %% ../nbs/api/55_recipes.ipynb #13293cab
@@ -89,7 +89,7 @@ def check_zoo(
     if isinstance(zoo, Mapping) and all(isinstance(getattr(zoo, name, None), int) for name in ("size", "width")): return zoo
     raise TypeError(f"`zoo` must be a Zoo, got {type(zoo).__name__} {str(zoo)[:60]!r}. Try tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own.")
 
-# %% ../nbs/api/55_recipes.ipynb #88f9335d
+# %% ../nbs/api/55_recipes.ipynb #6b36e111
 def make_learner(
     method: str,  # a name in RECIPES[scale]
     zoo: Mapping[str, Mllm],  # a Zoo: models by name, with size, width and clip
@@ -103,7 +103,7 @@ def make_learner(
     recipe = find_recipe(method, scale, **overrides)
     names = check_texts("source", source_names(source) if isinstance(source, (str, list, tuple)) else source)
     for name in names: check_choice("source", name, check_zoo(zoo), KeyError)
-    prompt = VisualPrompt(zoo.size, recipe.width or zoo.width, recipe.kind, seed, range=recipe.range, adjust=recipe.adjust)
+    prompt = VisualPrompt(zoo.size, zoo.width if recipe.width is None else recipe.width, recipe.kind, seed, range=recipe.range, adjust=recipe.adjust)
     losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None)
     schedule = cosine_by_epoch if recipe.warmup is None else cosine_by_step(recipe.warmup)
     learner = Learner(prompt, [zoo[name] for name in names], task, losses, make_optimizer(recipe, prompt), schedule, recipe.batch_size, seed,

@@ -86,7 +86,7 @@ def learner_state(
             "optimizer": learner.optimizer.state_dict(), "scheduler": learner.lr_scheduler.state_dict(), "random": random_states(),
             "records": pack_records(learner.records), "filled": clean_tokens.filled if clean_tokens else [], "summed": learner.summed}
 
-# %% ../nbs/api/52_resume.ipynb #d10ce149
+# %% ../nbs/api/52_resume.ipynb #02476948
 def set_state(
     learner: Learner,  # made as the one that the state is of
     state: dict,  # made by `learner_state`
@@ -100,7 +100,8 @@ def set_state(
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.lr_scheduler.load_state_dict(state["scheduler"])
     set_random_states(state["random"])
-    learner.records, learner.position, learner.epoch, learner.summed = records, position, state["epoch"], state.get("summed", [])
+    learner.records, learner.position, learner.epoch = records, position, state["epoch"]
+    learner.summed = [total.to(parameter.device) for total, parameter in zip(state.get("summed", []), prompt.parameters())]
     learner.provenance, prompt.provenance = state["provenance"]
 
 # %% ../nbs/api/52_resume.ipynb #aa1b59be

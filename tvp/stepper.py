@@ -24,7 +24,7 @@ from .watch import WatchedTraining, check_count, picture_words, watched_picture
 from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo
 
-# %% ../nbs/api/79_stepper.ipynb #fde05b4a
+# %% ../nbs/api/79_stepper.ipynb #94346fa7
 SETTINGS = {"task": "name of the task", "source": "model to train on", "method": "VP, EVP, TVP or TVP-lens", "lr": "learning rate",
             "fca": "weight of Feature Consistency Alignment", "tse": "weight of Task Semantics Enrichment", "width": "border, pixels"}
 
@@ -35,7 +35,7 @@ def recipe_settings(
 ) -> dict[str, Any]:  # method, lr, fca, tse, width
     "What a recipe says about the settings."
     recipe = find_recipe(method, scale)
-    return {"method": method, "lr": float(recipe.lr), "fca": float(recipe.fca), "tse": float(recipe.tse), "width": recipe.width or width}
+    return {"method": method, "lr": float(recipe.lr), "fca": float(recipe.fca), "tse": float(recipe.tse), "width": width if recipe.width is None else recipe.width}
 
 def changed_settings(
     settings: dict[str, Any],  # complete

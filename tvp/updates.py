@@ -44,7 +44,7 @@ class NormalizedGradient(Optimizer):
                 if p.grad is not None: p.sub_(group["lr"] * with_momentum(p.grad / (norm + 1e-10), self.state[p], group))
         return loss
 
-# %% ../nbs/api/45_updates.ipynb #9bd7bec3
+# %% ../nbs/api/45_updates.ipynb #b5ab8b94
 def with_momentum(
     step: Tensor,  # the normalised gradient
     state: dict,  # of the parameter: keeps "momentum_buffer"
@@ -59,7 +59,7 @@ def with_momentum(
 
 def parameter_groups(
     prompt: VisualPrompt,
-    lr: float = 0.03,  # of color and scale: length of a step, in logarithms of contrast and size
+    lr: float = 0.03,  # of color, sharpness and scale: length of their common step
 ) -> list[dict]:  # for any optimizer that knows groups; `apart` is NormalizedGradient's
     "The border, and what else of a prompt is trained, in steps of their own length."
     check_number("lr", lr, above=True, hint="A recipe calls it adjust_lr. Try 0.03.")
