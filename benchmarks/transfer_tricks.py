@@ -249,14 +249,11 @@ def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, f
     return float(np.mean([values.mean() for values in differences])), *np.quantile(means, [0.025, 0.975])
 
 
-def by_task(entries: list[dict], value) -> dict[str, np.ndarray]:
-    "Mean over sources and models: task -> (seeds, pictures)."
+def by_task(entries: list[dict]) -> dict[str, np.ndarray]:
+    "Gain over no prompt, mean over sources and models: task -> (seeds, pictures)."
     found = {}
-    for entry in entries: found.setdefault(entry["task"], {}).setdefault(entry["seed"], []).append(value(entry))
+    for entry in entries: found.setdefault(entry["task"], {}).setdefault(entry["seed"], []).append(entry["prompted"] - entry["clean"])
     return {task: np.stack([np.mean(values, axis=0) for values in seeds.values()]) for task, seeds in found.items()}
-
-
-GAIN = lambda entry: entry["prompted"] - entry["clean"]
 
 
 def groups_of(entries: list[dict]) -> dict[str, list[dict]]:
@@ -266,16 +263,18 @@ def groups_of(entries: list[dict]) -> dict[str, list[dict]]:
 
 
 def gains(entries: list[dict]) -> pd.DataFrame:
-    "Gain over no prompt, and of the new recipe over TVP, by zoo, kind of source, group and task, with intervals; `all` is the mean over tasks."
-    rows = []
-    for zoo, kind in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("one", "two")):
-        mine = [e for e in entries if e["zoo"] == zoo and e["sources"] == kind]
-        for group, inside in groups_of(mine).items():
-            split = {method: by_task([e for e in inside if e["method"] == method], GAIN) for method in ("TVP", NEW)}
-            split[f"{NEW} - TVP"] = {task: split[NEW][task] - split["TVP"][task] for task in split["TVP"]}
-            for method, tasks in split.items():
-                for task, arrays in [*((task, [array]) for task, array in tasks.items()), ("all", list(tasks.values()))]:
-                    if arrays: rows.append(dict(zip(["zoo", "sources", "group", "method", "task", "gain", "low", "high"], [zoo, kind, group, method, task, *interval(arrays)])))
+    "Gain over no prompt, and of the new recipe over TVP, by zoo (and their mean), kind of source, group and task, with intervals; `all` is the mean over tasks."
+    rows, zoos = [], list(dict.fromkeys(e["zoo"] for e in entries))
+    for kind, group in itertools.product(("one", "two"), groups_of([])):
+        split = {}
+        for zoo, method in itertools.product(zoos, ("TVP", NEW)):
+            inside = groups_of([e for e in entries if (e["zoo"], e["sources"], e["method"]) == (zoo, kind, method)])[group]
+            split[zoo, method] = by_task(inside)
+        for method in ("TVP", NEW): split["both", method] = {task: np.mean([split[zoo, method][task] for zoo in zoos], axis=0) for task in split[zoos[0], method]}
+        for zoo in (*zoos, "both"): split[zoo, f"{NEW} - TVP"] = {task: split[zoo, NEW][task] - split[zoo, "TVP"][task] for task in split[zoo, "TVP"]}
+        for (zoo, method), tasks in split.items():
+            for task, arrays in [*((task, [array]) for task, array in tasks.items()), ("all", list(tasks.values()))]:
+                rows.append(dict(zip(["zoo", "sources", "group", "method", "task", "gain", "low", "high"], [zoo, kind, group, method, task, *interval(arrays)])))
     return pd.DataFrame(rows)
 
 
@@ -284,11 +283,12 @@ def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
     rows = []
     for zoo, method, pair in itertools.product(dict.fromkeys(e["zoo"] for e in entries), ("TVP", NEW), dict.fromkeys(e["source"] for e in entries if " + " in e["source"])):
         mine = [e for e in entries if e["zoo"] == zoo and e["method"] == method and e["seed"] in PAIR_SEEDS and e["target"] not in source_names(pair)]
-        split = {source: by_task([e for e in mine if e["source"] == source], GAIN) for source in (pair, *source_names(pair))}
+        split = {source: by_task([e for e in mine if e["source"] == source]) for source in (pair, *source_names(pair))}
         for task in split[pair]:
             better = max(source_names(pair), key=lambda name: split[name][task].mean())
-            rows.append(dict(zip(["zoo", "method", "pair", "task", "better", "single", "both", "gain", "low", "high"],
-                                 [zoo, method, pair, task, better, split[better][task].mean(), split[pair][task].mean(), *interval([split[pair][task] - split[better][task]])])))
+            average = np.mean([split[name][task].mean() for name in source_names(pair)])
+            rows.append(dict(zip(["zoo", "method", "pair", "task", "better", "average", "single", "both", "gain", "low", "high"],
+                                 [zoo, method, pair, task, better, average, split[better][task].mean(), split[pair][task].mean(), *interval([split[pair][task] - split[better][task]])])))
     return pd.DataFrame(rows)
 
 
@@ -303,6 +303,16 @@ def tidy(entries: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)[["zoo", *TIDY_COLUMNS, "group"]]
 
 
+def lenses(work: Path) -> pd.DataFrame:
+    "Where the lens of every TVP-lens prompt of the comparison has ended."
+    rows = []
+    for path in sorted((work / "final").glob(f"*/prompts/*|{NEW}|*.safetensors")):
+        task, source, _, seed = path.stem.split("|")
+        prompt = VisualPrompt.load(path)
+        rows.append(dict(zip(["fine", "medium", "coarse", "size"], [*(1 + prompt.sharpness).tolist(), prompt.scale.exp().item()]), zoo=path.parents[1].name, task=task, source=source, seed=int(seed)))
+    return pd.DataFrame(rows)
+
+
 def collect(work: Path, mine, **_) -> None:
     "Small tables of everything there is."
     RESULTS.mkdir(exist_ok=True)
@@ -312,7 +322,7 @@ def collect(work: Path, mine, **_) -> None:
     put("ablation", runs[~isin]), put("trials", runs[isin])
     if (work / "search.log").exists(): put("settings", settings_tried(work))
     entries = [entry for place in sorted((work / "final").glob("*")) for entry in outcomes(place)]
-    if entries: put("final", tidy(entries)), put("gains", gains(entries)), put("pairs", pairs_against_singles(entries))
+    if entries: put("final", tidy(entries)), put("gains", gains(entries)), put("pairs", pairs_against_singles(entries)), put("lenses", lenses(work))
     if kept := sorted((work / "retain").glob("*.json")): put("retention", pd.concat(pd.DataFrame(json.loads(path.read_text())) for path in kept))
 
 
