@@ -62,6 +62,7 @@ class Setting:
     nesterov: bool = False
     adjust: tuple[str, ...] = ()
     adjust_lr: float = 0.02
+    apart: bool = False  # does each of what is adjusted have a step of its own?
     combine: str = "mean"
     gradient: object = None
     views: tuple = ()
@@ -70,6 +71,7 @@ class Setting:
 
 
 TEMPLATES = ["this is a photo of a {}", "a picture of a {}", "an image with a {}"]
+LENS = dict(lr=20.0, width=3, adjust=("sharpness", "scale"), adjust_lr=0.06)  # what the search has led to
 TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where the trick changes them
     "TVP": {}, "without FCA and TSE": dict(fca=0.0, tse=0.0), "smaller steps": dict(lr=10.0), "narrower border": dict(width=3), "in [0, 1]": dict(range="unit", lr=5.0),
     "momentum": dict(lr=4.5, momentum=0.9), "Nesterov": dict(lr=4.5, momentum=0.9, nesterov=True),
@@ -81,7 +83,8 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "TSE on crops": dict(crops=2), "TSE in several words": dict(templates=3), "contrastive TSE": dict(tse=0.0, contrastive=0.3),
     "FCA in every layer": dict(fca=0.0, layers=0.02), "FCA by cosine": dict(distance="cosine", fca=1.0), "relative FCA": dict(distance="relative", fca=0.3),
     "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),
-    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
+    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "color, sharpness and scale, a step each": dict(adjust=tuple(ADJUSTMENTS), apart=True),
+    "TVP-lens": dict(LENS), "TVP-lens, a step each": dict(LENS, apart=True), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
 ENSEMBLES = {"mean": {}, "normalized": dict(combine="normalized"), "common direction": dict(combine="common"), "adaptive": dict(combine="adaptive"),
              "common weakness": dict(gradient=CommonWeakness(0.5, 2.0))}
 
@@ -98,7 +101,9 @@ def losses(setting: Setting, task, clip) -> list:
 def make(setting: Setting, zoo, source: str, task, seed: int) -> Learner:
     "A learner as a setting says; `source` is a name, or several with ` + ` in between."
     prompt = VisualPrompt(zoo.size, setting.width, seed=seed, range=setting.range, adjust=setting.adjust)
-    optimizer = NormalizedGradient(parameter_groups(prompt, setting.adjust_lr), setting.lr, prompt.canvas_gradient_norm, setting.momentum, setting.nesterov)
+    border, *rest = parameter_groups(prompt, setting.adjust_lr)
+    if setting.apart: rest = [group | {"params": [one]} for group in rest for one in group["params"]]
+    optimizer = NormalizedGradient([border, *rest], setting.lr, prompt.canvas_gradient_norm, setting.momentum, setting.nesterov)
     return Learner(prompt, [zoo[name] for name in source_names(source)], task, losses(setting, task, zoo.clip), optimizer, seed=seed, epochs=setting.epochs,
                    combine=setting.combine, gradient=setting.gradient, views=setting.views, filters=setting.filters, average=setting.average)
 
