@@ -31,7 +31,7 @@ from tvp.gradients import CommonWeakness, SharpnessAware, Spsa
 from tvp.learner import Learner
 from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
 from tvp.prompt import ADJUSTMENTS, VisualPrompt
-from tvp.recipes import make_learner
+from tvp.recipes import find_recipe, make_learner
 from tvp.studies import evaluate_retention
 from tvp.tasks import load_task, task_names
 from tvp.transfer import evaluate_transfer
@@ -71,7 +71,8 @@ class Setting:
 
 
 TEMPLATES = ["this is a photo of a {}", "a picture of a {}", "an image with a {}"]
-LENS = dict(lr=20.0, width=3, adjust=("sharpness", "scale"), adjust_lr=0.06)  # what the search has led to
+NEW = "TVP-lens"  # the recipe that the search has led to
+LENS = {name: getattr(find_recipe(NEW), name) for name in ("lr", "width", "epochs", "fca", "tse", "adjust", "adjust_lr")}
 TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where the trick changes them
     "TVP": {}, "without FCA and TSE": dict(fca=0.0, tse=0.0), "smaller steps": dict(lr=10.0), "narrower border": dict(width=3), "in [0, 1]": dict(range="unit", lr=5.0),
     "momentum": dict(lr=4.5, momentum=0.9), "Nesterov": dict(lr=4.5, momentum=0.9, nesterov=True),
@@ -84,7 +85,7 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "FCA in every layer": dict(fca=0.0, layers=0.02), "FCA by cosine": dict(distance="cosine", fca=1.0), "relative FCA": dict(distance="relative", fca=0.3),
     "color": dict(adjust=("color",)), "sharpness": dict(adjust=("sharpness",)), "scale": dict(adjust=("scale",)),
     "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)), "color, sharpness and scale, a step each": dict(adjust=tuple(ADJUSTMENTS), apart=True),
-    "TVP-lens": dict(LENS), "TVP-lens, a step each": dict(LENS, apart=True), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
+    NEW: LENS, f"{NEW}, a step each": dict(LENS, apart=True), "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6), "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6)}
 ENSEMBLES = {"mean": {}, "normalized": dict(combine="normalized"), "common direction": dict(combine="common"), "adaptive": dict(combine="adaptive"),
              "common weakness": dict(gradient=CommonWeakness(0.5, 2.0))}
 
@@ -186,7 +187,6 @@ def search(work: Path, mine, **_) -> None:
     study.optimize(lambda trial: gain_so_far(trial, work))
 
 
-NEW = "TVP-lens"  # the recipe that the search has led to, see tvp.recipes
 SEEDS, PAIR_SEEDS = (0, 1, 2, 3, 4), (0,)
 PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP))  # two towers: the third is new to the prompt
 PICTURES = 300  # of every task's test pictures, the first ones

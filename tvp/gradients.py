@@ -6,7 +6,7 @@
 __all__ = ['moved_prompt', 'go', 'SharpnessAware', 'CommonWeakness', 'each_gradient', 'Spsa', 'random_direction', 'loss_at',
            'loss_of']
 
-# %% ../nbs/api/51_gradients.ipynb #59d016ff
+# %% ../nbs/api/51_gradients.ipynb #4449cda4
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .arguments import check_number, check_whole
-from .learner import Learner, all_passes, combined_gradient, forward, joined_numbers, parts_of, source_gradient
+from .learner import Learner, all_passes, combined_gradient, forward, joined_numbers, let_through, parts_of, source_gradient
 from .processes import mean_over_processes
 from .tasks import Batch
 
-# %% ../nbs/api/51_gradients.ipynb #fa19d6de
+# %% ../nbs/api/51_gradients.ipynb #87020e08
 @contextmanager
 def moved_prompt(
     learner: Learner,
@@ -39,7 +39,7 @@ def go(
     length: float,  # of the step, in pixel values; negative: downhill
 ) -> None:
     "Move the border along a gradient, as far as the filters let it through; color, sharpness and scale stay."
-    for keep in learner.filters: gradient = keep(gradient)
+    gradient = let_through(learner, gradient)
     learner.prompt.delta.add_(length * gradient / (gradient.norm() + 1e-10))
 
 # %% ../nbs/api/51_gradients.ipynb #bc18535e
@@ -120,7 +120,7 @@ class Spsa:
         learner.prompt.canvas_gradient = gradients[0]
         return torch.stack(told).mean(0)
 
-# %% ../nbs/api/51_gradients.ipynb #dc66d1b4
+# %% ../nbs/api/51_gradients.ipynb #25e48d89
 def random_direction(
     learner: Learner,
 ) -> list[Tensor]:  # one for each parameter
@@ -128,9 +128,7 @@ def random_direction(
     prompt = learner.prompt
     draw = lambda like: (torch.randint(0, 2, like.shape, generator=prompt.generator) * 2 - 1).to(like)
     signs = [draw(parameter) for parameter in prompt.parameters()]
-    for keep in learner.filters: signs[0] = keep(signs[0])
-    if prompt.kind != "random-patch": signs[0] = signs[0] * prompt.mask
-    return signs
+    return [let_through(learner, signs[0]), *signs[1:]]
 
 
 def loss_at(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['StepRecord', 'CleanTokens', 'Position', 'plain_accelerator', 'Learner', 'begin_books', 'update', 'forward',
            'source_gradient', 'all_passes', 'seen_alike', 'parts_of', 'combined_gradient', 'joined_numbers',
-           'filter_gradient', 'move', 'average_prompt', 'settle', 'guarded_update', 'start_training', 'training_steps',
-           'remaining_steps', 'training_batches', 'training_facts', 'tricks', 'in_words', 'update_rule', 'step_record',
-           'records_frame', 'LiveCurve', 'fit', 'kept_if_lost']
+           'let_through', 'filter_gradient', 'move', 'average_prompt', 'settle', 'guarded_update', 'start_training',
+           'training_steps', 'remaining_steps', 'training_batches', 'training_facts', 'tricks', 'in_words',
+           'update_rule', 'step_record', 'records_frame', 'LiveCurve', 'fit', 'kept_if_lost']
 
 # %% ../nbs/api/50_learner.ipynb #9a38e1b3
 import logging
@@ -228,7 +228,7 @@ def seen_alike(
     generator.set_state(state)
     return clean, view(prompted, generator)
 
-# %% ../nbs/api/50_learner.ipynb #6685e515
+# %% ../nbs/api/50_learner.ipynb #00049455
 def parts_of(
     learner: Learner,
 ) -> list[tuple[Mllm | None, list]]:  # each source with its losses; last, without a source, the losses that need none
@@ -256,7 +256,7 @@ def combined_gradient(
     for parameter, gradient in zip(parameters, together): parameter.grad = gradient
     return joined_numbers(learner, numbers)
 
-
+# %% ../nbs/api/50_learner.ipynb #5941dbd9
 def joined_numbers(
     learner: Learner,
     numbers: list[Tensor],  # of each of its parts: total, losses, share of processes that want to stop
@@ -272,16 +272,25 @@ def joined_numbers(
     return torch.cat([torch.stack([total, *(values[term.name] for term in learner.losses)]), alone, mean[-1:]])
 
 
+def let_through(
+    learner: Learner,
+    border: Tensor,  # numbers for its pixels
+) -> Tensor:  # same shape
+    "What the filters let through, inside the mask."
+    for keep in learner.filters: border = keep(border)
+    return border if learner.prompt.kind == "random-patch" else border * learner.prompt.mask
+
+
 def filter_gradient(
     learner: Learner,
 ) -> None:
-    "Keep what the filters let through, inside the mask."
+    "Keep what the filters let through; of the whole canvas, too, whose norm sets the length of a step."
+    if not learner.filters: return
     prompt = learner.prompt
-    for keep in learner.filters:
-        prompt.canvas_gradient, prompt.delta.grad = keep(prompt.canvas_gradient), keep(prompt.delta.grad)
-    if learner.filters and prompt.kind != "random-patch": prompt.delta.grad = prompt.delta.grad * prompt.mask
+    for keep in learner.filters: prompt.canvas_gradient = keep(prompt.canvas_gradient)
+    prompt.delta.grad = let_through(learner, prompt.delta.grad)
 
-# %% ../nbs/api/50_learner.ipynb #02ad867c
+# %% ../nbs/api/50_learner.ipynb #45679b48
 def move(
     learner: Learner,
     sound: Tensor,  # scalar, bool: are this update's numbers finite?
@@ -296,7 +305,7 @@ def move(
     for parameter, was in zip(parameters, before): parameter.data.copy_(torch.where(learner.sound, parameter, was))
     return learner.sound
 
-
+# %% ../nbs/api/50_learner.ipynb #0a6e5a49
 def average_prompt(
     learner: Learner,
     made: int,  # updates of this training so far
