@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'pack', 'unpack', 'digest', 'write_checkpoint', 'read_checkpoint', 'checkpoint_file',
-           'differences', 'random_states', 'set_random_states', 'held_signals']
+           'differences', 'random_states', 'set_random_states', 'Parts', 'clear_parts']
 
 # %% ../nbs/api/48_checkpoints.ipynb #bcce2483
 import hashlib
 import json
+import logging
 import os
 import random
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import read_tensors, write_atomic
+from . import __version__
+from .files import read_tensors, remove_leftovers, write_atomic
+from .signals import held_signals
 
 # %% ../nbs/api/48_checkpoints.ipynb #531edcdf
 def pack(
-    value: Any,  # dicts, lists, tuples, numbers, texts, None and tensors, nested
-    tensors: dict[str, Tensor],  # filled with the tensors found
+    value: Any,  # dicts, lists, tuples, numbers, texts, None, arrays and tensors, nested
+    tensors: dict[str, Tensor],  # filled with the tensors and arrays found
     name: str = "state",  # of this value, for its tensors and for messages
 ) -> Any:  # the same for JSON
     "A state without its tensors, which are put aside under their names."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     inside = lambda pairs: [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray)):
         while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"$tensor": name}
+        tensors[name] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
+        return {"$tensor" if isinstance(value, Tensor) else "$array": name}
     if isinstance(value, dict) and all(key is None or isinstance(key, (bool, int, float, str)) for key in value):
         plain = all(isinstance(key, str) and key[:1] != "$" for key in value)
         return dict(inside(value.items())) if plain else {"$items": inside(value.items())}
@@ -56,6 +57,7 @@ def unpack(
     if isinstance(value, list): return [unpack(item, tensors) for item in value]
     if not isinstance(value, dict): return value
     if "$tensor" in value: return tensors[value["$tensor"]]
+    if "$array" in value: return tensors[value["$array"]].numpy()
     if "$tuple" in value: return tuple(unpack(item, tensors) for item in value["$tuple"])
     if "$items" in value: return {key: unpack(item, tensors) for key, item in value["$items"]}
     return {key: unpack(item, tensors) for key, item in value.items()}
@@ -139,17 +141,64 @@ def set_random_states(
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
 
-# %% ../nbs/api/48_checkpoints.ipynb #c8b1074c
-@contextmanager
-def held_signals() -> Iterator[list[int]]:  # the signals that came, soon to be delivered
-    "Let Ctrl-C and SIGTERM wait for the end of the block."
-    came, kinds = [], (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: handler for kind in kinds if (handler := signal.getsignal(kind)) not in (None, signal.SIG_IGN)}
-    def wait(kind, frame):
-        came.append(kind)
-        for each, handler in before.items(): signal.signal(each, handler)  # the next one acts at once
-    for kind in before: signal.signal(kind, wait)
-    try: yield came
-    finally:
-        for kind, handler in before.items(): signal.signal(kind, handler)
-        for kind in came: signal.raise_signal(kind)
+# %% ../nbs/api/48_checkpoints.ipynb #0a9249e1
+class Parts:
+    "The finished parts of a run, by name; what `write_checkpoint` can hold."
+
+    def __init__(
+        self,
+        folder: str | Path,  # made if need be; its own, beside the results
+        settings: dict,  # what decides the results of the run: names and numbers, nested
+    ):
+        self.folder = Path(folder)
+        self.taken: list[str] = []  # names of the parts that an earlier call had finished, as they are asked for
+        self._new: dict[str, Any] = {}
+        file = self.folder / "settings.safetensors"
+        own = settings | {"versions": {"tvp": __version__, "torch": str(torch.__version__)}}
+        if not file.exists():
+            write_checkpoint(file, own)
+        elif unlike := differences(read_checkpoint(file), own):
+            raise ValueError(f"{str(self.folder)!r} holds parts of a run with other settings: {'; '.join(unlike)}. Go on with the settings of that "
+                             "run, choose another place for this one, or start anew (--force; in Python remove the folder).")
+
+    def _file(self, name: str) -> Path:
+        "Where a part is; names that are no good as names of files are told apart by a number."
+        plain = re.sub(r"[^\w.-]", "_", name)[:80]
+        return self.folder / f"part-{plain}{'' if plain == name else '-' + hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._new or self._file(name).exists()
+
+    def __getitem__(self, name: str) -> Any:
+        "A finished part."
+        if name in self._new: return self._new[name]
+        if name not in self.taken: self.taken.append(name)
+        return read_checkpoint(self._file(name))["value"]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        "Keep a part. Where it cannot be written, the run goes on with what it has in memory, and says so."
+        try:
+            write_checkpoint(self._file(name), {"name": name, "value": value})
+        except OSError as error:
+            self._new[name] = value
+            logging.getLogger(__name__).warning("%s is not kept: %s", name, error.strerror or error)
+
+    def names(self) -> list[str]:
+        "Names of the parts that lie in the folder."
+        return [read_checkpoint(file)["name"] for file in sorted(self.folder.glob("part-*.safetensors"))]
+
+    def clear(self) -> None:
+        "Remove the parts, when the results are written."
+        clear_parts(self.folder)
+
+
+def clear_parts(
+    folder: str | Path,  # of `Parts`; it need not exist
+) -> None:
+    "Remove the parts of a run, and nothing else that may lie in their folder."
+    files = sorted(Path(folder).glob("*.safetensors"), key=lambda file: file.name == "settings.safetensors")  # the settings go last
+    for file in files:
+        file.unlink(missing_ok=True)
+        remove_leftovers(file)
+    with suppress(OSError):
+        Path(folder).rmdir()
