@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack_records', 'unpack_records', 'plain_facts', 'describe_loss', 'identity', 'learner_state', 'set_state', 'refill',
-           'save_checkpoint', 'load_checkpoint', 'say_where', 'begin', 'fit_part']
+           'save_checkpoint', 'load_checkpoint', 'say_where', 'begin', 'task_settings', 'fit_part']
 
 # %% ../nbs/api/52_resume.ipynb #5aa80205
 import copy
@@ -24,6 +24,7 @@ from .checkpoints import Parts, differences, random_states, read_checkpoint, set
 from .files import RunLock, remove_leftovers
 from .learner import CleanTokens, Learner, Position, StepRecord, records_frame, start_training, training_batches, training_steps, tricks
 from .prompt import VisualPrompt
+from .tasks import Task
 
 # %% ../nbs/api/52_resume.ipynb #f2ad31bf
 def pack_records(
@@ -200,7 +201,15 @@ def _begin(learner: Learner, epochs: int | None, file: Path | None, resume: bool
         save_checkpoint(learner, file)
     return steps
 
-# %% ../nbs/api/52_resume.ipynb #5dc30581
+# %% ../nbs/api/52_resume.ipynb #e6721b72
+def task_settings(
+    task: Task,
+) -> dict:  # names and numbers
+    "What decides the answers to a task, as far as it can be said in words: for the settings of `Parts`."
+    rows = {split: len(task.split(split)) for split in ("train", "valid", "test")}
+    return {"name": task.name, "rows": rows, "candidates": list(task.candidates), "fit": getattr(task, "fit", "crop")}
+
+
 def fit_part(
     parts: Parts,  # of the run
     name: str,  # of this part, such as "TVP-seed0"
