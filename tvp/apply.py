@@ -98,7 +98,7 @@ def inside(
 ) -> Path:  # below the folder
     "The place of a file in a folder; refused if it lies elsewhere, links followed."
     place = folder / as_path(name, "name")
-    if not place.parent.resolve().is_relative_to(folder.resolve()) or place.name in ("", ".."):
+    if not place.resolve().is_relative_to(folder.resolve()) or place.name in ("", ".."):
         raise ValueError(f"{str(name)!r} would be written outside of {str(folder)!r}. Nothing was written.")
     return place
 

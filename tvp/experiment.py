@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_CLIP', 'SIZE', 'WIDTH', 'MENDABLE', 'in_words', 'load_named', 'named_zoo', 'say_error', 'collect', 'refuse',
            'check_place', 'check_models', 'Plan', 'chosen_recipes', 'chosen_seeds', 'check_ready', 'plan_reproduction',
-           'train_one', 'train_prompts', 'Watched', 'model_facts', 'ask', 'ask_models']
+           'plan_settings', 'train_one', 'train_prompts', 'Watched', 'model_facts', 'ask', 'ask_models']
 
 # %% ../nbs/api/66_experiment.ipynb #a6d5ec3b
 import re
@@ -19,11 +19,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from .arguments import check_whole
+from .checkpoints import Parts, digest
 from .evaluation import read_ahead
+from .learner import Learner
 from .mllm import Mllm
 from .paper import PAPER, check_parts
 from .prompt import VisualPrompt
 from .recipes import METHODS, Recipe, find_recipe, make_learner
+from .resume import fit_part, task_settings
 from .tables import TransferRun
 from .tasks import Batch, Task, load_task
 from .tiny import TINY
@@ -133,6 +136,7 @@ class Plan:
     places: dict[str, str] = field(default_factory=dict)  # model -> where it lies, in words
     ready: VisualPrompt | None = None  # a prompt that is not to be trained any more
     batch_size: int = 32  # pictures per question, as in the reference
+    given: dict[str, str] = field(default_factory=dict)  # what else decides the results, in words: the CLIP, where the data lie, how models are loaded
 
     @property
     def size(self) -> int: "Side of the canvas, pixels."; return self.zoo.size if self.ready is None else self.ready.size
@@ -207,27 +211,40 @@ def plan_reproduction(
         judged = ready is None and any(recipe.tse for recipe in recipes.values())
         check_models(models, clip if judged else None, options, say)
         zoo, places = named_zoo(models, clip, options), {name: in_words(place) for name, place in models.items()}
-    return Plan(task, zoo, source, {} if ready is not None else recipes, seeds, limit, places, ready)
+    given = {name: str(value) for name, value in {"clip": clip, "data_dir": data_dir, **options}.items() if value is not None}
+    return Plan(task, zoo, source, {} if ready is not None else recipes, seeds, limit, places, ready, given=given)
+
+# %% ../nbs/api/66_experiment.ipynb #c48cc84d
+def plan_settings(
+    plan: Plan,
+) -> dict:  # names and numbers, nested
+    "What a plan is, in words."
+    ready = None if plan.ready is None else digest({name: value.detach().cpu() for name, value in plan.ready.state_dict().items()}, plan.ready.kind)
+    return {"task": task_settings(plan.task), "source": plan.source, "recipes": {name: asdict(recipe) for name, recipe in plan.recipes.items()},
+            "seeds": list(plan.seeds), "limit": plan.limit, "canvas": plan.size, "batch_size": plan.batch_size, "ready prompt": ready,
+            "models": {name: plan.places.get(name, "given") for name in plan.zoo}, "given": plan.given}
 
 # %% ../nbs/api/66_experiment.ipynb #dee8332f
 def train_one(
     plan: Plan,
     method: str,  # one of the plan's
     seed: int,  # one of the plan's
-    out: Path | None = None,  # folder for checkpoint and prompt; None: neither is written
+    parts: Parts | None = None,  # where it is kept; None: nowhere
 ) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
-    "Train one prompt by the paper's recipe, or go on with it."
-    changes = {name: value for name, value in asdict(plan.recipes[method]).items() if name != "name"}
-    learner = make_learner(method, plan.zoo, plan.source, plan.task, seed, "paper", **changes)
-    checkpoint = None if out is None else out / f"training-{method}-seed{seed}.safetensors"
-    prompt = learner.fit(plan.recipes[method].epochs, checkpoint, resume=checkpoint is not None)
-    if out is not None: prompt.save(out / f"prompt-{method}-seed{seed}.safetensors")
-    return prompt, learner.history
+    "Train one prompt by the paper's recipe, go on with it, or take it over."
+    epochs, changes = plan.recipes[method].epochs, {name: value for name, value in asdict(plan.recipes[method]).items() if name != "name"}
+
+    def make() -> Learner:
+        return make_learner(method, plan.zoo, plan.source, plan.task, seed, "paper", **changes)
+
+    if parts is not None: return fit_part(parts, f"{method}-seed{seed}", make, epochs)
+    learner = make()
+    return learner.fit(epochs), learner.history
 
 # %% ../nbs/api/66_experiment.ipynb #1c4bf5b7
 def train_prompts(
     plan: Plan,
-    out: Path | None = None,  # as for `train_one`
+    parts: Parts | None = None,  # as for `train_one`
     say: Callable[[str], Any] = print,  # told what happens
 ) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:  # seed -> method -> prompt; method -> history of the first seed
     "All prompts of a plan."
@@ -236,8 +253,9 @@ def train_prompts(
     for seed in plan.seeds:
         prompts[seed] = {}
         for method in plan.recipes:
-            say(f"train {method} on {plan.source}, seed {seed}")
-            prompts[seed][method], history = train_one(plan, method, seed, out)
+            taken = parts is not None and f"{method}-seed{seed}" in parts
+            say(f"{'take over' if taken else 'train'} {method} on {plan.source}, seed {seed}")
+            prompts[seed][method], history = train_one(plan, method, seed, parts)
             histories.setdefault(method, history)
     return prompts, histories
 
@@ -281,15 +299,23 @@ def ask_models(
     prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
     say: Callable[[str], Any] = print,  # told what happens
     keep: Callable[[TransferResults], Any] = lambda results: None,  # given what there is after each model
+    parts: Parts | None = None,  # where what each model says is kept; None: nowhere
 ) -> tuple[TransferResults, pd.DataFrame]:  # results; what the models are
     "All models of a plan, the source first."
     names, scores, facts = [plan.source, *(name for name in plan.zoo if name != plan.source)], {seed: {} for seed in prompts}, {}
     tower = getattr(plan.zoo, "tower", lambda name: None)
     for name, following in zip(names, [*names[1:], None]):
-        say(f"ask {name}")
-        plan.zoo[name]  # loaded before the next one's files are read; held by nobody but the zoo
-        with read_ahead(plan.zoo.weight_files(following) if following and hasattr(plan.zoo, "weight_files") else []):
-            said, labels, index, facts[name] = ask(plan, name, prompts)
+        if parts is not None and name in parts:
+            say(f"take over {name}")
+            pairs, labels, index, facts[name] = parts[name]
+            said = {(seed, method): values for seed, method, values in pairs}
+        else:
+            say(f"ask {name}")
+            plan.zoo[name]  # loaded before the next one's files are read; held by nobody but the zoo
+            with read_ahead(plan.zoo.weight_files(following) if following and hasattr(plan.zoo, "weight_files") else []):
+                said, labels, index, facts[name] = ask(plan, name, prompts)
+            if parts is not None:
+                parts[name] = [(seed, method, values) for (seed, method), values in said.items()], labels, index, facts[name]
         for (seed, method), values in said.items(): scores[seed][method, name] = values
         towers = {name: tower(name) for name in names}
         same = dict(metric=plan.task.metric, labels=labels, towers=towers, index=index)

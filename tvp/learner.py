@@ -507,10 +507,11 @@ def fit(
     file, every = None if checkpoint is None else checkpoint_file(checkpoint), check_whole("every", every)
     check_kind("resume", resume, bool)
     read_every = 1 if learner.device.type == "cpu" else min(10, every)
-    steps, at, curve = begin(learner, epochs, file, resume, read_every), learner.position, LiveCurve(learner)
+    lock, steps = begin(learner, epochs, file, resume, read_every)
+    at, curve = learner.position, LiveCurve(learner)
     alone, kept, quiet = learner.accelerator.num_processes == 1, at.done, {} if learner.accelerator.is_main_process else {"disable": True}
     bar = tqdm(steps, desc=learner.task.name, initial=at.done, total=at.epochs * learner.per_epoch, unit="step", delay=2, **quiet)
-    with held_signals() as came, bar, kept_if_lost(learner, file):
+    with lock, held_signals() as came, bar, kept_if_lost(learner, file):
         for record in bar:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             curve.update()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .files import write_atomic, write_folder
 from .mllm import Mllm
 from .paper_models import EVERYTHING, PAPER, QFORMER, QFORMER_READS, PaperModel, Wrapper, describe_paper
 from .pretrained import allow_turns, checkpoint_gradients, load_options
@@ -180,13 +181,13 @@ def save_mllm(
     "Write a model of the paper, its processor and its wrapper."
     if not isinstance(getattr(mllm, "wrapper", None), Wrapper):
         raise TypeError(f"`mllm` must be a model of the paper, whose wrapper is text, got {mllm.name}. Save mllm.model and mllm.processor with save_pretrained.")
-    folder = Path(folder)
-    mllm.model.save_pretrained(folder)
-    save_processor(mllm.processor, folder) if isinstance(mllm.processor, MarkerProcessor) else mllm.processor.save_pretrained(folder)
     modules = sorted({type(thing).__module__ for thing in (mllm.model, mllm.processor.tokenizer)})  # where classes of ours come from
     said = {"format": "tvp-mllm", "version": 1, "name": mllm.name, "modules": modules, "wrapper": asdict(mllm.wrapper)}
-    (folder / "tvp.json").write_text(json.dumps(said, indent=2))
-    return folder
+    with write_folder(folder, last="tvp.json") as part:
+        mllm.model.save_pretrained(part)
+        save_processor(mllm.processor, part) if isinstance(mllm.processor, MarkerProcessor) else mllm.processor.save_pretrained(part)
+        write_atomic(part / "tvp.json", json.dumps(said, indent=2))
+    return Path(folder)
 
 # %% ../nbs/api/28_paper.ipynb #cad603a3
 def is_saved(

@@ -10,6 +10,8 @@ import json
 import re
 from pathlib import Path
 
+from .files import write_atomic
+
 # %% ../nbs/api/18_processor.ipynb #b05fa668
 def split_pieces(
     text: str,  # one rendered instruction
@@ -97,7 +99,7 @@ def marker_batch(
 # %% ../nbs/api/18_processor.ipynb #efbbee39
 def save_processor(
     processor: MarkerProcessor,  # of a model
-    folder: str | Path,  # exists
+    folder: str | Path,  # exists; `tvp.files.write_folder` gives one that appears whole
 ) -> None:
     "Write a processor beside its model."
     folder = Path(folder)
@@ -105,7 +107,7 @@ def save_processor(
     processor.tokenizer.save_pretrained(folder)
     if processor.qformer_tokenizer is not None: processor.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
     ours = {name: getattr(processor, name) for name in ("num_image_tokens", "image_token", "alone", "num_patch_tokens")}
-    (folder / "marker_processor.json").write_text(json.dumps(ours, indent=2))
+    write_atomic(folder / "marker_processor.json", json.dumps(ours, indent=2))
 
 
 def load_processor(

@@ -11,14 +11,17 @@ __all__ = ['STAND_IN', 'OTHERS', 'RANDOM', 'model_differences', 'data_difference
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from .experiment import SIZE, Plan, ask_models, plan_reproduction, train_prompts
-from .files import write_atomic
+from .checkpoints import PARTS, Parts, clear_parts
+from .experiment import SIZE, Plan, ask_models, plan_reproduction, plan_settings, train_prompts
+from .files import RunLock, write_all, write_atomic
 from .paper import PAPER
 from .prompt import VisualPrompt
 from .public_tasks import SOURCES
@@ -162,16 +165,21 @@ def result_html(
 # %% ../nbs/api/79_reproduce.ipynb #6ce21c25
 def run_plan(
     plan: Plan,  # from `plan_reproduction`
-    out: str | Path | None = None,  # folder for what is made on the way: checkpoints, prompts, results so far; None: nowhere
+    out: str | Path | None = None,  # folder for what is made on the way: finished parts in `tvp-parts`, results so far; None: nowhere
     say: Callable[[str], Any] = print,  # told what happens
 ) -> Reproduction:
     "Train and ask as planned; the same call goes on where it was stopped."
     start, out = time.monotonic(), None if out is None else Path(out)
-    if out is not None: out.mkdir(parents=True, exist_ok=True)
-    prompts, histories = train_prompts(plan, out, say)
+    parts = None if out is None else Parts(out / PARTS, plan_settings(plan))
+    prompts, histories = train_prompts(plan, parts, say)
     trained = time.monotonic()
-    keep = (lambda results: None) if out is None else (lambda results: write_atomic(out / "results.csv", results.df.to_csv(index=False)))
-    results, about = ask_models(plan, prompts, say, keep)
+
+    def keep(results: TransferResults) -> None:
+        if out is None: return
+        with suppress(OSError):  # `parts` says so; all of it is written once more at the end
+            write_atomic(out / "results.csv", results.df.to_csv(index=False))
+
+    results, about = ask_models(plan, prompts, say, keep, parts)
     seconds = {"training": trained - start, "evaluation": time.monotonic() - trained}
     return Reproduction(plan, prompts, histories, results, about, seconds)
 
@@ -186,8 +194,11 @@ def reproduce(
     **how,  # the other parameters of `plan_reproduction`
 ) -> Reproduction:
     "The paper's experiment, checked, run, compared and written down (Zhang et al. 2024, sec. 4)."
-    reproduction = run_plan(plan_reproduction(task, source, method, models, say=say, **how), out, say)
-    if out is not None: reproduction.save(out)
+    plan = plan_reproduction(task, source, method, models, say=say, **how)
+    if out is not None: Path(out).mkdir(parents=True, exist_ok=True)
+    with nullcontext() if out is None else RunLock(out):
+        reproduction = run_plan(plan, out, say)
+        if out is not None: reproduction.save(out)
     return reproduction
 
 # %% ../nbs/api/79_reproduce.ipynb #215d3dab
@@ -234,12 +245,12 @@ def save_reproduction(
     folder: str | Path,  # made if need be; files of an earlier run are replaced
     facts: Mapping[str, Any] = {},  # more facts for the report
 ) -> list[Path]:  # the files written
-    "The files of a reproduction, each whole or not at all."
-    folder = Path(folder)
-    tables = {"results.csv": reproduction.results.df, "comparison.csv": reproduction.compared}
-    files = [write_atomic(folder / name, table.to_csv(index=False)) for name, table in tables.items()]
-    files += [Path(prompt.save(folder / f"prompt-{method}-seed{seed}.safetensors"))
-              for seed, chosen in reproduction.prompts.items() for method, prompt in chosen.items()]
-    files.append(write_atomic(folder / "report.html", reproduction_report(reproduction, facts)))
-    for checkpoint in folder.glob("training-*.safetensors"): checkpoint.unlink()
+    "Write the files of a reproduction, each whole or not at all, and remove its parts."
+    contents = {"results.csv": reproduction.results.df.to_csv(index=False), "comparison.csv": reproduction.compared.to_csv(index=False)}
+    writers = {name: partial(write_atomic, content=content) for name, content in contents.items()}
+    for seed, chosen in reproduction.prompts.items():
+        writers |= {f"prompt-{method}-seed{seed}.safetensors": prompt.save for method, prompt in chosen.items()}
+    writers["report.html"] = partial(write_atomic, content=reproduction_report(reproduction, facts))
+    files = write_all(folder, writers)
+    clear_parts(Path(folder) / PARTS)
     return files

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['pack_records', 'unpack_records', 'plain_facts', 'describe_loss', 'identity', 'learner_state', 'set_state', 'refill',
-           'save_checkpoint', 'load_checkpoint', 'say_where', 'begin']
+           'save_checkpoint', 'load_checkpoint', 'say_where', 'begin', 'task_settings', 'fit_part']
 
 # %% ../nbs/api/52_resume.ipynb #5aa80205
 import copy
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import fields, is_dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import Any
 
 import torch
 
-from .checkpoints import differences, random_states, read_checkpoint, set_random_states, write_checkpoint
-from .files import remove_leftovers
-from .learner import CleanTokens, Learner, Position, StepRecord, start_training, training_batches, training_steps, tricks
+from .checkpoints import Parts, differences, random_states, read_checkpoint, set_random_states, write_checkpoint
+from .files import RunLock, remove_leftovers
+from .learner import CleanTokens, Learner, Position, StepRecord, records_frame, start_training, training_batches, training_steps, tricks
+from .prompt import VisualPrompt
+from .tasks import Task
 
 # %% ../nbs/api/52_resume.ipynb #f2ad31bf
 def pack_records(
@@ -168,8 +171,19 @@ def begin(
     file: Path | None,  # of the checkpoint; None: there is none
     resume: bool,  # from the checkpoint, where there is one
     read_every: int = 1,  # as for `training_steps`
-) -> Iterator[StepRecord]:  # the steps to make
-    "Start a training, or go on with one; and try whether its checkpoint can be written."
+) -> tuple[AbstractContextManager, Iterator[StepRecord]]:  # the lock of the checkpoint, held until it is left; the steps to make
+    "Start a training, or go on with one; nobody else writes its checkpoint meanwhile."
+    if file is None or not learner.accelerator.is_main_process:
+        return nullcontext(), _begin(learner, epochs, file, resume, read_every)
+    with ExitStack() as until_begun:
+        lock = until_begun.enter_context(RunLock(file))
+        steps = _begin(learner, epochs, file, resume, read_every)
+        until_begun.pop_all()
+    return lock, steps
+
+
+def _begin(learner: Learner, epochs: int | None, file: Path | None, resume: bool, read_every: int) -> Iterator[StepRecord]:
+    "As `begin`, which has locked the checkpoint; and try whether that can be written."
     there = file is not None and os.path.exists(file)
     if there and not resume:
         raise FileExistsError(f"there is a checkpoint at {str(file)!r}. Go on from it with resume=True, choose another place with checkpoint=..., "
@@ -186,3 +200,34 @@ def begin(
         remove_leftovers(file)
         save_checkpoint(learner, file)
     return steps
+
+# %% ../nbs/api/52_resume.ipynb #e6721b72
+def task_settings(
+    task: Task,
+) -> dict:  # names and numbers
+    "What decides the answers to a task, as far as it can be said in words: for the settings of `Parts`."
+    rows = {split: len(task.split(split)) for split in ("train", "valid", "test")}
+    return {"name": task.name, "rows": rows, "candidates": list(task.candidates), "fit": getattr(task, "fit", "crop")}
+
+
+def fit_part(
+    parts: Parts,  # of the run
+    name: str,  # of this part, such as "TVP-seed0"
+    make: Callable[[], Learner],  # called if there is something left to train
+    epochs: int | None = None,  # as for `fit`
+):  # VisualPrompt, and its history as a DataFrame, one row for each step
+    "Train a prompt and keep it; or go on with it, or take it over, where an earlier call had come."
+    file = parts.folder / f"prompt-{name}.safetensors"
+    if name in parts:
+        kept = parts[name]
+        prompt = VisualPrompt.load(file)
+        prompt.generator.set_state(kept["places"])
+        set_random_states(kept["random"])
+        return prompt, records_frame(unpack_records(kept["records"]))
+    learner = make()
+    checkpoint = parts.folder / f"training-{name}.safetensors"
+    prompt = learner.fit(epochs, checkpoint, resume=True)
+    prompt.save(file)
+    parts[name] = {"records": pack_records(learner.records), "places": prompt.generator.get_state(), "random": random_states()}
+    checkpoint.unlink(missing_ok=True)
+    return prompt, learner.history

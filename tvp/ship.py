@@ -10,6 +10,7 @@ __all__ = ['CONFIG', 'WEIGHTS', 'GALLERY', 'as_code', 'markdown_table', 'results
 # %% ../nbs/api/78_ship.ipynb #cc78efa5
 import hashlib
 import html
+import io
 import json
 import os
 import platform
@@ -179,8 +180,8 @@ def write_folder(
     write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())
     if prompt.range == "uint8": save_png(prompt, folder / "prompt.png")
     else:
-        prompt.to_pil().save(folder / ".prompt.png", "PNG")
-        os.replace(folder / ".prompt.png", folder / "prompt.png")
+        prompt.to_pil().save(buffer := io.BytesIO(), "PNG")
+        write_atomic(folder / "prompt.png", buffer.getvalue())
     if card.is_file() and fingerprint(prompt) not in card.read_text(encoding="utf-8", errors="replace"):
         warnings.warn(f"{str(card)!r} was written for another prompt and is kept. Delete it to get a new card.", stacklevel=4)
 

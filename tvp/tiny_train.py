@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save
 from torch import Generator, Tensor, nn
 
 from .arguments import check_whole
-from .files import write_atomic
+from .files import RunLock, write_atomic
+from .signals import held_signals
 from .mllm import Mllm
 from .tiny import PATCH, QUERIES, SIZE, TINY, _weights, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
 from .world import COLORS, DIGIT, DIGITS, LETTER, LETTERS, MAX_OBJECTS, OBJECTS, PHOTO, SHAPES, Scenes, add_frames, caption, describe, draw_scenes, question_answer
@@ -150,17 +151,19 @@ def train_steps(
         torch.save(dict(step=step, modules=modules.state_dict(), optimizers=[p.state_dict() for p in optimizers + schedules]), buffer := io.BytesIO())
         write_atomic(path, buffer.getvalue())
 
-    for step in range(start, steps):
-        try: loss, numbers = loss_of(step)
-        except KeyboardInterrupt: keep(step); raise
-        for o in optimizers: o.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], 1.)
-        for part in optimizers + schedules: part.step()
-        mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
-        if (step + 1) % 200 == 0:
-            log.info("%s step %d/%d %.0f s loss %.3f %s", name, step + 1, steps, time.time() - began, mean, {k: round(v, 3) for k, v in numbers.items()})
-        if (step + 1) % 500 == 0: keep(step + 1)
+    with held_signals() as came:
+        for step in range(start, steps):
+            loss, numbers = loss_of(step)
+            for o in optimizers: o.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for _, p in named], 1.)
+            for part in optimizers + schedules: part.step()
+            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
+            if (step + 1) % 200 == 0:
+                log.info("%s step %d/%d %.0f s loss %.3f %s", name, step + 1, steps, time.time() - began, mean, {k: round(v, 3) for k, v in numbers.items()})
+            if came or (step + 1) % 500 == 0: keep(step + 1)
+            if came: break
+    if came: raise KeyboardInterrupt  # where a handler of the caller's did not
     path.unlink(missing_ok=True)
 
 # %% ../nbs/api/32_tiny_train.ipynb #e272deb7
@@ -224,7 +227,7 @@ def train_tower(
     model.eval()
     with torch.no_grad(): numbers = loss_of(0, torch.arange(VALID), seed=0)[1]
     write_atomic(folder / f"{name}.safetensors", save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
-    (folder / f"{name}.json").write_text(json.dumps(numbers))
+    write_atomic(folder / f"{name}.json", json.dumps(numbers))
     log.info("%s done %s", name, numbers)
     return numbers
 
@@ -348,13 +351,29 @@ def train_zoo(
     "Everything from nothing. What is finished is skipped, what was interrupted goes on from its checkpoint."
     check_whole("seed", seed, 0)
     folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder):
+        _check_seed(folder, seed)
+        _train_missing(folder, parts, seed)
+
+
+def _check_seed(folder: Path, seed: int) -> None:
+    "One folder holds one zoo."
+    file = folder / "zoo.json"
+    if not file.exists():
+        write_atomic(file, json.dumps({"seed": seed}))
+    elif (there := json.loads(file.read_text())["seed"]) != seed:
+        raise ValueError(f"`seed` must be {there}: {str(folder)!r} holds parts of a zoo with that seed, got {seed}. Choose another folder.")
+
+
+def _train_missing(folder: Path, parts: list[str] | None, seed: int) -> None:
+    "What is not there yet, in order: as `train_zoo`, whose folder is locked."
     pool = make_pool(folder)
     for name, (steps, own) in TOWERS.items():
         if (parts is None or name in parts) and not (folder / f"{name}.json").exists(): train_tower(name, pool, folder, steps, own + seed)
     for name, (steps, own, start_from) in LANGUAGE.items():
         if (parts is not None and name not in parts) or (folder / f"{name}.json").exists(): continue
         train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, own + seed, start_from)
-        (folder / f"{name}.json").write_text(json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
+        write_atomic(folder / f"{name}.json", json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
 
 # %% ../nbs/api/32_tiny_train.ipynb #698d69bc
 KINDS = {"How many": ("count", tuple("1234")), "Is there": ("presence", ("no", "yes")), "This is an image": ("agreement", ("no", "yes")),
