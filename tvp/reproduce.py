@@ -17,13 +17,15 @@ from typing import Any
 
 import pandas as pd
 
+from ._markup import render
 from .experiment import SIZE, Plan, ask_models, plan_reproduction, train_prompts
 from .files import write_atomic
 from .paper import PAPER
 from .prompt import VisualPrompt
 from .public_tasks import SOURCES
 from .published import PUBLISHED, compare_published, compared_cells, prompt_figures, published_for
-from .report import compare_sentences, duration, facts_html, gain_sentences, harm_sentences, list_html, page, picture_html, png, versions
+from .report import compare_sentences, duration, gain_sentences, harm_sentences, png, versions
+from .tables import csv_text
 from .tasks import Task
 from .transfer import TransferResults
 from .zoo import SIX
@@ -153,11 +155,8 @@ def result_html(
     reproduction: Reproduction,
 ) -> str:
     "The comparison for a notebook or a report."
-    head, *rows = compared_cells(reproduction.compared)
-    table = pd.DataFrame(rows, columns=head).to_html(index=False, border=0, classes="tvp-table")
-    style = "<style>.tvp-table{border-collapse:collapse}.tvp-table th,.tvp-table td{padding:.25em .8em;text-align:left;white-space:nowrap}</style>"
-    said, differences = published_sentence(reproduction), list_html(reproduction.differences)
-    return f'{style}<div class="scroll">{table}</div><p>{said}</p><p>Not as in the paper:</p>{differences}'
+    rows = compared_cells(reproduction.compared)
+    return render("comparison.html", rows=rows, published=published_sentence(reproduction), differences=reproduction.differences)
 
 # %% ../nbs/api/79_reproduce.ipynb #6ce21c25
 def run_plan(
@@ -170,7 +169,7 @@ def run_plan(
     if out is not None: out.mkdir(parents=True, exist_ok=True)
     prompts, histories = train_prompts(plan, out, say)
     trained = time.monotonic()
-    keep = (lambda results: None) if out is None else (lambda results: write_atomic(out / "results.csv", results.df.to_csv(index=False)))
+    keep = (lambda results: None) if out is None else (lambda results: write_atomic(out / "results.csv", csv_text(results.df)))
     results, about = ask_models(plan, prompts, say, keep)
     seconds = {"training": trained - start, "evaluation": time.monotonic() - trained}
     return Reproduction(plan, prompts, histories, results, about, seconds)
@@ -215,18 +214,21 @@ def reproduction_report(
     plan, results = reproduction.plan, reproduction.results
     first = list(next(iter(reproduction.prompts.values())).values())[-1]
     said = [line for method in plan.methods for line in gain_sentences(results, method)] + compare_sentences(results) + harm_sentences(results)
-    pictures = picture_html(png(plot_prompt(first)), "The prompt. Mid grey is zero, a full colour its largest value.", 360)
+    models = reproduction.models.reset_index(names="model")
+    images = {"prompt": png(plot_prompt(first)), "history": None, "transfer": png(plot_transfer(results.mean()))}
     if reproduction.histories:
-        pictures += picture_html(png(plot_history(reproduction.histories), dpi=120), "Training, step by step; thick lines are running means.")
-    transfer = picture_html(png(plot_transfer(results.mean())), "Grey: without a prompt. Stems: what each prompt changes, with 95 % intervals. "
-                            "Red triangle: negative transfer.", 240 + 120 * len(reproduction.models))
-    lead = f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(reproduction.models)} models that are asked."
-    title = f"{plan.task.name}: the paper's experiment"
-    return page(title, [
-        ("", f'<h1>{title}</h1><p class="lead">{lead}</p>'), ("Published and measured", result_html(reproduction)), ("Every model", transfer),
-        ("What was measured, in words", list_html(said)), ("The prompt", pictures),
-        ("The models", f'<div class="scroll">{reproduction.models.to_html(border=0, classes="tvp-table")}</div>'),
-        ("How it was run", facts_html({**facts, **run_facts(reproduction), **versions()}))])
+        images["history"] = png(plot_history(reproduction.histories), dpi=120)
+    return render(
+        "reproduction.html",
+        title=f"{plan.task.name}: the paper's experiment",
+        lead=f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(models)} models that are asked.",
+        comparison=result_html(reproduction),
+        images=images,
+        width=240 + 120 * len(models),
+        notes=said,
+        models=[list(models), *models.itertuples(index=False)],
+        run={**facts, **run_facts(reproduction), **versions()},
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #a814671e
 def save_reproduction(
@@ -237,7 +239,7 @@ def save_reproduction(
     "The files of a reproduction, each whole or not at all."
     folder = Path(folder)
     tables = {"results.csv": reproduction.results.df, "comparison.csv": reproduction.compared}
-    files = [write_atomic(folder / name, table.to_csv(index=False)) for name, table in tables.items()]
+    files = [write_atomic(folder / name, csv_text(table)) for name, table in tables.items()]
     files += [Path(prompt.save(folder / f"prompt-{method}-seed{seed}.safetensors"))
               for seed, chosen in reproduction.prompts.items() for method, prompt in chosen.items()]
     files.append(write_atomic(folder / "report.html", reproduction_report(reproduction, facts)))
