@@ -50,17 +50,26 @@ class TransferRun:
     @property
     def targets(self) -> list[str]:
         "Names of the models that were asked."
-        return [target for method, target in self.scores if method == "none"]
+        return list(self._places)
 
     @property
     def methods(self) -> list[str]:
         "Names of the methods, `none` among them."
-        return list(dict.fromkeys(method for method, _ in self.scores))
+        return list(self._methods)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        "Number of each target."
+        return {target: number for number, target in enumerate(target for method, target in self.scores if method == "none")}
+
+    @cached_property
+    def _methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(method for method, _ in self.scores))
 
     @property
     def headline(self) -> str:
         "Name of the metric's first number."
-        return next(iter(self.numbers["none", self.targets[0]]))
+        return next(iter(self.numbers["none", next(iter(self._places))]))
 
     @cached_property
     def numbers(self) -> "_Numbers":
@@ -77,7 +86,7 @@ class TransferRun:
             scores = as_scores(scores)
             return scores.argmax(1) == (labels if scores.shape == shape else as_labels(self.labels, scores))
 
-        return {method: np.array([right(self.scores[method, target]) for target in self.targets]) for method in self.methods}
+        return {method: np.array([right(self.scores[method, target]) for target in self._places]) for method in self._methods}
 
 
 class _Numbers(dict):
@@ -104,7 +113,7 @@ def target_group(
     if mine is not None and mine in theirs: return "unseen, same tower"
     return "unseen" if mine is None or not theirs or None in theirs else "unseen, other tower"
 
-# %% ../nbs/api/58_tables.ipynb #aec6141d
+# %% ../nbs/api/58_tables.ipynb #bf1a722e
 @lru_cache(maxsize=2**15)
 def _interval(
     counts: tuple[int, ...],  # (2k + 1,) images whose right answers changed by -k, ..., k
@@ -140,8 +149,7 @@ def _right_answers(
     "Count right answers."
     total = 0
     for run in runs:
-        place = {target: number for number, target in enumerate(run.targets)}
-        total += run.correct[method][np.array([[place[target] for target in targets] for targets in groups])].sum(1)
+        total += run.correct[method][np.array([[run._places[target] for target in targets] for targets in groups])].sum(1)
     return total
 
 
@@ -353,7 +361,7 @@ def metric_details(
     return pd.DataFrame([dict(task=run.task, method=method, source=run.source, target=target, seed=run.seed, **run.conditions)
                          | run.numbers[method, target] for run in runs for method, target in run.scores])
 
-# %% ../nbs/api/58_tables.ipynb #344b60c8
+# %% ../nbs/api/58_tables.ipynb #18c35806
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # an apostrophe more tells "'=1" from "=1"
 _TEXTS = ("task", "method", "baseline", "source", "target", "metric", "tower", "group", "trained_on", "corruption")
 
