@@ -546,9 +546,9 @@ def packages_complete(copy):
         in_wheel = set(zipfile.ZipFile(wheel).namelist())
         with tarfile.open(sdist) as archive:
             in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    data = {f"tvp/data/{path.as_posix()}" for path in files(ROOT / "tvp" / "data")}
+    data = {f"tvp/{folder}/{path.as_posix()}" for folder in ("data", "templates") for path in files(ROOT / "tvp" / folder)}
     wanted = data | {f"tvp/{path.as_posix()}" for suffix in (".py", ".pyi") for path in files(copy / "tvp", suffix)}
-    problems = [] if data else ["tvp/data holds no data files"]
+    problems = [] if data else ["tvp/data and tvp/templates hold no files"]
     problems += [f"the wheel lacks {name}" for name in sorted(wanted - in_wheel)]
     problems += [f"the source package lacks {name}" for name in sorted((wanted | {"settings.ini", "LICENSE"}) - in_sdist)]
     return problems

@@ -8,13 +8,13 @@ __all__ = ['READ_PICTURES', 'TransferExplorer', 'first_cell', 'check_rows', 'cel
            'ExplorerView', 'refresh_explorer']
 
 # %% ../nbs/api/82_explorer.ipynb #7ece76a2
-import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ._markup import render
 from .arguments import check_kind, source_names
 from .cases import changed_answers, draw_cases, find_prompts, prompt_of
 from .plots import BASELINES, plot_matrix, transfer_matrix
@@ -168,8 +168,8 @@ def gain_colour(
 def name_html(text: str, align: str, weight: str = "normal"):  # ipywidgets HTML
     "A cell of the matrix that holds words."
     from ipywidgets import HTML
-    style = f"font-weight:{weight};text-align:{align};line-height:1.2;overflow-wrap:anywhere"
-    return HTML(f'<div style="{style}">{html.escape(text.removeprefix("tiny-"))}</div>', layout={"width": "92px" if align == "center" else "140px"})
+    value = render("explorer_name.html", text=text.removeprefix("tiny-"), align=align, weight=weight)
+    return HTML(value, layout={"width": "92px" if align == "center" else "140px"})
 
 class ExplorerView:
     "Buttons, menus and pictures of one explorer."
@@ -192,7 +192,7 @@ class ExplorerView:
     def do(self, **cell) -> None:
         "What a click asks for, with its error shown."
         try: self.explorer.select(**cell)
-        except Exception as error: self.text.value = f'<span style="color:#b00020">{html.escape(error_words(error))}</span>'
+        except Exception as error: self.text.value = render("error.html", text=error_words(error))
     def refresh(self) -> None: "Show what is selected."; refresh_explorer(self)
 
 # %% ../nbs/api/82_explorer.ipynb #c22e0146
@@ -212,6 +212,6 @@ def refresh_explorer(view: ExplorerView) -> None:
             button.layout.border = "2px solid #333333" if button.style.font_weight else "1px solid #dddddd"
         view.from_here.max, view.from_here.value = max(0, max(explorer.cases.change.value_counts(), default=0) - explorer.n), explorer.first
         view.from_here.disabled = not view.from_here.max
-        view.text.value = f'<div style="line-height:1.5">{html.escape(cell_text(explorer))}<br><small>{html.escape(READ_PICTURES)}</small></div>'
+        view.text.value = render("explorer_cell.html", text=cell_text(explorer), hint=READ_PICTURES)
         view.image.value = part_png(lambda figure: draw_selected(figure, explorer), (1.1 * explorer.n + 0.4, 3.2))
     finally: view.following = False

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
+from ._markup import render
+
 # %% ../nbs/api/25_lavis.ipynb #ce408257
 class LavisBlip2Config(Blip2Config):
     "BLIP-2 as LAVIS computes it."
@@ -255,7 +257,9 @@ class LoadReport:
         return pd.DataFrame(rows)
 
     def __repr__(self): return "\n".join([*map(str, self.parts), "missing: " + (digest(self.missing) if self.missing else "nothing")])
-    def _repr_html_(self): return self.df.to_html(index=False) + f"<p>missing: {digest(self.missing) if self.missing else 'nothing'}</p>"
+    def _repr_html_(self) -> str:
+        rows = [list(self.df), *self.df.itertuples(index=False)]
+        return render("weights.html", rows=rows, missing=digest(self.missing) if self.missing else "nothing")
 
 # %% ../nbs/api/25_lavis.ipynb #b3b85d25
 class IncompleteWeightsError(ValueError):

@@ -7,7 +7,6 @@ __all__ = ['to_rgb', 'read_picture', 'Pictures', 'fingerprint', 'TaskSummary', '
 
 # %% ../nbs/api/11_pictures.ipynb #41d4024d
 import hashlib
-import html
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ._markup import render
 from .tasks import Split, Task, some_names
 
 # %% ../nbs/api/11_pictures.ipynb #108b8e84
@@ -124,9 +124,9 @@ class TaskSummary:
     def __str__(self): return "\n".join([self.task, "", self.df.to_string(index=False), "", *(f"- {note}" for note in self.notes or ["nothing suspicious"])])
     __repr__ = __str__
 
-    def _repr_html_(self):
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes or ["nothing suspicious"])
-        return f"<p>{html.escape(self.task)}</p>{self.df.to_html(index=False)}<ul>{notes}</ul>"
+    def _repr_html_(self) -> str:
+        rows = [list(self.df), *self.df.itertuples(index=False)]
+        return render("task.html", task=self.task, rows=rows, notes=self.notes or ["nothing suspicious"])
 
 # %% ../nbs/api/11_pictures.ipynb #6166ec00
 def _size_range(

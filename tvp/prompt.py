@@ -11,8 +11,6 @@ __all__ = ['MAX_SIZE', 'KINDS', 'RANGES', 'ADJUSTMENTS', 'check_geometry', 'bord
            'to_range']
 
 # %% ../nbs/api/00_prompt.ipynb #2b5e0f79
-import base64
-import html
 import io
 from collections.abc import Collection
 from pathlib import Path
@@ -24,6 +22,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
+from ._markup import render
 from .arguments import check_choice, check_kind, check_whole
 
 # %% ../nbs/api/00_prompt.ipynb #1ddf328c
@@ -439,11 +438,7 @@ def prompt_html(
     prompt.to_pil().save(buffer, format="png")
     facts = {"kind": prompt.kind, "range": prompt.range, "size": prompt.size, "width": prompt.width, "pictures": f"{prompt.inner} x {prompt.inner}"}
     facts |= {**value_facts(prompt), **prompt.provenance, **value_facts(prompt)}  # what is measured wins over what is told
-    cell = lambda tag, text: f"<{tag} style='text-align:left'>{html.escape(str(text))}</{tag}>"  # a prompt may come from a stranger
-    rows = "".join(f"<tr>{cell('th', name)}{cell('td', fact)}</tr>" for name, fact in facts.items())
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return (f"<div style='display:flex;gap:1em;align-items:center'><img src='{source}' width='144' "
-            f"style='image-rendering:pixelated'><table>{rows}</table></div>")
+    return render("prompt.html", image=buffer.getvalue(), facts=facts)
 
 # %% ../nbs/api/00_prompt.ipynb #bf957a9d
 def clipping(

@@ -4,12 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHOD_NOTES', 'where', 'points', 'gain_sentences', 'compare_sentences', 'rival_sentences', 'harm_sentences',
-           'caveats', 'notes', 'versions', 'duration', 'png', 'picture_html', 'page', 'list_html', 'facts_html',
-           'report_html']
+           'caveats', 'notes', 'versions', 'duration', 'png', 'report_html']
 
 # %% ../nbs/api/75_report.ipynb #5b958d14
-import base64
-import html
 import io
 import platform
 import sys
@@ -19,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from ._markup import render
 from .arguments import source_names
 from .transfer import TransferResults
 
@@ -151,44 +149,6 @@ def png(
     if close: plt.close(figure)
     return file.getvalue()
 
-def picture_html(
-    image: bytes,  # a PNG file
-    caption: str,  # below the picture, and for those who cannot see it
-    width: int | None = None,  # pixels on the screen; None: as wide as the page
-) -> str:
-    "A picture inside the page."
-    size = f' style="max-width:{width}px"' if width else ""
-    text = html.escape(caption)
-    return (f'<figure{size}><img alt="{text}" src="data:image/png;base64,{base64.b64encode(image).decode()}">'
-            f"<figcaption>{text}</figcaption></figure>")
-
-# %% ../nbs/api/75_report.ipynb #1e6636d5
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root{{color-scheme:light dark;--text:#1c1c1e;--soft:#5f6368;--page:#fff;--line:#d9d9de;--card:#f6f6f8}}
-@media (prefers-color-scheme:dark){{:root{{--text:#ececf0;--soft:#a5a5ad;--page:#17181c;--line:#3a3b42;--card:#212229}}
- .tvp-table .harm{{color:#ff9466!important}}}}
-body{{font:16px/1.55 system-ui,sans-serif;color:var(--text);background:var(--page);max-width:62rem;margin:2.5rem auto;padding:0 1.2rem}}
-h1{{font-size:1.9rem;line-height:1.2;margin-bottom:.2em}} h2{{font-size:1.25rem;margin-top:2.4em}} .lead{{font-size:1.1rem;color:var(--soft)}}
-figure{{margin:1.2em 0}} img{{width:100%;background:#fff;border-radius:6px}} figcaption{{color:var(--soft);font-size:.85rem}}
-.scroll{{overflow-x:auto}} li{{margin:.25em 0}} code{{background:var(--card);padding:.1em .35em;border-radius:4px}}
-.facts th{{text-align:left;font-weight:500;color:var(--soft);padding:.15em 1.2em .15em 0;vertical-align:top}} .facts td{{padding:.15em 0}}
-@media print{{:root{{color-scheme:light;--text:#000;--soft:#444;--page:#fff;--card:#fff}} body{{margin:0;max-width:none;font-size:11pt}}
- figure,.scroll{{break-inside:avoid}} h2{{break-after:avoid}} .tvp-table .harm{{color:#9a2c00!important}}}}
-</style></head><body>
-{body}
-</body></html>
-"""
-
-def page(
-    title: str,
-    sections: Sequence[tuple[str, str]],  # heading (may be empty) and HTML
-) -> str:  # a whole HTML file
-    "A page for the screen, light or dark, and for paper."
-    body = "\n".join((f"<section><h2>{html.escape(head)}</h2>" if head else "<section>") + f"{text}</section>" for head, text in sections)
-    return _PAGE.format(title=html.escape(title), body=body)
-
 # %% ../nbs/api/75_report.ipynb #8aeaba38
 METHOD_NOTES = {
     "none": "No prompt: the picture fills the canvas.",
@@ -197,15 +157,6 @@ METHOD_NOTES = {
     "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature consistency (FCA) and task semantics (TSE) as well.",
     "TVP-lens": "TVP's losses, a frame, and a few trained numbers beside it: how sharply and how large the picture itself is shown. An addition of this package.",
 }
-
-def list_html(items: Sequence[str]) -> str: "Items as a list."; return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
-
-def facts_html(
-    facts: Mapping[str, Any],  # what -> value
-) -> str:
-    "Facts as a small table."
-    rows = "".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
-    return f'<table class="facts">{rows}</table>'
 
 # %% ../nbs/api/75_report.ipynb #73c8382d
 def report_html(
@@ -217,19 +168,15 @@ def report_html(
 ) -> str:  # a self-contained HTML file
     "Results as a page to show a colleague."
     run = results.runs[0]
-    title, methods = f"{run.task}: one prompt, {len(run.targets)} models", run.methods
-    lead = f"A prompt of pixels, trained on {' and '.join(source_names(run.source)) or run.source} alone, plugged into models that never saw it. {description}"
-    said = notes(results)
-    prompts = "".join(picture_html(pictures[name], caption, width) for name, caption, width in [
-        ("prompt", "The trained prompt. Mid grey is zero, a full colour its largest value.", 360),
-        ("history", "Training, step by step; thick lines are running means.", None)] if name in pictures)
-    sections = [("", f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'),
-                ("", picture_html(pictures["transfer"], "Grey: without a prompt. Stems: what each prompt changes, with 95 % intervals. "
-                                  "Red triangle: negative transfer.")),
-                ("In numbers", f'<div class="scroll">{results._repr_html_()}</div>'),
-                ("What this says, and what it does not", list_html(said)),
-                ("The methods", list_html([f"{m}: {METHOD_NOTES.get(m, 'a prompt of your own.')}" for m in methods])),
-                ("The prompt", prompts),
-                ("What the models see and say", "".join(picture_html(image, caption) for caption, image in samples.items())),
-                ("How it was run", facts_html({**facts, **versions()}))]
-    return page(title, [(head, text) for head, text in sections if text])
+    sources = " and ".join(source_names(run.source)) or run.source
+    return render(
+        "report.html",
+        title=f"{run.task}: one prompt, {len(run.targets)} models",
+        lead=f"A prompt of pixels, trained on {sources} alone, plugged into models that never saw it. {description}",
+        images={"prompt": None, "history": None, **pictures},
+        tables=results._repr_html_(),
+        notes=notes(results),
+        methods=[f"{method}: {METHOD_NOTES.get(method, 'a prompt of your own.')}" for method in run.methods],
+        samples=samples,
+        run={**facts, **versions()},
+    )

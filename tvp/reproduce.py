@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from ._markup import render
 from .checkpoints import PARTS, Parts, clear_parts
 from .experiment import SIZE, Plan, ask_models, plan_reproduction, plan_settings, train_prompts
 from .files import RunLock, write_all, write_atomic
@@ -26,7 +27,8 @@ from .paper import PAPER
 from .prompt import VisualPrompt
 from .public_tasks import SOURCES
 from .published import PUBLISHED, compare_published, compared_cells, prompt_figures, published_for
-from .report import compare_sentences, duration, facts_html, gain_sentences, harm_sentences, list_html, page, picture_html, png, versions
+from .report import compare_sentences, duration, gain_sentences, harm_sentences, png, versions
+from .tables import csv_text
 from .tasks import Task
 from .transfer import TransferResults
 from .zoo import SIX
@@ -156,11 +158,8 @@ def result_html(
     reproduction: Reproduction,
 ) -> str:
     "The comparison for a notebook or a report."
-    head, *rows = compared_cells(reproduction.compared)
-    table = pd.DataFrame(rows, columns=head).to_html(index=False, border=0, classes="tvp-table")
-    style = "<style>.tvp-table{border-collapse:collapse}.tvp-table th,.tvp-table td{padding:.25em .8em;text-align:left;white-space:nowrap}</style>"
-    said, differences = published_sentence(reproduction), list_html(reproduction.differences)
-    return f'{style}<div class="scroll">{table}</div><p>{said}</p><p>Not as in the paper:</p>{differences}'
+    rows = compared_cells(reproduction.compared)
+    return render("comparison.html", rows=rows, published=published_sentence(reproduction), differences=reproduction.differences)
 
 # %% ../nbs/api/79_reproduce.ipynb #6ce21c25
 def run_plan(
@@ -177,7 +176,7 @@ def run_plan(
     def keep(results: TransferResults) -> None:
         if out is None: return
         with suppress(OSError):  # `parts` says so; all of it is written once more at the end
-            write_atomic(out / "results.csv", results.df.to_csv(index=False))
+            write_atomic(out / "results.csv", csv_text(results.df))
 
     results, about = ask_models(plan, prompts, say, keep, parts)
     seconds = {"training": trained - start, "evaluation": time.monotonic() - trained}
@@ -195,7 +194,7 @@ def reproduce(
 ) -> Reproduction:
     "The paper's experiment, checked, run, compared and written down (Zhang et al. 2024, sec. 4)."
     plan = plan_reproduction(task, source, method, models, say=say, **how)
-    if out is not None: Path(out).mkdir(parents=True, exist_ok=True)
+    if out is not None: Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     with nullcontext() if out is None else RunLock(out):
         reproduction = run_plan(plan, out, say)
         if out is not None: reproduction.save(out)
@@ -226,18 +225,21 @@ def reproduction_report(
     plan, results = reproduction.plan, reproduction.results
     first = list(next(iter(reproduction.prompts.values())).values())[-1]
     said = [line for method in plan.methods for line in gain_sentences(results, method)] + compare_sentences(results) + harm_sentences(results)
-    pictures = picture_html(png(plot_prompt(first)), "The prompt. Mid grey is zero, a full colour its largest value.", 360)
+    models = reproduction.models.reset_index(names="model")
+    images = {"prompt": png(plot_prompt(first)), "history": None, "transfer": png(plot_transfer(results.mean()))}
     if reproduction.histories:
-        pictures += picture_html(png(plot_history(reproduction.histories), dpi=120), "Training, step by step; thick lines are running means.")
-    transfer = picture_html(png(plot_transfer(results.mean())), "Grey: without a prompt. Stems: what each prompt changes, with 95 % intervals. "
-                            "Red triangle: negative transfer.", 240 + 120 * len(reproduction.models))
-    lead = f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(reproduction.models)} models that are asked."
-    title = f"{plan.task.name}: the paper's experiment"
-    return page(title, [
-        ("", f'<h1>{title}</h1><p class="lead">{lead}</p>'), ("Published and measured", result_html(reproduction)), ("Every model", transfer),
-        ("What was measured, in words", list_html(said)), ("The prompt", pictures),
-        ("The models", f'<div class="scroll">{reproduction.models.to_html(border=0, classes="tvp-table")}</div>'),
-        ("How it was run", facts_html({**facts, **run_facts(reproduction), **versions()}))])
+        images["history"] = png(plot_history(reproduction.histories), dpi=120)
+    return render(
+        "reproduction.html",
+        title=f"{plan.task.name}: the paper's experiment",
+        lead=f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(models)} models that are asked.",
+        comparison=result_html(reproduction),
+        images=images,
+        width=240 + 120 * len(models),
+        notes=said,
+        models=[list(models), *models.itertuples(index=False)],
+        run={**facts, **run_facts(reproduction), **versions()},
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #a814671e
 def save_reproduction(
@@ -246,8 +248,8 @@ def save_reproduction(
     facts: Mapping[str, Any] = {},  # more facts for the report
 ) -> list[Path]:  # the files written
     "Write the files of a reproduction, each whole or not at all, and remove its parts."
-    contents = {"results.csv": reproduction.results.df.to_csv(index=False), "comparison.csv": reproduction.compared.to_csv(index=False)}
-    writers = {name: partial(write_atomic, content=content) for name, content in contents.items()}
+    tables = {"results.csv": reproduction.results.df, "comparison.csv": reproduction.compared}
+    writers = {name: partial(write_atomic, content=csv_text(table)) for name, table in tables.items()}
     for seed, chosen in reproduction.prompts.items():
         writers |= {f"prompt-{method}-seed{seed}.safetensors": prompt.save for method, prompt in chosen.items()}
     writers["report.html"] = partial(write_atomic, content=reproduction_report(reproduction, facts))

@@ -9,7 +9,6 @@ __all__ = ['CONFIG', 'WEIGHTS', 'GALLERY', 'as_code', 'markdown_table', 'results
 
 # %% ../nbs/api/78_ship.ipynb #cc78efa5
 import hashlib
-import html
 import io
 import json
 import os
@@ -24,6 +23,7 @@ import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from ._markup import Markdown, markdown_code, render, visible
 from .files import write_atomic
 from .png import save_png
 from .prompt import VisualPrompt, adjustments, clipping
@@ -34,26 +34,26 @@ from .transfer import TransferResults
 # %% ../nbs/api/78_ship.ipynb #1274fa1c
 def as_code(
     value: Any,  # anything JSON can hold
-) -> str:  # markdown that shows it literally
+) -> Markdown:  # that shows it literally
     "A stranger's words on a card, or in a table: no markup, no links, one line."
     if isinstance(value, Mapping): value = ", ".join(f"{name} {fact}" for name, fact in value.items())
     if isinstance(value, float): value = f"{value:g}"
-    text = " ".join(str(value).replace("`", "'").replace("|", "/").split())[:300]
-    return f"`{text}`" if text else "–"
+    text = " ".join(str(value).split())[:300]
+    return markdown_code(text) if text else Markdown("–")
 
 def markdown_table(
-    rows: list[list[str]],  # the first is the heading
-) -> str:
+    rows: list[list[Any]],  # the first is the heading; text is escaped, Markdown is not
+) -> Markdown:
     "Rows as a markdown table."
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    return render("table.md", rows=rows)
 
 # %% ../nbs/api/78_ship.ipynb #3d1b92c1
 def _cells(row: Mapping[str, Any], method: bool) -> list[str]:
     "One row of the table of results."
     gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[name] + 0.0 for name in ("gain", "low", "high")))
     name = f"mean of {row['models']}" if "models" in row else as_code(row["target"])
-    return [as_code(row["method"])] * method + [row["group"], name, f"{100 * row['clean']:.1f}", f"{100 * row['prompted']:.1f}", gain + (" ▼" if row["high"] < 0 else "")]
+    gain = Markdown(gain + " ▼" if row["high"] < 0 else gain)
+    return [as_code(row["method"])] * method + [row["group"], name, f"{100 * row['clean']:.1f}", f"{100 * row['prompted']:.1f}", gain]
 
 def results_table(
     results: TransferResults,  # of one task and source
@@ -66,7 +66,7 @@ def results_table(
             rows += [_cells(row, several) for row in part.to_dict("records")]
             mean = groups[(groups.method == method) & (groups.group == group)]
             if len(part) > 1: rows += [_cells(row, several) for row in mean.to_dict("records")]
-    heading = ["method"] * several + ["group", "model", "without, %", "with, %", "gain, points [95 % interval]"]
+    heading = ["method"] * several + ["group", "model", "without, %", "with, %", Markdown("gain, points [95 % interval]")]
     return markdown_table([heading, *rows])
 
 # %% ../nbs/api/78_ship.ipynb #f182a9d4
@@ -104,7 +104,7 @@ def own_words(
 def limits(
     prompt: VisualPrompt,
     results: TransferResults | None,
-) -> list[str]:  # sentences
+) -> list[Markdown]:  # sentences
     "What the card must not hide."
     outside, kept = clipping(prompt)
     picture = {"uint8": "As a picture it loses nothing: `prompt.png` is the prompt, exactly.", "unit": "As a picture it loses the fractions between 256 levels. `prompt.png` is for looking.",
@@ -112,37 +112,7 @@ def limits(
     own = [f"It also changes the {words} of the picture itself. `prompt.apply` does that; a program that lays `prompt.png` over a picture does not."] if (words := own_words(prompt)) else []
     said = [picture[prompt.range], *own] + (caveats(results) if results else ["It comes without measurements: whom it helps and whom it harms is not known."])
     if results and len(harmed := results.negative_transfer()): said.append("It harms " + ", ".join(as_code(name) for name in dict.fromkeys(harmed.target)) + " (▼): do not use it there.")
-    return said + ["It was learned for one task. On other tasks and other models it may do harm; measure before use."]
-
-# %% ../nbs/api/78_ship.ipynb #b2d4aa5d
-_CARD = """# {title}
-
-![the prompt]({picture})
-
-A visual prompt for frozen multimodal language models: pixels {place} a picture{own}, learned with [tvp](https://github.com/tvp-project/tvp).
-
-## Use
-
-```python
-import tvp
-
-prompt = tvp.VisualPrompt.from_pretrained("{name}")  # this folder, or its name on the hub
-prompt.apply("picture.jpg").save("prompted.png")  # a picture for any program
-prompted = prompt(images)  # or a batch of images in [0, 1], (B, 3, {inner}, {inner})
-```
-
-## How it was made
-
-{story}
-
-## What it does
-
-{results}
-
-## Limits
-
-{limits}
-"""
+    return [Markdown(sentence) for sentence in [*said, "It was learned for one task. On other tasks and other models it may do harm; measure before use."]]
 
 # %% ../nbs/api/78_ship.ipynb #87f56470
 def prompt_card(
@@ -157,10 +127,20 @@ def prompt_card(
     if results and len({(run.task, run.source) for run in results.runs}) > 1: raise ValueError("`results` must be of one task and source, this prompt's; got several.")
     known = prompt.provenance
     title = " ".join(str(known[key])[:80] for key in ("method", "task") if known.get(key)) or f"{prompt.kind} prompt"
-    table = "Not measured." if results is None else f"{results_table(results)}\n\n{sum(run.labels.size for run in results.runs) // len(results.runs):,} pictures; seeds {', '.join(str(run.seed) for run in results.runs)}."
     own = f", and the picture's own {words}" if (words := own_words(prompt)) else ""
-    text = _CARD.format(own=own, title=html.escape(" ".join(title.split())), picture="prompt.png", place="around" if prompt.kind == "border" else "over", inner=prompt.inner, name=name or "FOLDER",
-                        story=story(prompt, seconds, license), results=table, limits="\n".join(f"- {sentence}" for sentence in limits(prompt, results)))
+    text = render(
+        "card.md",
+        title=title,
+        place="around" if prompt.kind == "border" else "over",
+        own=own,
+        name=Markdown(json.dumps(visible(name or "FOLDER"), ensure_ascii=False)),  # as Python writes it, within a block of code
+        inner=prompt.inner,
+        story=story(prompt, seconds, license),
+        results=results and results_table(results),
+        count=results and sum(run.labels.size for run in results.runs) // len(results.runs),
+        seeds=results and ", ".join(str(run.seed) for run in results.runs),
+        limits=limits(prompt, results),
+    )
     data = ModelCardData(library_name="tvp", license=license, tags=["visual-prompting", "tvp"])
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

@@ -6,8 +6,9 @@
 __all__ = ['rank_task', 'TransferResults', 'plot_results', 'named_prompts', 'rank_models', 'rank_everything', 'evaluate_transfer']
 
 # %% ../nbs/api/60_transfer.ipynb #748d41b2
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from .files import write_atomic
 from .mllm import Mllm
 from .processes import ahead
 from .prompt import VisualPrompt
-from .tables import (TransferRun, describe_runs, group_rows, merge_runs, metric_details, runs_together, table_html,
-                        table_text, target_rows, tidy_frame)
+from .tables import (TransferRun, TransferTable, csv_text, describe_runs, group_rows, merge_runs, metric_details, runs_together,
+                        tables_html, target_rows, tidy_frame, transfer_table)
 from .tasks import Task, check_like_task
 
 # %% ../nbs/api/60_transfer.ipynb #7e60666c
@@ -71,44 +72,105 @@ def rank_task(
 # %% ../nbs/api/60_transfer.ipynb #7c289edc
 class TransferResults:
     "Who gains and who loses from which prompt."
+
     def __init__(self, runs: Iterable[TransferRun]):
-        self.runs = list(check_kind("runs", runs, Iterable))
+        self.runs = tuple(check_kind("runs", runs, Iterable))
         for run in self.runs: check_kind("runs", run, TransferRun, "Several results become one by TransferResults.concat.")
         if not self.runs: raise ValueError("`runs` must hold at least one run, got none. Make one with `evaluate_transfer`.")
+        self._frames: dict[Any, pd.DataFrame] = {}
+
     @classmethod
     def concat(cls, results: "Iterable[TransferResults]") -> "TransferResults":
         "Several results (seeds, sources, tasks, methods) as one."
         several = [check_kind("results", result, cls) for result in check_kind("results", results, Iterable)]
         if not several: raise ValueError("`results` must hold at least one TransferResults, got none. Make one with `evaluate_transfer`.")
         return cls(merge_runs(run for result in several for run in result.runs))
-    df = property(lambda self: tidy_frame(self.runs), doc="Tidy rows, a DataFrame: one for each run, method and target.")
-    scores = property(lambda self: self.only_run().scores, doc="(method, target) -> (n, N) mean log-likelihoods, of a single run.")
-    labels = property(lambda self: self.only_run().labels, doc="(n,) number of the right candidate, of a single run.")
+
     def only_run(self) -> TransferRun:
         "The run, where there is one; an error where there are several."
         if len(self.runs) > 1: raise ValueError(f"these are {len(self.runs)} runs, each with scores of its own: see `.runs`.")
         return self.runs[0]
-    def _by_group(self, rows) -> pd.DataFrame: return pd.DataFrame([r for runs in runs_together(self.runs) for r in rows(runs)])
+
+    @property
+    def scores(self) -> dict[tuple[str, str], np.ndarray]:
+        "(method, target) -> (n, N) mean log-likelihoods, of a single run."
+        return self.only_run().scores
+
+    @property
+    def labels(self) -> np.ndarray:
+        "(n,) number of the right candidate, of a single run."
+        return self.only_run().labels
+
+    @cached_property
+    def _blocks(self) -> list[list[TransferRun]]:
+        "The runs of each task and source."
+        return runs_together(self.runs)
+
+    @cached_property
+    def _target_rows(self) -> list[list[dict[str, Any]]]:
+        "The rows by target of each block."
+        return [target_rows(runs) for runs in self._blocks]
+
+    @cached_property
+    def _group_rows(self) -> list[list[dict[str, Any]]]:
+        "The rows by group of each block."
+        return [group_rows(runs) for runs in self._blocks]
+
+    def _frame(self, key: Any, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        "Make a frame once, and give away copies: what a caller does to them changes nothing here."
+        if key not in self._frames: self._frames[key] = make()
+        return self._frames[key].copy()
+
+    @property
+    def df(self) -> pd.DataFrame:
+        "Tidy rows: one for each run, method and target."
+        return self._frame("df", lambda: tidy_frame(self.runs))
+
     def mean(self) -> pd.DataFrame:
         "The rows of `df` without `seed`: the mean over prompt seeds, with its interval over pictures."
-        return self._by_group(target_rows)
+        return self._frame("mean", lambda: pd.DataFrame([row for rows in self._target_rows for row in rows]))
+
     def summary(self) -> pd.DataFrame:
         "Gain over no prompt by group: the source, unseen models on its tower, unseen models on others."
-        return self._by_group(group_rows)
+        return self._frame("summary", lambda: pd.DataFrame([row for rows in self._group_rows for row in rows]))
+
     def compare(self, method: str = "TVP", baseline: str = "EVP") -> pd.DataFrame:
         "One method against another by group; `clean` is the baseline's score."
         known = {m: None for run in self.runs for m in run.methods}
         check_choice("method", method, known), check_choice("baseline", baseline, known)
-        return self._by_group(lambda runs: [r for r in group_rows(runs, baseline) if r["method"] == method])
+        return self._frame(("compare", method, baseline), lambda: pd.DataFrame(
+            [row for runs in self._blocks for row in group_rows(runs, baseline, [method])]))
+
     def negative_transfer(self) -> pd.DataFrame:
         "The rows of `mean` whose whole interval is below 0."
         return self.mean().query("high < 0").reset_index(drop=True)
-    def details(self) -> pd.DataFrame: "Every number that the metrics give, not only the headline."; return metric_details(self.runs)
-    def table(self) -> str: "The result for a terminal."; return "\n\n".join(table_text(runs) for runs in runs_together(self.runs))
-    def save_csv(self, path: str | Path) -> Path: "The tidy rows as a file."; return write_atomic(path, self.df.drop(columns=["tower", "group"]).to_csv(index=False))
-    def plot(self, ax=None): "Who gains and who is harmed, model by model; returns Axes."; return plot_results(self, ax)
-    def __repr__(self) -> str: return f"TransferResults({describe_runs(self.runs)})"
-    def _repr_html_(self) -> str: return "".join(table_html(runs) for runs in runs_together(self.runs))
+
+    def details(self) -> pd.DataFrame:
+        "Every number that the metrics give, not only the headline."
+        return self._frame("details", lambda: metric_details(self.runs))
+
+    @cached_property
+    def _tables(self) -> list[TransferTable]:
+        "The transfer table, block by block."
+        return [transfer_table(*block) for block in zip(self._blocks, self._target_rows, self._group_rows)]
+
+    def table(self) -> str:
+        "The result for a terminal."
+        return "\n\n".join(map(str, self._tables))
+
+    def save_csv(self, path: str | Path) -> Path:
+        "Write the tidy rows as a file; `tvp.tables.read_csv` reads it."
+        return write_atomic(path, csv_text(self.df.drop(columns=["tower", "group"])))
+
+    def plot(self, ax=None):
+        "Who gains and who is harmed, model by model; returns Axes."
+        return plot_results(self, ax)
+
+    def __repr__(self) -> str:
+        return f"TransferResults({describe_runs(self.runs)})"
+
+    def _repr_html_(self) -> str:
+        return tables_html(self._tables)
 
 # %% ../nbs/api/60_transfer.ipynb #a809d20c
 def plot_results(

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['WIDGET', 'widgets_run', 'display_bundle', 'TrainingStepper', 'labelled', 'choice_controls', 'slider_controls',
-           'button_controls', 'loss_html', 'numbers_html', 'models_html', 'StepperView', 'stepper_layout', 'connect',
+           'button_controls', 'loss_terms', 'numbers_html', 'models_html', 'StepperView', 'stepper_layout', 'connect',
            'follow', 'refresh_view']
 
 # %% ../nbs/api/80_widgets.ipynb #97f694ac
-import html
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
+from ._markup import render
 from .recipes import RECIPES
 from .stepper import SteppedTraining, doing
 from .tasks import task_names
@@ -82,34 +82,33 @@ def button_controls() -> dict:  # name of the action -> widget
     return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
 
 # %% ../nbs/api/80_widgets.ipynb #5ba42e10
-def loss_html(training: WatchedTraining) -> str:  # "" before the first update
-    "The loss of the last update, as the sum that it is."
-    if not training.learner.records: return ""
-    record, words = training.learner.records[-1], ""
-    for i, term in enumerate(training.learner.losses):
+def loss_terms(training: WatchedTraining) -> list[tuple[str, str, str]]:  # sign and weight, name, value
+    "The terms of the last update's loss."
+    record, terms = training.learner.records[-1], []
+    for term in training.learner.losses:
         value = record.others.get(term.name, getattr(record, term.name, float("nan")))
+        sign = " − " if term.sign < 0 else " + " if terms else ""
         weight = "" if term.weight == 1 else f"{term.weight:g} × "
-        words += f"{' + ' if term.sign > 0 else ' − '}"[0 if i else 3:] + f"{weight}{html.escape(term.name if term.name == 'task' else term.name.upper())} <b>{value:.3g}</b>"
-    return f"loss <b>{record.loss:.3g}</b>" + (f" = {words}" if len(training.learner.losses) > 1 else "")
+        terms.append((sign + weight, term.name if term.name == "task" else term.name.upper(), f"{value:.3g}"))
+    return terms
 
 def numbers_html(stepper: TrainingStepper) -> str:
     "The state in two lines; an error in red, for as long as it is not mended."
-    training, colour = stepper.training, "#b00020" if stepper.error else "inherit"
-    record, numbers = training.learner.records[-1:], loss_html(training) or "The models are asked before the first update."
-    if record: numbers += "".join(f" &nbsp;·&nbsp; {name} <b>{getattr(record[0], key):.3g}</b>" for name, key in (("gradient norm", "grad_norm"), ("learning rate", "lr")))
-    if record: numbers += "".join(f" &nbsp;·&nbsp; {name} <b>{values}</b>" for name, _, values in (words.partition(" ") for words in picture_words(stepper.prompt)))
-    status = f'<b style="color:{colour}">{html.escape(doing(stepper))}</b> &nbsp; update <b>{len(training.learner.records)}</b> of {training.total}'
-    return f'<div style="line-height:1.5">{status}<br>{numbers}</div>'
+    training, loss, terms, numbers = stepper.training, None, [], []
+    if training.learner.records:
+        record = training.learner.records[-1]
+        loss, terms = f"{record.loss:.3g}", loss_terms(training)
+        numbers = [("gradient norm", f"{record.grad_norm:.3g}"), ("learning rate", f"{record.lr:.3g}")]
+        numbers += [tuple(words.split(" ", 1)) for words in picture_words(stepper.prompt)]
+    return render("stepper_numbers.html", failed=bool(stepper.error), status=doing(stepper), made=len(training.learner.records),
+                  total=training.total, loss=loss, terms=terms, numbers=numbers)
 
 def models_html(training: WatchedTraining) -> str:
     "A column for each model: without a prompt, with it, and the difference."
-    now, cell = latest(training), '<td style="padding:1px 10px;text-align:right;{1}">{0}</td>'.format
+    now = latest(training)
     if not len(now): return ""
-    gain = lambda x: cell(f"{100 * x:+.1f}", "color:" + ("#00664a" if x > 0 else "#b00020" if x < 0 else "inherit"))
-    rows = {"": [cell(f"<b>{html.escape(name.removeprefix('tiny-'))}</b>", "") for name in now.index], "tower": [cell(g.replace("unseen, ", ""), "opacity:.7") for g in now.group],
-            "without": [cell(f"{100 * x:.1f}", "") for x in now.clean], "with prompt": [cell(f"{100 * x:.1f}", "") for x in now.prompted], "gain": [*map(gain, now.gain)]}
-    body = "".join(f'<tr><td style="padding:1px 10px 1px 0">{name}</td>{"".join(cells)}</tr>' for name, cells in rows.items())
-    return f'<table style="line-height:1.35">{body}</table><small>{now.metric.iloc[0]} in %, {training.pictures} validation pictures, after update {now.step.min()}</small>'
+    rows = [{**row, "name": name.removeprefix("tiny-"), "group": row["group"].replace("unseen, ", "")} for name, row in zip(now.index, now.to_dict("records"))]
+    return render("stepper_models.html", rows=rows, metric=now.metric.iloc[0], images=training.pictures, step=now.step.min())
 
 # %% ../nbs/api/80_widgets.ipynb #9bd44515
 class StepperView:
