@@ -101,7 +101,7 @@ def paper_config(
     if said := read_config(weights.get("language_model")): found["text_config"] = said.get("text_config", said)
     if found["text_config"].get("model_type") == "t5": found["text_config"]["dense_act_fn"] = "gelu"  # LAVIS's, not transformers' gelu_new
     for key, value in config.items(): found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
-    with loading_errors(weights.get("model") or weights.get("language_model", paper.name), f"{paper.name}'s config"):
+    with loading_errors(weights.get("model") or weights.get("language_model", "`weights`"), paper.model_class.partition(":")[2]):
         return find(paper.model_class).config_class(**{key: without_origin(value) if isinstance(value, dict) else value for key, value in found.items()})
 
 # %% ../nbs/api/28_paper.ipynb #d6dc378d
@@ -194,7 +194,7 @@ def save_mllm(
     (folder / "tvp.json").write_text(json.dumps(said, indent=2))
     return folder
 
-# %% ../nbs/api/28_paper.ipynb #40ab5edf
+# %% ../nbs/api/28_paper.ipynb #bdafbdd8
 def check_wrapper(
     said: dict,  # of tvp.json
     name: str,  # of the file, for messages
