@@ -8,7 +8,7 @@ __all__ = ['POINTER', 'MAX_DIGITS', 'AGAIN', 'NUMBER', 'FIELDS', 'REQUIRED', 'MA
            'load_safetensors', 'load_pth', 'check_code', 'check_folder', 'loading_errors', 'from_pretrained',
            'load_model', 'build_model']
 
-# %% ../nbs/api/01_loading.ipynb #ae33ccc9
+# %% ../nbs/api/01_loading.ipynb #df4a53ba
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../nbs/api/01_loading.ipynb #d22feb8f
+# %% ../nbs/api/01_loading.ipynb #c9a1c477
 POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 MAX_DIGITS = 40
 AGAIN = "Download it again."
@@ -78,7 +78,7 @@ def parse_json(
     except RecursionError: raise ValueError(f"{name} is nested too deeply. {AGAIN}") from None
     except ValueError as error: raise ValueError(f"{name} is damaged ({error}). {AGAIN}") from None
 
-# %% ../nbs/api/01_loading.ipynb #0fdb3a50
+# %% ../nbs/api/01_loading.ipynb #433e51fd
 NUMBER = (int, float)
 _CODE = {"auto_map": (dict, list)}
 _IMAGES = _CODE | {"image_processor_type": str, "feature_extractor_type": str, "video_processor_type": str, "processor_class": str, "image_mean": (list, *NUMBER),
@@ -110,7 +110,7 @@ BOUNDS = {"num_hidden_layers": 1000, "num_layers": 1000, "depth": 1000, "num_att
 MAX_WHOLE = 2**63
 UNBOUNDED = ("model_max_length", "time_step_limit")  # tokenizers and state space models write "no limit" as 1e30 and Infinity
 
-# %% ../nbs/api/01_loading.ipynb #fb08de41
+# %% ../nbs/api/01_loading.ipynb #8d59b8a9
 def _type_names(kinds: type | tuple[type, ...]) -> str:
     "Types in JSON's words."
     words = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -122,15 +122,16 @@ def check_fields(
     name: str,  # of the file, for messages
     fields: Mapping[str, type | tuple[type, ...]],  # field -> types; a field may be missing or null
     required: tuple[str, ...] = (),  # fields that may not
+    advice: str = AGAIN,  # what to do about it
 ) -> dict:  # the same
     "Refuse JSON that is no object, lacks a field, or has one of another type."
-    if not isinstance(value, dict): raise ValueError(f"{name} must hold {_type_names(dict)}, got {str(value)[:60]}. {AGAIN}")
+    if not isinstance(value, dict): raise ValueError(f"{name} must hold {_type_names(dict)}, got {str(value)[:60]}. {advice}")
     for field in required:
-        if value.get(field) is None: raise ValueError(f"{name} lacks `{field}`. {AGAIN}")
+        if value.get(field) is None: raise ValueError(f"{name} lacks `{field}`. {advice}")
     for field, kinds in fields.items():
         found, kinds = value.get(field), kinds if isinstance(kinds, tuple) else (kinds,)
         if found is not None and (not isinstance(found, kinds) or isinstance(found, bool) and bool not in kinds):
-            raise ValueError(f"`{field}` in {name} must be {_type_names(kinds)}, got {str(found)[:60]!r}. {AGAIN}")
+            raise ValueError(f"`{field}` in {name} must be {_type_names(kinds)}, got {str(found)[:60]!r}. {advice}")
     return value
 
 
@@ -164,7 +165,7 @@ def read_json(
     if path.name not in LARGE: _check_numbers(found, name)
     return found
 
-# %% ../nbs/api/01_loading.ipynb #c4749491
+# %% ../nbs/api/01_loading.ipynb #0fd2f271
 def read_index(
     path: str | Path,  # model.safetensors.index.json or pytorch_model.bin.index.json
     complete: bool = True,  # must the files lie beside it? False: they are still to be downloaded
@@ -179,7 +180,7 @@ def read_index(
     if lost: raise ValueError(f"{name}: there is no {', '.join(lost[:3])}. {AGAIN}")
     return found
 
-# %% ../nbs/api/01_loading.ipynb #ad7e94cf
+# %% ../nbs/api/01_loading.ipynb #7a0d0cdb
 def check_safetensors(
     path: str | Path,
 ) -> None:
@@ -223,7 +224,7 @@ def load_pth(
         if isinstance(error, (OSError, MemoryError)): raise
         raise ValueError(f"{name} is damaged or half downloaded ({_one_line(error)}). {AGAIN}") from None
 
-# %% ../nbs/api/01_loading.ipynb #03a1be37
+# %% ../nbs/api/01_loading.ipynb #fdacb66d
 def _objects(
     value: Any,  # parsed JSON
 ) -> Iterator[dict]:
@@ -282,7 +283,7 @@ def check_folder(
     for path in folder.glob("*.jinja"):
         if path.stat().st_size > MAX_JSON: raise ValueError(f"{path.name} of {_called(folder)} has {path.stat().st_size:,} bytes, at most {MAX_JSON:,} are read.")
 
-# %% ../nbs/api/01_loading.ipynb #65a19cfa
+# %% ../nbs/api/01_loading.ipynb #c3f178a5
 @contextmanager
 def loading_errors(
     place: str | Path,  # what is loaded

@@ -97,7 +97,7 @@ def prompt_facts(
     try: story = json.dumps(prompt.provenance)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"`provenance` must hold only what JSON can hold: {error}.") from None
-    check_fields(prompt.provenance, "`provenance`", STORY)
+    check_fields(prompt.provenance, "`provenance`", STORY, advice="Change it, or keep it under another name.")
     if len(story) > MAX_STORY: raise ValueError(f"`provenance` must be at most {MAX_STORY:,} characters of JSON, got {len(story):,}.")
     adjust = adjust_numbers(prompt)
     more = {"version": ADJUSTED, "adjust": json.dumps(adjust)} if adjust else {}
