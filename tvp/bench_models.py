@@ -141,7 +141,7 @@ def bench_mllm(
     shape, config = SHAPES[name], bench_config(SHAPES[name])
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
         model = loud(model.requires_grad_(False))
     template = {"blip-2": "<Img><image></Img> {}", "instructblip": "{}", "llava": "<image> {}"}[shape.kind]
     return Mllm(model, bench_processor(shape), template.format, name=name, end="</s>")

@@ -154,7 +154,7 @@ def cifar10_c(
     if sorted(candidates) != classes: raise ValueError(f"`files`: CIFAR-10-C belongs to the task cifar10, with the candidates {', '.join(classes)}; got {', '.join(candidates)}.")
     file, folder = Path(folder).expanduser() / f"{name}.npy", Path(folder).expanduser()
     if not file.exists() or not (folder / "labels.npy").exists(): raise ValueError(f"`files` must be the folder of CIFAR-10-C, with {name}.npy and labels.npy; {folder} is not.")
-    pictures, labels = np.load(file, mmap_mode="r"), np.load(folder / "labels.npy")
+    pictures, labels = np.load(file, mmap_mode="r", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
     n, rest = divmod(len(pictures), 5)
     if rest or len(labels) != len(pictures) or pictures.shape[1:] != (32, 32, 3):
         raise ValueError(f"{file.name} must hold five times as many pictures of 32 x 32 as there are in the test set, with as many labels; got {pictures.shape} and {len(labels)} labels.")

@@ -258,7 +258,7 @@ def tiny_model(
     config = small_config(row.type or kind, tiny_processor(kind).tokenizer, **row.config)  # some processors add symbols of their own
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return loud(AutoModelForImageTextToText.from_config(config)).eval().requires_grad_(False)
+        return loud(AutoModelForImageTextToText.from_config(config, trust_remote_code=False)).eval().requires_grad_(False)
 
 
 def tiny_mllm(

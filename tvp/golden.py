@@ -27,23 +27,23 @@ def read_golden(
     folder: str | Path,  # with golden.json and io.safetensors
 ) -> tuple[dict, dict[str, Tensor]]:  # what golden.json says; inputs and outputs
     "A golden folder without its weights."
-    from safetensors.torch import load_file
+    from tvp.loading import load_safetensors
     folder = Path(folder)
     if not (folder / "golden.json").is_file(): raise ValueError(f"`folder` must contain golden.json, and {folder} does not.")
-    return json.loads((folder / "golden.json").read_text()), load_file(folder / "io.safetensors")
+    return json.loads((folder / "golden.json").read_text()), load_safetensors(folder / "io.safetensors")
 
 # %% ../nbs/api/37_golden.ipynb #f0af9941
 def golden_weights(
     folder: str | Path,  # of a model, or of a training run that borrows one
 ) -> tuple[Path, dict, dict[str, Tensor]]:  # the model's own folder, its golden.json, its weights under LAVIS's names
     "The weights of a golden model. A training run borrows those of a model folder and replaces single tensors, as its golden.json says."
-    from safetensors.torch import load_file
+    from tvp.loading import load_safetensors
     folder = Path(folder)
     said, tensors = read_golden(folder)
-    if "config" in said: return folder, said, load_file(folder / "state_dict.safetensors")
+    if "config" in said: return folder, said, load_safetensors(folder / "state_dict.safetensors")
     borrowed = re.search(r"(\S+)/state_dict\.safetensors", said["weights"])
     base = (folder / borrowed[1]).resolve()
-    weights = load_file(base / "state_dict.safetensors")
+    weights = load_safetensors(base / "state_dict.safetensors")
     for name, key in re.findall(r"(\S+) replaced by io\['([^']+)'\]", said["weights"]):
         if name in weights: weights[name] = tensors[key]
     return base, read_golden(base)[0], weights
@@ -105,9 +105,9 @@ def golden_mllm(
     model_class = getattr(lavis, form)
     config = golden_config(golden, model_class, weights["visual_encoder.pos_embed"].shape[1])
     with without_progress(): model, report = lavis.assemble(model_class, config, {"golden": (weights, EVERYTHING)})
-    reads = AutoTokenizer.from_pretrained(base / "qformer_tokenizer") if (base / "qformer_tokenizer").is_dir() else None
+    reads = AutoTokenizer.from_pretrained(base / "qformer_tokenizer", trust_remote_code=False) if (base / "qformer_tokenizer").is_dir() else None
     normalise = {f"image_{what}": golden[f"normalize_{what}"] for what in ("mean", "std")}
-    processor = paper_processor(model, AutoTokenizer.from_pretrained(base / "tokenizer"), wrapper, reads, **normalise)
+    processor = paper_processor(model, AutoTokenizer.from_pretrained(base / "tokenizer", trust_remote_code=False), wrapper, reads, **normalise)
     mllm = paper_mllm(model, processor, wrapper, f"golden-{golden['name']}", reference_ranking)
     mllm.report = report
     return mllm
@@ -230,17 +230,17 @@ def golden_clip(
     folder: str | Path,  # .../golden/train_minigpt4_224
 ) -> Clip:  # the reference's tiny CLIP, 224 pixels
     "The golden training run's CLIP, in transformers' classes."
-    from safetensors.torch import load_file
+    from tvp.loading import load_safetensors
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
     folder = Path(folder)
     training, tensors = read_golden(folder)
-    weights, size = load_file(folder / "clip_state_dict.safetensors"), training["res"]
+    weights, size = load_safetensors(folder / "clip_state_dict.safetensors"), training["res"]
     weights["visual.positional_embedding"] = tensors["clip.visual.positional_embedding"]
     text = dict(vocab_size=len(weights["token_embedding.weight"]), hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                 bos_token_id=602, eos_token_id=603, pad_token_id=0)
     vision = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=14)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
     model.load_state_dict(_clip_renamed(weights))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip_tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "clip_tokenizer", trust_remote_code=False)
     resize = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return Clip(model, CLIPProcessor(resize, tokenizer), "golden-clip")

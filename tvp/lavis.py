@@ -9,8 +9,6 @@ __all__ = ['BEGINNINGS', 'INSIDE', 'PLACES', 'TOWER', 'UNUSED', 'SPARE', 'BUFFER
            'LoadReport', 'IncompleteWeightsError', 'shapes_of', 'take', 'assemble']
 
 # %% ../nbs/api/25_lavis.ipynb #0669b8a6
-import json
-import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, B
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from ._markup import render
+from .loading import build_model, load_pth, load_safetensors, read_index
 
 # %% ../nbs/api/25_lavis.ipynb #ce408257
 class LavisBlip2Config(Blip2Config):
@@ -178,7 +177,7 @@ def weight_files(
     try:
         if not Path(place).is_dir() and len(parts) == 3: return [found] if (found := fetch("/".join(parts[:2]), parts[2])) else []
         for index in filter(None, (fetch(place, name) for name in INDEXES)):
-            return [fetch(place, file) for file in sorted({f for n, f in json.loads(index.read_text())["weight_map"].items() if wanted(n)})]
+            return [fetch(place, file) for file in sorted({f for n, f in read_index(index, Path(place).is_dir()).items() if wanted(n)})]
         for name in SINGLE:
             if file := fetch(place, name): return [file]
     except OSError as problem: raise ValueError(_nothing_at(place)) from problem
@@ -194,25 +193,14 @@ def read_weights(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # mapped from the disk, on the CPU
     "The tensors of one file; a training checkpoint's `model` is taken out of it."
-    if str(file).endswith(".safetensors"):
-        from safetensors.torch import load_file
-        return load_file(file)
-    try: weights = _load_pickle(file)
-    except pickle.UnpicklingError as problem:
-        raise ValueError(f"{file} holds more than tensors and plain values, and opening that could run foreign code. Have its owner save the state "
-                         f"dict alone. ({str(problem).splitlines()[0]})") from problem
+    if str(file).endswith(".safetensors"): return load_safetensors(file)
+    weights = load_pth(file)
     for key in ("model", "state_dict", "module"): weights = weights[key] if isinstance(weights, dict) and isinstance(weights.get(key), dict) else weights
     tensors = {name: value for name, value in weights.items() if torch.is_tensor(value)} if isinstance(weights, dict) else {}
     if not tensors: raise ValueError(f"{file} must hold a state dict, name -> tensor, got {type(weights).__name__} without tensors.")
+    if hollow := [str(name) for name, value in tensors.items() if value.is_meta or value.layout != torch.strided or not isinstance(name, str)]:
+        raise ValueError(f"{file} must hold dense tensors by name, which {hollow[0]!r} is not. Have its owner save the state dict of a model in memory.")
     return tensors
-
-
-def _load_pickle(file: str | Path):
-    how = dict(map_location="cpu", weights_only=True)
-    try: return torch.load(file, mmap=True, **how)
-    except RuntimeError as problem:
-        if "mmap" not in str(problem): raise
-        return torch.load(file, **how)  # written by a torch before 1.6, whose format cannot be mapped
 
 # %% ../nbs/api/25_lavis.ipynb #f7b5ab3e
 def digest(
@@ -318,4 +306,4 @@ def assemble(
     report = LoadReport(tuple(reports), tuple(name for name in shapes if name not in covered))
     if not report.complete: raise IncompleteWeightsError(report)
     if dtype == "auto": dtype = next(value.dtype for name, value in weights.items() if name.startswith("language_model."))
-    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **how).eval(), report
+    return build_model(model_class, config, weights, dtype=dtype, **how), report

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Checkpoint', 'local_checkpoint', 'check_place', 'cached_checkpoint', 'hub_checkpoint', 'find_checkpoint',
-           'check_files', 'check_config', 'best_device', 'choose_dtype', 'quantization_config', 'load_options',
-           'checkpoint_gradients', 'load_processor', 'allow_turns', 'load_weights', 'load_pretrained']
+           'check_files', 'check_contents', 'check_config', 'best_device', 'choose_dtype', 'quantization_config',
+           'load_options', 'checkpoint_gradients', 'load_processor', 'allow_turns', 'load_weights', 'load_pretrained']
 
 # %% ../nbs/api/23_pretrained.ipynb #06103907
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from functools import wraps
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from .arguments import check_kind
+from .loading import FIELDS, check_code, check_folder, from_pretrained, load_model, read_index, read_json
 from .mllm import Mllm
 
 # %% ../nbs/api/23_pretrained.ipynb #c0e77357
@@ -33,11 +33,6 @@ class Checkpoint:
     revision: str | None = None  # commit on the hub; None for a folder
 
 # %% ../nbs/api/23_pretrained.ipynb #9c70ae1c
-def _read_config(name: str, file: Path) -> dict:
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"`name_or_path`: the config.json of {name} is damaged ({error}). Download the model again.") from None
-
-
 def local_checkpoint(
     folder: Path,  # that exists
     name: str,  # for messages and tables
@@ -47,7 +42,7 @@ def local_checkpoint(
     if "config.json" not in files:
         raise ValueError(f"`name_or_path` must be a folder with a config.json, got {folder}, which has {', '.join(files[:5]) or 'no files'}. "
                          "Fill it with model.save_pretrained and processor.save_pretrained, or with `hf download OWNER/NAME --local-dir FOLDER`.")
-    return Checkpoint(name, str(folder), files, _read_config(name, folder / "config.json"))
+    return Checkpoint(name, str(folder), files, read_json(folder / "config.json"))
 
 # %% ../nbs/api/23_pretrained.ipynb #593c81d0
 def check_place(
@@ -90,7 +85,7 @@ def hub_checkpoint(
         info = HfApi().model_info(name, revision=revision, timeout=10)
         files = tuple(file.rfilename for file in info.siblings)
         if "config.json" not in files: raise ValueError(f"`name_or_path`: {name} has no config.json: it is no model of transformers.")
-        config = _read_config(name, Path(hf_hub_download(name, "config.json", revision=revision)))  # by name, so that it is found by name offline
+        config = read_json(hf_hub_download(name, "config.json", revision=revision))  # by name, so that it is found by name offline
     except errors.GatedRepoError: raise PermissionError(_locked(name)) from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"`name_or_path`: the hub has no model {name}, or it is private. Check the name; for a private one run `hf auth login`.") from None
@@ -122,7 +117,7 @@ def find_checkpoint(
 def check_files(
     found: Checkpoint,  # from `find_checkpoint`
 ) -> None:
-    "Weights must be there, all of them, as safetensors."
+    "Weights must be there, as safetensors."
     if not any(file.endswith(".safetensors") for file in found.files):
         pickles = [file for file in found.files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         problem = f"only {pickles[0]}, a pickle, which could run anything when it is opened" if pickles else "no weights"
@@ -130,9 +125,20 @@ def check_files(
             f"`name_or_path`: {found.name} must have weights as safetensors, it has {problem}. " + ("If you trust it, convert it once: "
             "AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW), and the same with AutoProcessor." if pickles else
             "Download the model again."))
-    index = Path(found.place) / "model.safetensors.index.json"
-    if index.is_file() and (lost := {*json.loads(index.read_text())["weight_map"].values()} - {*found.files}):
-        raise ValueError(f"`name_or_path`: {found.name} lacks {', '.join(sorted(lost))}. Download the model again.")
+
+
+def check_contents(
+    found: Checkpoint,  # from `find_checkpoint`
+    trust_remote_code: bool = False,  # may the repository's own Python code be run?
+) -> None:
+    "Look at every file before transformers reads it; of a model on the hub at the small ones, which are downloaded for it."
+    from huggingface_hub import hf_hub_download
+    if Path(found.place).is_dir(): return check_folder(found.place, trust_remote_code)
+    for name in FIELDS:
+        if name not in found.files: continue
+        file = hf_hub_download(found.place, name, revision=found.revision)
+        read_index(file, complete=False) if name.endswith(".index.json") else read_json(file)
+    if not trust_remote_code: check_code(found.config, found.name)
 
 # %% ../nbs/api/23_pretrained.ipynb #8849591c
 def check_config(
@@ -142,7 +148,7 @@ def check_config(
     "It must be an image-text model."
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
-    kind, code = found.config.get("model_type"), found.config.get("auto_map", {})
+    kind, code = found.config.get("model_type"), found.config.get("auto_map") or {}
     if kind in KNOWN or (trust_remote_code and "AutoModelForImageTextToText" in code): return
     if kind in CONFIG_MAPPING:
         raise TypeError(f"`name_or_path` must be an image-text model (one of AutoModelForImageTextToText), got {found.name} of type {kind!r}, "
@@ -150,7 +156,7 @@ def check_config(
     if "AutoModelForImageTextToText" in code:
         raise ValueError(f"`trust_remote_code` must be True for {found.name}: its type {kind!r} is not part of transformers, it runs Python code of its "
                          "own repository. Read that code first.")
-    offers = f"its own code offers only {', '.join(code)}" if code else "the installed version may be too old: pip install -U transformers"
+    offers = f"its own code offers only {', '.join(map(str, code))}" if code else "the installed version may be too old: pip install -U transformers"
     raise ValueError(f"`name_or_path`: transformers has no image-text model of type {kind!r} ({found.name}); {offers}.")
 
 # %% ../nbs/api/23_pretrained.ipynb #5fbbd081
@@ -175,8 +181,8 @@ def choose_dtype(
     if dtype != "auto": return DTYPES[dtype]
     if quantization == "8bit": return torch.float16
     if torch.device(device).type == "cpu": return torch.float32
-    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("torch_dtype")
-    wanted = DTYPES.get(saved, "auto")
+    saved = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("torch_dtype")
+    wanted = DTYPES.get(str(saved), "auto")
     bf16 = torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     return wanted if bf16 or wanted == torch.float32 else torch.float16
 
@@ -243,11 +249,12 @@ def load_processor(
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
 ):  # a processor of transformers
     "The model's own preprocessing, differentiable."
-    from transformers import AutoProcessor
     missing = f"`name_or_path`: {found.name} has no processor for pictures and text"
     try:
-        processor = AutoProcessor.from_pretrained(found.place, revision=found.revision, backend="torchvision", trust_remote_code=trust_remote_code)
-    except OSError as error: raise ValueError(f"{missing} ({error}). Save one beside the model: processor.save_pretrained(FOLDER).") from None
+        processor = from_pretrained("AutoProcessor", found.place, revision=found.revision, backend="torchvision", trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError): raise
+        raise ValueError(f"{missing} ({error}). Save one beside the model: processor.save_pretrained(FOLDER).") from None
     pictures = getattr(processor, "image_processor", None)
     if pictures is None: raise ValueError(f"{missing}, only {type(processor).__name__}. Save one beside the model: processor.save_pretrained(FOLDER).")
     if getattr(pictures, "backend", "torchvision") != "torchvision":
@@ -267,21 +274,9 @@ def load_weights(
     **options,  # dtype, device_map, quantization_config, trust_remote_code
 ) -> nn.Module:  # in evaluation mode
     "All of the weights, or an error."
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
-    damaged = f"`name_or_path`: {found.name} is damaged or half downloaded"
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(found.place, revision=found.revision, use_safetensors=True,
-                                                                    output_loading_info=True, **options)
-    except SafetensorError as error: raise ValueError(f"{damaged} ({error}). Download it again.") from None
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error): raise
-        raise ValueError(f"{damaged}: weights have other shapes than config.json says, see the table above. Download it again.") from None
-    if lost := sorted(report["missing_keys"]):
-        raise ValueError(f"{damaged}: {len(lost)} weights are missing and would be random, {lost[0]} first. Download it again. If it is meant to be "
-                         "so, load the model yourself and give it to tvp.Mllm(model, processor).")
+    model = load_model("AutoModelForImageTextToText", found.place, revision=found.revision, **options)
     if "quantization_config" in options: allow_turns(model)
-    return model.eval()
+    return model
 
 # %% ../nbs/api/23_pretrained.ipynb #44537b0e
 def load_pretrained(
@@ -300,7 +295,7 @@ def load_pretrained(
 ) -> Mllm:  # frozen
     "Any model that AutoModelForImageTextToText loads."
     found = find_checkpoint(name_or_path, revision)
-    check_files(found), check_config(found, trust_remote_code)
+    check_files(found), check_config(found, trust_remote_code), check_contents(found, trust_remote_code)
     options = load_options(found.config, dtype, device, device_map, quantization)
     processor = load_processor(found, trust_remote_code)
     model = load_weights(found, trust_remote_code=trust_remote_code, **options)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from .files import write_atomic
+from .loading import FIELDS, from_pretrained, read_json
 
 # %% ../nbs/api/18_processor.ipynb #b05fa668
 def split_pieces(
@@ -114,9 +115,9 @@ def load_processor(
     folder: str | Path,  # written by `save_processor`
 ) -> MarkerProcessor:  # the same ids and pixels
     "Read a processor that lies beside its model."
-    from transformers import AutoImageProcessor, AutoTokenizer
     folder, reads = Path(folder), Path(folder) / "qformer_tokenizer"
-    qformer_tokenizer = AutoTokenizer.from_pretrained(reads) if reads.is_dir() else None
-    ours = json.loads((folder / "marker_processor.json").read_text())
-    image_processor = AutoImageProcessor.from_pretrained(folder, backend="torchvision")
-    return MarkerProcessor(image_processor, AutoTokenizer.from_pretrained(folder), qformer_tokenizer=qformer_tokenizer, **ours)
+    qformer_tokenizer = from_pretrained("AutoTokenizer", reads) if reads.is_dir() else None
+    said = read_json(folder / "marker_processor.json")
+    ours = {name: said[name] for name in FIELDS["marker_processor.json"] if name in said}
+    image_processor = from_pretrained("AutoImageProcessor", folder, backend="torchvision")
+    return MarkerProcessor(image_processor, from_pretrained("AutoTokenizer", folder), qformer_tokenizer=qformer_tokenizer, **ours)

@@ -27,6 +27,7 @@ from ._markup import Markdown, markdown_code, render, visible
 from .files import write_atomic
 from .png import save_png
 from .prompt import VisualPrompt, adjustments, clipping
+from .loading import check_fields, parse_json
 from .prompt_files import MAX_STORY, adjust_numbers, as_path, check_file, prompt_facts, read_prompt, read_safetensors, save_prompt
 from .report import caveats, duration, versions
 from .transfer import TransferResults
@@ -189,8 +190,8 @@ def check_config(
     "Refuse a config.json that is not one."
     try:
         if path.stat().st_size > 2 * MAX_STORY: raise ValueError("it is too large")
-        if not isinstance(json.loads(path.read_bytes()), dict): raise ValueError("it must be a JSON object")
-    except (ValueError, RecursionError, OSError) as error: raise ValueError(f"{str(path)!r} cannot be read: {error}.") from None
+        check_fields(parse_json(path.read_bytes(), "it"), "it", {})
+    except (ValueError, OSError) as error: raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
 
 @contextmanager
 def clear_errors(
@@ -204,6 +205,8 @@ def clear_errors(
         raise FileNotFoundError(f"there is no folder {str(name)!r}, and the hub cannot be reached to look for it there. ({type(error).__name__})") from None
     except (EntryNotFoundError, HfHubHTTPError) as error:
         raise FileNotFoundError(f"there is no folder {str(name)!r}, and no prompt of that name on the hub. ({str(error).splitlines()[0]})") from None
+    except (json.JSONDecodeError, AttributeError, TypeError, LookupError, RecursionError) as error:  # of the hub's config.json
+        raise ValueError(f"{CONFIG} of {str(name)!r} cannot be read: {type(error).__name__}: {error}") from None
     except HFValidationError:
         raise FileNotFoundError(f"there is no folder {str(name)!r}, and it cannot be a name on the hub, which looks like 'owner/name'.") from None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .loading import load_safetensors
 from .mllm import Clip, Mllm
 from .world import AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, PHOTO, PRESENCE, SHAPES
 
@@ -151,8 +152,7 @@ def _weights(
     folder: Path,  # where it lies
 ) -> dict:  # name: float32 tensor
     "Stored weights, in single precision."
-    from safetensors.torch import load_file
-    return {name: value.float() for name, value in load_file(folder / f"{file}.safetensors").items()}
+    return {name: value.float() for name, value in load_safetensors(folder / f"{file}.safetensors").items()}
 
 # %% ../nbs/api/30_tiny.ipynb #15bbe2a7
 def _image_processor(

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
 from .arguments import check_whole
 from .files import RunLock, write_atomic
+from .loading import load_safetensors
 from .signals import held_signals
 from .mllm import Mllm
 from .tiny import PATCH, QUERIES, SIZE, TINY, _weights, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
@@ -48,7 +49,7 @@ def make_pool(
     if not path.exists():
         chunks = [draw_scenes(min(4000, n - i), SIZE, 1000 * seed + i // 4000) for i in range(0, n, 4000)]
         write_atomic(path, save({k: torch.cat([getattr(c, k) for c in chunks]) for k in vars(chunks[0])}))
-    return Scenes(**load_file(path))
+    return Scenes(**load_safetensors(path))
 
 # %% ../nbs/api/32_tiny_train.ipynb #6e6de7e3
 @torch.no_grad()
@@ -258,7 +259,7 @@ def encode_pool(
             out = tower(pixel_values=normalize(images), output_hidden_states=True)
             parts.append((out.last_hidden_state if name == "shared" else out.hidden_states[-1]).half())
         write_atomic(path, save(dict(features=torch.cat(parts))))
-    return load_file(path)["features"]
+    return load_safetensors(path)["features"]
 
 # %% ../nbs/api/32_tiny_train.ipynb #97c53084
 class Texts:

@@ -7,7 +7,6 @@ __all__ = ['TOWER', 'QFORMER', 'FUSED', 'GEOMETRY', 'UNVERIFIED', 'SAT_FILE', 'q
            'visualglm_config', 'find_files', 'load_visualglm', 'check_whole']
 
 # %% ../nbs/api/27_visualglm_files.ipynb #21f84fbc
-import json
 import re
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import Blip2QFormerConfig, Blip2VisionConfig
 
 from .chatglm import ChatGLMConfig
 from .lavis import IncompleteWeightsError, LoadReport, PartReport, fetch, read_weights, shapes_of, weight_files
+from .loading import build_model, read_json
 from .mllm import Mllm
 from .visualglm import IceTextTokenizer, VisualGLMConfig, VisualGLMForConditionalGeneration, as_mllm
 
@@ -139,7 +139,7 @@ def load_visualglm(
     "VisualGLM-6B from the authors' files: no remote code, no unpickling, every tensor in its place."
     files, home = find_files(weights)
     found = next(filter(None, (fetch(home, file) for file in ("config.json", "model_config.json"))), None)
-    config = visualglm_config(json.loads(found.read_text()) if found else {})
+    config = visualglm_config(read_json(found) if found else {})
     vocabulary = tokenizer or fetch(home, "ice_text.model")
     if not vocabulary or not Path(vocabulary).is_file():
         raise ValueError(f"`tokenizer` must be ChatGLM's sentencepiece file, got {tokenizer}, and there is no ice_text.model in {home}. "
@@ -148,7 +148,7 @@ def load_visualglm(
     tensors = visualglm_tensors(stored, config)
     report = check_whole(tensors, config, str(weights), tuple(filter(unused, stored)))
     if dtype == "auto": dtype = tensors["language_model.lm_head.weight"].dtype
-    model = VisualGLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **how)
+    model = build_model(VisualGLMForConditionalGeneration, config, tensors, dtype=dtype, **how)
     mllm = as_mllm(model, IceTextTokenizer(vocabulary), name)
     mllm.report = report
     return mllm

@@ -17,13 +17,13 @@ def golden_chatglm(
 ) -> tuple[nn.Module, nn.Linear]:  # language model, and projection from Q-Former to language model
     "The tiny ChatGLM-6B v1 whose outputs the published code has written down."
     import json
-    from safetensors.torch import load_file
+    from tvp.loading import load_safetensors
     from tvp.chatglm import ChatGLMConfig, ChatGLMForCausalLM
     config = json.loads((Path(folder) / "golden.json").read_text())["config"]
     renamed = {"num_layers": "num_hidden_layers", "inner_hidden_size": "intermediate_size", "layernorm_epsilon": "layer_norm_eps"}
     known = {renamed.get(name, name): value for name, value in config.items() if name not in ("eva_config", "qformer_config")}
     model = ChatGLMForCausalLM(ChatGLMConfig(**known, residual_layers=residual_layers))
-    weights = load_file(Path(folder) / "state_dict.safetensors")
+    weights = load_safetensors(Path(folder) / "state_dict.safetensors")
     image = {name: weights.pop(name) for name in list(weights) if name.startswith("image_encoder.")}
     model.load_state_dict({name: value for name, value in weights.items() if not name.endswith("inv_freq")})
     projection = nn.Linear(config["qformer_config"]["hidden_size"], config["hidden_size"])

@@ -8,7 +8,6 @@ __all__ = ['Place', 'SIX', 'load_mllm', 'local_weights', 'Zoo', 'tiny_zoo', 'pap
 
 # %% ../nbs/api/35_zoo.ipynb #ef09bdd2
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
@@ -19,8 +18,9 @@ from pathlib import Path
 import torch
 
 from .arguments import check_choice, check_kind
+from .loading import from_pretrained, load_model, read_index
 from .mllm import Clip, Mllm
-from .pretrained import best_device, check_place, find_checkpoint, load_pretrained
+from .pretrained import best_device, check_contents, check_place, find_checkpoint, load_pretrained
 from .registry import REGISTRY, find_known, load_known
 from .tiny import DATA, SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 
@@ -73,7 +73,7 @@ def local_weights(
         if isinstance(place, str) and (place in REGISTRY or not folder.is_dir()):  # as `load_mllm` reads it
             folder = Path(snapshot_download(known.id if known else place, local_files_only=True))
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file(): return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+        if index.is_file(): return sorted({folder / file for file in read_index(index).values()})
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     except Exception: return []  # whoever loads the model will say what is wrong
 
@@ -195,11 +195,12 @@ def load_clip(
 ) -> Clip:  # frozen, in float32
     "A CLIP. The paper's is ViT-B/32, `openai/clip-vit-base-patch32`."
     if name_or_path == "tiny-clip": return tiny_zoo().clip
-    from transformers import AutoProcessor, CLIPModel
     found = find_checkpoint(name_or_path)
     if (kind := found.config.get("model_type")) != "clip": raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
-    model = CLIPModel.from_pretrained(found.place, revision=found.revision, dtype=torch.float32).to(device or best_device())
-    return Clip(model, AutoProcessor.from_pretrained(found.place, revision=found.revision, backend="torchvision"), found.name)
+    check_contents(found)
+    processor = from_pretrained("AutoProcessor", found.place, revision=found.revision, backend="torchvision")
+    model = load_model("CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32)
+    return Clip(model.to(device or best_device()), processor, found.name)
 
 
 def load_clip_b32() -> Clip: "The CLIP of the paper."; return load_clip("openai/clip-vit-base-patch32")
