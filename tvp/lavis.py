@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
+from .transformers_compat import hub_file
+
 # %% ../nbs/api/25_lavis.ipynb #ce408257
 class LavisBlip2Config(Blip2Config):
     "BLIP-2 as LAVIS computes it."
@@ -161,9 +163,7 @@ def fetch(
 ) -> Path | None:  # on this machine, downloaded if need be; None: it has no such file
     "One file of a folder or of a hub repository."
     if Path(place).is_dir(): return Path(place) / name if (Path(place) / name).is_file() else None
-    from transformers.utils import cached_file
-    file = cached_file(str(place), name, _raise_exceptions_for_missing_entries=False)
-    return Path(file) if file else None
+    return hub_file(str(place), name)
 
 
 def weight_files(

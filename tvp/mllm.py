@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .arguments import check_texts as check_list
 from .arguments import check_whole
 from .inputs import TextInputs, answer_batch, check_images, check_processor, check_texts, is_encoder_decoder, pixel_inputs, text_batch
+from .transformers_compat import text_positions
 
 # %% ../nbs/api/20_mllm.ipynb #13cfe66c
 def vision_encoder(
@@ -121,7 +122,7 @@ def position_ids(
     inputs: dict[str, Tensor],  # its inputs, left padded
 ) -> Tensor:  # (B, L), or (3, B, L) for models with multimodal rotary positions
     "Positions that count from the first real token, as generation uses them."
-    positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    positions = text_positions(model, inputs)
     return positions.expand(len(inputs["input_ids"]), -1) if positions.ndim == 2 else positions
 
 

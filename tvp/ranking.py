@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .arguments import check_texts as check_list
 from .inputs import check_images, check_texts, pad_rows
 from .mllm import Mllm, answer_logits, captured_features, decoder_start, last_position, model_inputs, position_ids, vision_encoder
+from .transformers_compat import cache_argument, output_cache
 
 # %% ../nbs/api/22_ranking.ipynb #152806b4
 def check_candidates(
@@ -123,7 +124,7 @@ def packed_scores(
     with captured_features(mllm.owner) as seen: out = model(**inputs, position_ids=positions, use_cache=several, logits_to_keep=1)
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
     if not several: return scores
-    cache = out.past_key_values if "past_key_values" in out else out.language_model_outputs.past_key_values
+    cache = output_cache(out)
     limit = max(1, min(limit, 2**28 // out.logits[:, -1].numel()))  # 2**28 logits are a gigabyte
     extra = no_pictures(model, seen[0]) | {n: inputs[n][:, -1:] for n in ("cross_attention_mask",) if n in inputs}  # Mllama: which tiles a token sees
     for chunk in chunks(plan, limit):
@@ -145,7 +146,8 @@ def continuations(
     mask, steps = packed_mask(attention_mask, packed["sees"], mllm.dtype), last_position(positions) + 1 + packed["depth"]
     current, lengths = packed["token"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
     extra = {n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v for n, v in extra.items()}
-    logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, past_key_values=cache, **extra).logits.float()
+    past = cache_argument(mllm.model, cache)
+    logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, **past, **extra).logits.float()
     for layer, length in zip(cache.layers, lengths):  # the pass has written into the cache; layers of cross-attention have not grown
         if (grown := layer.get_seq_length() - length): layer.crop(-grown)
     gains = logits[:, packed["node"], packed["following"]] - logits.logsumexp(-1)[:, packed["node"]]
@@ -163,32 +165,34 @@ def decoder_scores(
     out = model(**inputs, decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device), use_cache=bool(longer))
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
     if not longer: return scores
-    told = out if "past_key_values" in out else out.language_model_outputs
-    sample = sum(tensor.nbytes for part in (told.past_key_values.self_attention_cache, told.past_key_values.cross_attention_cache)
-                 for layer in part.layers for tensor in (layer.keys, layer.values)) // batch
+    cache, told = output_cache(out), out.get("language_model_outputs") or out
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    sample = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // batch
     room = min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan))), 2**30 // sample) // batch  # 2**28 logits are a gigabyte
     for some in torch.tensor(longer).split(max(1, room)):
-        gains = decoded(mllm, told, inputs["attention_mask"], [plan[n] for n in some])
+        gains = decoded(mllm, told.encoder_last_hidden_state, cache, inputs["attention_mask"], [plan[n] for n in some])
         scores[:, some] = (scores[:, some] + gains) / torch.tensor([len(plan[n]) for n in some], device=mllm.device)
     return scores
 
 
 def decoded(
     mllm: Mllm,  # the adapter, an encoder-decoder
-    told,  # what the model returned for the first token, keys and values included
+    hidden: Tensor,  # (B, L, D) what the encoder made of picture and instruction
+    cache,  # keys and values of the decoder's first token
     attention_mask: Tensor,  # (B, L)
     plan: list[tuple[int, ...]],  # N candidates of two tokens or more
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first
     "One pass of the decoder over B * N rows, which share what it has read of the picture."
     from transformers.modeling_outputs import BaseModelOutput
-    batch, cache, fill = len(attention_mask), copy.deepcopy(told.past_key_values), decoder_start(mllm.model)
+    batch, cache, fill = len(attention_mask), copy.deepcopy(cache), decoder_start(mllm.model)
     cache.batch_repeat_interleave(len(plan))
     rows = [torch.tensor([ids], device=mllm.device) for ids in plan]
     ids, mask = pad_rows(rows, fill, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
-    hidden, masks = told.encoder_last_hidden_state, attention_mask.repeat_interleave(len(plan), 0)
+    masks = attention_mask.repeat_interleave(len(plan), 0)
     shape = BaseModelOutput(hidden[:1, :1, :1].expand(len(ids), *hidden.shape[1:]))  # its numbers are in the cache already
     decoder = getattr(mllm.model, "language_model", mllm.model)
-    logits = decoder(encoder_outputs=shape, attention_mask=masks, decoder_input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+    past = cache_argument(decoder, cache)
+    logits = decoder(encoder_outputs=shape, attention_mask=masks, decoder_input_ids=ids[:, :-1], use_cache=True, **past).logits
     return (log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(plan), -1) * mask).sum(-1)
 
 # %% ../nbs/api/22_ranking.ipynb #ecee7eae
