@@ -6,16 +6,18 @@
 __all__ = ['CACHE_NAMES', 'FAULTS', 'cache_name', 'cache_argument', 'output_cache', 'OwnPositions', 'text_positions',
            'declare_model', 'hub_file', 'Fault', 'known_fault']
 
-# %% ../nbs/api/16_transformers_compat.ipynb #b90b6b36
+# %% ../nbs/api/16_transformers_compat.ipynb #97c57617
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
+from packaging.version import Version
 from torch import Tensor, nn
 
-# %% ../nbs/api/16_transformers_compat.ipynb #477508ef
+# %% ../nbs/api/16_transformers_compat.ipynb #7240a8bc
 CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 
 
@@ -49,7 +51,7 @@ def output_cache(
         if found: return found[0]
     raise ValueError(f"`output` must hold keys and values, got a {type(output).__name__} with {', '.join(output.keys())}.")
 
-# %% ../nbs/api/16_transformers_compat.ipynb #d03c8d7c
+# %% ../nbs/api/16_transformers_compat.ipynb #87319745
 _POSITIONS_HOOK = "_prepare_position_ids_for_generation"
 
 
@@ -77,7 +79,7 @@ def text_positions(
                           "version has not. Install an earlier version of transformers.")
     return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
 
-# %% ../nbs/api/16_transformers_compat.ipynb #1c68761e
+# %% ../nbs/api/16_transformers_compat.ipynb #94dbac8a
 def declare_model(
     model_class: type,  # a subclass of PreTrainedModel
     blocks: Iterable[str],  # class names of modules that stay on one device
@@ -87,7 +89,7 @@ def declare_model(
     model_class._skip_keys_device_placement = list(CACHE_NAMES)
     model_class._supports_sdpa = True
 
-# %% ../nbs/api/16_transformers_compat.ipynb #b35d153f
+# %% ../nbs/api/16_transformers_compat.ipynb #302b66cb
 def hub_file(
     repository: str,  # "owner/name"
     name: str,  # of a file in it
@@ -97,7 +99,7 @@ def hub_file(
     file = cached_file(repository, name, _raise_exceptions_for_missing_entries=False)
     return Path(file) if file else None
 
-# %% ../nbs/api/16_transformers_compat.ipynb #3b5d4826
+# %% ../nbs/api/16_transformers_compat.ipynb #14086392
 @dataclass(frozen=True)
 class Fault:
     "What keeps some versions of transformers from running one of their own models."
@@ -117,8 +119,6 @@ def known_fault(
     version: str | None = None,  # of transformers; None: the installed one
 ) -> str | None:  # a sentence for users, or None
     "Say why a version of transformers cannot run one of its models, if that is known."
-    import transformers
-    from packaging.version import Version
-    version, fault = version or transformers.__version__, FAULTS.get(model_type)
+    version, fault = version or installed_version("transformers"), FAULTS.get(model_type)
     if fault is None or not Version(fault.first) <= Version(version) <= Version(fault.last): return None
     return f"transformers {version} cannot run {model_type}: {fault.reason}. {fault.advice}"
