@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .transformers_compat import OwnPositions, cache_name, declare_model
+
 # %% ../nbs/api/26_chatglm.ipynb #24653ae0
 class ChatGLMConfig(PreTrainedConfig):
     "ChatGLM-6B's geometry under the names that transformers uses; the defaults are the published model."
@@ -104,12 +106,12 @@ class ChatGLMAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], past_key_values=None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None) -> Tensor:
         "(B, L, D) to (B, L, D)"
         fused = self.query_key_value(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, 3 head_dim)
         query, key, value = fused.chunk(3, -1)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if past_key_values is not None: key, value = past_key_values.update(key, value, self.layer)
+        if cache is not None: key, value = cache.update(key, value, self.layer)
         seen = F.scaled_dot_product_attention(query, key, value, mask)
         return self.dense(seen.transpose(1, 2).flatten(2))
 
@@ -136,10 +138,10 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], past_key_values=None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None) -> Tensor:
         "(B, L, D) to (B, L, D)"
         hidden = self.input_layernorm(hidden)
-        hidden = self.alpha * hidden + self.attention(hidden, mask, rotary, past_key_values=past_key_values)
+        hidden = self.alpha * hidden + self.attention(hidden, mask, rotary, cache)
         hidden = self.post_attention_layernorm(hidden)
         return self.alpha * hidden + self.mlp(hidden)
 
@@ -149,10 +151,17 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _input_embed_layer = "word_embeddings"
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        "The word embeddings."
+        return self.base_model.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        "Replace the word embeddings."
+        self.base_model.word_embeddings = value
+
+
+declare_model(ChatGLMPreTrainedModel, blocks=["ChatGLMBlock"])
 
 # %% ../nbs/api/26_chatglm.ipynb #bb82e555
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -164,22 +173,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None):
         "Hidden states, (B, L, D), of tokens or of embeddings; embeddings need `position_ids`."
         if position_ids is None:
             if input_ids is None:
                 raise ValueError("`position_ids` must be given with `inputs_embeds`, got None. Make them from the tokens with `gap_positions`.")
             position_ids = gap_positions(input_ids, attention_mask, self.config)
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache): past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache is None: use_cache = self.config.use_cache
+        if cache is None and use_cache: cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else cache.get_seq_length()
         mask = gap_mask(position_ids, attention_mask, past, hidden.dtype)
         rotary = gap_rotary(position_ids, self.config.hidden_size // self.config.num_attention_heads, hidden.dtype)
-        for layer in self.layers: hidden = layer(hidden, mask, rotary, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden), past_key_values=past_key_values)
+        for layer in self.layers: hidden = layer(hidden, mask, rotary, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden), **{cache_name(): cache})
 
 # %% ../nbs/api/26_chatglm.ipynb #abc6b686
-class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForCausalLM(OwnPositions, ChatGLMPreTrainedModel, GenerationMixin):
     "ChatGLM-6B v1: a prompt that ends with `[gMASK]` and `<sop>` in, the words that fill the gap out."
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
@@ -187,18 +197,18 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, labels=None, use_cache=None,
-                logits_to_keep=0, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
+                use_cache=None, logits_to_keep=0, past_key_values=None, return_dict=True):
         "Logits (B, L, V) of all tokens or the last `logits_to_keep`; with `labels` (-100: not counted) the mean loss over all counted tokens."
-        out = self.transformer(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        if cache is None: cache = past_key_values  # its name before transformers 5.24
+        out = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{cache_name(): out.get(cache_name())})
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        "transformers asks here for the positions of a prompt, and then adds one per token."
-        ids = model_kwargs.get("input_ids")
-        return gap_positions(inputs_tensor if ids is None or not ids.shape[1] else ids, model_kwargs.get("attention_mask"), self.config)
+    def text_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        "(2, B, L) positions of a prompt; `generate` asks for them, and then adds one per token."
+        return gap_positions(input_ids, attention_mask, self.config)
 
 # %% ../nbs/api/26_chatglm.ipynb #6d89a3a6
 AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)  # so that saved models load through transformers

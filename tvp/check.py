@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .inputs import answer_batch, call_processor, pixel_inputs
 from .mllm import Mllm, NoGradientError, append_ids, model_inputs
 from .ranking import plain_scores
+from .transformers_compat import known_fault
 
 # %% ../nbs/api/24_check.ipynb #e5f0929b
 @dataclass(frozen=True)
@@ -219,7 +220,9 @@ def check_mllm(
 ) -> Check:
     "Try a model on two pictures: gradient, loss, tokens, batch, ranking, pixels."
     images = random_pictures(canvas_size(mllm)).to(mllm.device)
-    findings = [tried("gradient", lambda: gradient_finding(mllm, images))]
+    fault = known_fault(mllm.model.config.model_type)
+    findings = [Finding("version", False, fault)] if fault else []
+    findings.append(tried("gradient", lambda: gradient_finding(mllm, images)))
     rest = dict(loss=loss_finding, tokens=tokens_finding, batch=batch_finding, ranking=ranking_finding, pixels=pixels_finding)
     with torch.no_grad(): findings += [tried(name, lambda find=find: find(mllm, images)) for name, find in rest.items()]
     size = images.shape[-1]

@@ -21,6 +21,7 @@ from transformers import InstructBlipConfig, InstructBlipForConditionalGeneratio
 
 from ._markup import render
 from .loading import build_model, load_pth, load_safetensors, read_index
+from .transformers_compat import hub_file
 
 # %% ../nbs/api/25_lavis.ipynb #ce408257
 class LavisBlip2Config(Blip2Config):
@@ -162,9 +163,7 @@ def fetch(
 ) -> Path | None:  # on this machine, downloaded if need be; None: it has no such file
     "One file of a folder or of a hub repository."
     if Path(place).is_dir(): return Path(place) / name if (Path(place) / name).is_file() else None
-    from transformers.utils import cached_file
-    file = cached_file(str(place), name, _raise_exceptions_for_missing_entries=False)
-    return Path(file) if file else None
+    return hub_file(str(place), name)
 
 
 def weight_files(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .arguments import check_texts as check_list
 from .arguments import check_whole
 from .inputs import TextInputs, answer_batch, check_images, check_processor, check_texts, is_encoder_decoder, pixel_inputs, text_batch
+from .transformers_compat import text_positions
 
 # %% ../nbs/api/20_mllm.ipynb #13cfe66c
 def vision_encoder(
@@ -121,7 +122,7 @@ def position_ids(
     inputs: dict[str, Tensor],  # its inputs, left padded
 ) -> Tensor:  # (B, L), or (3, B, L) for models with multimodal rotary positions
     "Positions that count from the first real token, as generation uses them."
-    positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    positions = text_positions(model, inputs)
     return positions.expand(len(inputs["input_ids"]), -1) if positions.ndim == 2 else positions
 
 
@@ -312,12 +313,13 @@ def generate_text(
 ) -> list[str]:  # one text per picture, cut at the end symbol
     "What the model says, most likely token by most likely token."
     check_whole("max_new_tokens", max_new_tokens)
-    inputs = model_inputs(mllm, images, instructions)
+    inputs = {name: value.clone() for name, value in model_inputs(mllm, images, instructions).items()}  # BLIP writes into its tokens
     how = copy.deepcopy(mllm.model.generation_config)
     how.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=mllm.text.pad_value("input_ids"))
-    out = mllm.model.generate(**inputs, generation_config=how)
-    length = inputs["input_ids"].shape[1]
-    if out[:, :length].equal(inputs["input_ids"]): out = out[:, length:]  # decoders repeat their instruction
+    ids, closes = inputs["input_ids"], mllm.model.config.model_type == "blip"  # BLIP cuts off the last token, taking it for [SEP]
+    if closes: inputs |= {name: F.pad(inputs[name], (0, 1), value=1) for name in ("input_ids", "attention_mask")}
+    out, length = mllm.model.generate(**inputs, generation_config=how), ids.shape[1]
+    if out[:, closes:length].equal(ids[:, closes:]): out = out[:, length:]  # decoders repeat their instruction; BLIP puts its own begin symbol
     texts = mllm.text.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text.strip().split(mllm.end)[0].strip() if mllm.end else text.strip() for text in texts]
 

@@ -19,6 +19,7 @@ from .mllm import Clip, Mllm, append_ids, decoder_start, flat_tokens, last_posit
 from .prompt import border_mask
 from .ranking import log_probabilities
 from .tasks import Batch
+from .transformers_compat import cache_argument, output_cache
 
 # %% ../nbs/api/84_reference_loop.ipynb #d86fcc72
 def normalised(
@@ -130,7 +131,7 @@ def reference_rank(
     inputs = source_inputs(source, normalised(source.processor, images), instructions)
     positions = position_ids(source.model, inputs)
     out = source.model(**inputs, position_ids=positions, use_cache=True)  # logits at every position
-    cache = out.past_key_values if "past_key_values" in out else out.language_model_outputs.past_key_values
+    cache = output_cache(out)
     prefix, scores = (inputs["attention_mask"], last_position(positions), out.logits[:, -1:], cache), []
     for candidate in candidates:
         ids = torch.tensor(source.text.answer_ids(instructions[0], candidate), device=images.device).expand(len(images), -1)
@@ -150,6 +151,7 @@ def continued(
     mask = torch.cat([attention_mask, torch.ones_like(ids)], 1)
     steps = last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
     language_model = getattr(source.model, "language_model", source.model)  # a BLIP-2 insists on pictures, its language model does not
-    logits = language_model(input_ids=ids, attention_mask=mask, position_ids=steps, past_key_values=cache, use_cache=True).logits
+    past = cache_argument(language_model, cache)
+    logits = language_model(input_ids=ids, attention_mask=mask, position_ids=steps, use_cache=True, **past).logits
     cache.crop(-ids.shape[1])
     return log_probabilities(torch.cat([first, logits[:, :-1]], 1).float(), ids).mean(1)

@@ -91,9 +91,10 @@ def small_values(
     values = small_numbers(known, tokenizer)
     inner = {name for name, value in known.items() if isinstance(value, PreTrainedConfig)}
     for name in inner | {name for name, value in changes.items() if name.endswith("_config") and isinstance(value, dict)}:
-        part = {"model_type": getattr(known[name], "model_type", None)} | changes.pop(name, {})
-        kind = part.pop("model_type")
-        values[name] = {"model_type": kind, **small_values(AutoConfig.for_model(kind), tokenizer, **part)}
+        part = dict(changes.pop(name, {}))
+        kind = part.pop("model_type", None) or getattr(known[name], "model_type", None)
+        inside = AutoConfig.for_model(kind) if kind else known[name]  # Ovis2's vision config has no type of its own in transformers 5.18
+        values[name] = ({"model_type": kind} if kind else {}) | small_values(inside, tokenizer, **part)
     return values | symbol_ids(tokenizer, changes)
 
 

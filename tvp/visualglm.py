@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal  # in the signatures that transformers gives to configurations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Blip2QFormerConfig, Blip2VisionConfig
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -21,6 +21,7 @@ from .chatglm import ChatGLMConfig
 from .lavis import LavisBlip2, LavisBlip2Config
 from .mllm import Mllm
 from .processor import MarkerProcessor
+from .transformers_compat import OwnPositions
 
 # %% ../nbs/api/27_visualglm.ipynb #6a99397a
 class VisualGLMConfig(LavisBlip2Config):
@@ -34,17 +35,18 @@ class VisualGLMConfig(LavisBlip2Config):
         self.use_decoder_only_language_model = True
 
 
-class VisualGLMForConditionalGeneration(LavisBlip2):
+class VisualGLMForConditionalGeneration(OwnPositions, LavisBlip2):
     "EVA-CLIP ViT-g, Q-Former, projection, ChatGLM-6B v1."
     config_class = VisualGLMConfig
 
     def forward(self, pixel_values, input_ids, attention_mask=None, position_ids=None, **kwargs):
         "As BLIP-2; the positions of the language model are made here, where the tokens are known."
-        if position_ids is None: position_ids = self._prepare_position_ids_for_generation(input_ids, {"attention_mask": attention_mask})
+        if position_ids is None: position_ids = self.text_positions(input_ids, attention_mask)
         return super().forward(pixel_values, input_ids, attention_mask, position_ids=position_ids, **kwargs)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        return self.language_model._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+    def text_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        "(2, B, L) positions of a prompt, as the language model counts them."
+        return self.language_model.text_positions(input_ids, attention_mask)
 
 # %% ../nbs/api/27_visualglm.ipynb #1c7eeec3
 AutoConfig.register(VisualGLMConfig.model_type, VisualGLMConfig, exist_ok=True)  # so that saved models load through transformers
@@ -107,9 +109,11 @@ class IceTextTokenizer(SentencePieceBackend):
         special = dict(bos_token="<sop>", eos_token="<eop>", unk_token="<unk>", pad_token="<pad>", mask_token="[MASK]", padding_side="left")
         super().__init__(vocab_file=str(vocab_file), **{**special, "extra_special_tokens": ["[gMASK]"], **kwargs})
 
-    def _tokenize(self, text, **kwargs):
-        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text.replace("\n", "<n>").replace("\t", "<|tab|>"))
-        return self.sp_model.encode(text, out_type=str)
+    def prepare_for_tokenization(self, text: str, **kwargs) -> tuple[str, dict]:
+        "Line breaks, tabs and blanks as the words that stand for them."
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
+        return super().prepare_for_tokenization(text, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         "Tokens as text, with line breaks, tabs and blanks put back."
