@@ -128,6 +128,7 @@ class Learner:
         return fit(self, epochs, checkpoint, every, resume)
 
     history = property(lambda self: records_frame(self.records), doc="The records as a pandas DataFrame, one row per update.")
+
     @cached_property
     def accelerator(self):
         "The processes that share this training, as `accelerate launch` or `torchrun` has started them."
