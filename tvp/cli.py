@@ -140,9 +140,7 @@ def command_tasks(args: argparse.Namespace) -> None:
 # %% ../nbs/api/90_cli.ipynb #53718a9e
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
-    import torch
     from tvp.zoo import load_zoo
-    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
     zoo = load_zoo("tiny")
     for name in names: known_name("model", name, zoo)
     return zoo

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .arguments import check_texts as check_list
 from .arguments import check_whole
 from .inputs import TextInputs, answer_batch, check_images, check_processor, check_texts, is_encoder_decoder, pixel_inputs, text_batch
+from .torch_settings import with_torch_settings
 from .transformers_compat import text_positions
 
 # %% ../nbs/api/20_mllm.ipynb #13cfe66c
@@ -207,6 +208,7 @@ class Mllm:
     dtype = property(lambda self: self.model.get_input_embeddings().weight.dtype)  # BLIP-2 keeps its queries in float32
     def __repr__(self): return f"Mllm({self.name!r}, {type(self.model).__name__}, {self.model.num_parameters():,} parameters)"
 
+    @with_torch_settings
     def __call__(self, images: Tensor, instructions: list[str], answers: list[str]) -> MllmOutput:
         "Loss of the answers and visual tokens, from one encode; see `loss_and_tokens`."
         return loss_and_tokens(self, images, instructions, answers)
@@ -215,19 +217,23 @@ class Mllm:
         "How many tokens the loss is a mean over, given B instructions and answers."
         return sum(len(self.text.answer_ids(i, a, self.end)) for i, a in zip(instructions, answers))
 
+    @with_torch_settings
     def visual_tokens(self, images: Tensor, instructions: list[str]) -> Tensor:
         "(B, T, D) tokens without the language model; see `encode`."
         return encode(self, images, instructions)
 
+    @with_torch_settings
     def rank(self, images: Tensor, instructions: list[str], candidates: list[str]) -> Tensor:
         "(B, N) mean log-likelihood per token of every candidate, no gradient; see `tvp.ranking.rank`."
         from tvp.ranking import rank  # ranking is built on this module
         return rank(self.scorer, images, instructions, candidates)
 
+    @with_torch_settings
     def generate(self, images: Tensor, instructions: list[str], max_new_tokens: int = 20) -> list[str]:
         "The model's own words, greedily; see `generate_text`."
         return generate_text(self, images, instructions, max_new_tokens)
 
+    @with_torch_settings
     def check(self):
         "Whether a prompt can be trained through this model, and how exactly; see `tvp.check.check_mllm`."
         from tvp.check import check_mllm  # built on this module, too
@@ -336,6 +342,7 @@ class Clip:
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name or type(model).__name__
         self.logit_scale, self._texts = model.logit_scale.clamp(max=4.6052).exp().item(), {}
 
+    @with_torch_settings
     def image_features(self, images: Tensor) -> Tensor:
         "(B, D) of unit length, differentiable with respect to the images (B, 3, H, W) in [0, 1]."
         check_images(images)
@@ -343,6 +350,7 @@ class Clip:
         pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self.model.dtype)
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
+    @with_torch_settings
     @torch.no_grad()
     def text_features(self, texts: list[str]) -> Tensor:
         "(B, D) of unit length for B texts, each computed once, no gradient."

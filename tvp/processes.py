@@ -28,7 +28,7 @@ def batch_part(
 def token_shares(
     source,  # the model; `source.count_tokens(instructions, answers)` says how many tokens the answers have
     pieces: list[Batch],  # of one process
-    accelerator: Any,  # accelerate.Accelerator
+    accelerator: Any,  # accelerate.Accelerator or PartialState
 ) -> list[Tensor]:  # scalars, their mean over all pieces of all processes is 1
     "How much the task loss of each piece counts."
     count = getattr(source, "count_tokens", lambda instructions, answers: len(answers))
@@ -43,12 +43,13 @@ class ProcessLost(RuntimeError):
 
 def mean_over_processes(
     tensors: list[Tensor],  # the same shapes in every process
-    accelerator: Any,  # accelerate.Accelerator
+    accelerator: Any,  # accelerate.Accelerator or PartialState
 ) -> list[Tensor]:  # the same shapes
     "The mean of each tensor over all processes, in one exchange; the tensors themselves where there is only one."
     if accelerator.num_processes == 1: return tensors
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    try: flat = accelerator.reduce(flat, "mean")
+    from accelerate.utils import reduce
+    try: flat = reduce(flat, "mean")
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ProcessLost(f"process {accelerator.process_index} of {accelerator.num_processes} can no longer reach the others: one of them has "

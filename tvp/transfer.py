@@ -27,6 +27,7 @@ from .prompt import VisualPrompt
 from .tables import (TransferRun, TransferTable, csv_text, describe_runs, group_rows, merge_runs, metric_details, runs_together,
                         tables_html, target_rows, tidy_frame, transfer_table)
 from .tasks import Task, check_like_task
+from .torch_settings import torch_settings
 
 # %% ../nbs/api/60_transfer.ipynb #7e60666c
 @contextmanager
@@ -55,7 +56,7 @@ def rank_task(
     scores, labels, index = [], [], []
     shared = {"part": part} if part[1] > 1 else {}
     batches = task.batches(split, size if prompt is None else prompt.inner, batch_size * part[1], limit=limit, **shared)
-    with _same_places(prompt):
+    with _same_places(prompt), torch_settings(mllm):
         for batch in batches if mllm.device.type == "cpu" else ahead(batches):
             images = batch.images if prompt is None else prompt(batch.images.to(prompt.delta.device))
             scores.append(mllm.rank(images.to(mllm.device), batch.instructions, task.candidates).double().cpu())
