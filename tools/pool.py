@@ -25,7 +25,7 @@ from saved import SKIPPED, differences, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tools" / "seconds.json"
-WORKERS = 2
+WORKERS = int(os.environ.get("W", 2))
 USUAL = 60  # seconds of a job that nobody has measured
 QUICK = 200  # CPU seconds of the notebooks that `--quick` runs, together
 LIBRARIES = ["nbdev.test", "torch", "torchvision", "pandas", "matplotlib.pyplot", "datasets", "accelerate", "transformers.modeling_utils", "tvp.families"]
