@@ -25,8 +25,8 @@ from saved import SKIPPED, differences, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tools" / "seconds.json"
-WORKERS = int(os.environ.get("W", 2))
-USUAL = 60  # seconds of a job that nobody has measured
+WORKERS = 2
+USUAL = 180  # seconds of a job that nobody has measured, so that no job is ended within half an hour
 QUICK = 200  # CPU seconds of the notebooks that `--quick` runs, together
 LIBRARIES = ["nbdev.test", "torch", "torchvision", "pandas", "matplotlib.pyplot", "datasets", "accelerate", "transformers.modeling_utils", "tvp.families"]
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -101,10 +101,10 @@ def record(jobs):
 
 
 def quick(jobs):
-    "The jobs that took least, up to `QUICK` seconds together; what is new belongs to them."
+    "The jobs that took least, up to `QUICK` seconds together."
     known, total, chosen = recorded(), 0, []
-    for job in sorted(jobs, key=lambda job: known.get(job.name, 0)):
-        total += known.get(job.name, 0)
+    for job in sorted(jobs, key=lambda job: known.get(job.name, USUAL)):
+        total += known.get(job.name, USUAL)
         chosen += [job] if total <= QUICK else []
     return chosen
 
