@@ -11,7 +11,7 @@ import warnings
 THEIRS = {  # the beginning of a message (a regular expression): why our code is not the one to change
     r"builtin type swigvarlink|builtin type Swig": "modules built with an older SWIG, as soon as anybody imports them",
     r"`torch\.jit\.\w+` is (deprecated|not supported)": "torch's own functions still go through torch.jit",
-    r"__array__ implementation doesn.t accept a copy keyword": "numpy to torch, whose Tensor.__array__ has no `copy` yet",
+    r"__array__ implementation doesn.t accept a copy|__array_wrap__ must accept": "numpy to torch, whose Tensor has the old signatures",
     r"Python \d+\.\d+ (has reached|will reach)": "a library's word on a version of Python; settings.ini says which we support",
 }
 CATEGORIES = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
