@@ -531,13 +531,13 @@ class Report:
             problems = f"{type(error).__name__}: {error}".splitlines()
         self.add(check.__doc__.rstrip("."), problems)
 
-    def add(self, name, problems, skipped=()):
+    def add(self, name, problems, skipped=(), note=""):
         "Print and count one result, and what it left out."
-        print(f"{'FAILED' if problems else 'passed'}  {name}", flush=True)
+        print(f"{'FAILED' if problems else 'passed'}  {name}{note}", flush=True)
         for problem in problems:
             print(f"        {problem}", flush=True)
         for why in skipped:
-            print(f"skipped {name}: {why}", flush=True)
+            print(f"        skipped: {why}", flush=True)
         self.passed += not problems
         self.failed += bool(problems)
         self.skipped += len(skipped)
@@ -548,12 +548,14 @@ def browser_works():
     return ([], [missing()]) if missing() else (stepper_in_browser(), [])
 
 
-def all_jobs():
+def all_jobs(newest):
     "What runs long: notebooks, tutorials, the code in README.md, the browser."
     jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
     for path in notebooks():
-        function = run_tutorial if path.parts[0] == TUTORIALS else run_notebook
-        jobs.append(Job(path.as_posix(), function, (ROOT / "nbs" / path,)))
+        if path.parts[0] == TUTORIALS:
+            jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
+        else:
+            jobs.append(Job(path.as_posix(), run_notebook, (ROOT / "nbs" / path,)))
     return jobs
 
 
@@ -561,7 +563,7 @@ def jobs_pass(report, jobs):
     "Run and report jobs, with deprecated calls of our code as errors."
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STRICT), os.environ.get("PYTHONPATH")]))
     for job in run_jobs(jobs):
-        report.add(f"{job.name} ({job.seconds:.0f} s of CPU)", job.problems, job.skipped)
+        report.add(job.name, job.problems, job.skipped, f" ({job.seconds:.0f} s of CPU)")
 
 
 def test(*options):
@@ -584,7 +586,7 @@ def test(*options):
             report(sidebar_complete, pages)
             report(texts_for_programs, pages)
             report(links_lead_somewhere, pages)
-    jobs = all_jobs()
+    jobs = all_jobs(newest="--lowest" not in options)
     chosen = quick(jobs) if only_quick else jobs
     spent = sum(os.times()[:4])
     jobs_pass(report, chosen)
