@@ -35,6 +35,8 @@ CFG = get_config(path=ROOT)
 SITE = CFG.doc_host + CFG.doc_baseurl
 SKIPPED = {"__pycache__", "_proc", "build", "dist"}
 STRICT = ROOT / "tools" / "strict"  # on PYTHONPATH: deprecated calls of our code are errors
+QUIET = {name: "1" for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")}
+QUIET["TRANSFORMERS_VERBOSITY"] = "error"  # libraries read these when they are imported, which is before a notebook begins
 HANGS = 30 * 60  # seconds; no command takes more than a tenth
 TUTORIALS = "tutorials"
 INDEX = Path("index.ipynb")
@@ -561,9 +563,11 @@ def all_jobs(newest):
 
 def jobs_pass(report, jobs):
     "Run and report jobs, with deprecated calls of our code as errors."
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STRICT), os.environ.get("PYTHONPATH")]))
-    for job in run_jobs(jobs):
-        report.add(job.name, job.problems, job.skipped, f" ({job.seconds:.0f} s of CPU)")
+    search = os.pathsep.join(filter(None, [str(STRICT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.environ.update(QUIET, PYTHONPATH=search, HF_MODULES_CACHE=folder)
+        for job in run_jobs(jobs):
+            report.add(job.name, job.problems, job.skipped, f" ({job.seconds:.0f} s of CPU)")
 
 
 def test(*options):
