@@ -19,7 +19,6 @@ _all_ = ["ALL_KINDS", "KINDS", "VQ_KINDS", "tiny_clip", "tiny_mllm", "tiny_model
 
 # %% ../nbs/api/38_testing.ipynb #88e83096
 def shared_dir() -> Path | None:  # a folder that contains `golden`, or None
-    "Reference numbers lie outside the package: in the folder TVP_SHARED, or in `shared` beside one of the folders that we are in."
+    "Find the reference numbers, which do not ship with the package: the environment variable TVP_SHARED names their folder."
     named = os.environ.get("TVP_SHARED")
-    places = [Path(named)] if named else [p / "shared" for p in (Path.cwd(), *Path.cwd().parents)]
-    return next((p for p in places if (p / "golden").is_dir()), None)
+    return Path(named) if named and (Path(named) / "golden").is_dir() else None
