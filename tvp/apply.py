@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_PICTURE_BYTES', 'MAX_PIXELS', 'FORMATS', 'check_bytes_fit', 'open_picture', 'check_pixels_fit', 'find_fit',
-           'prompted_picture', 'inside', 'find_pictures', 'check_targets', 'apply_to_folder', 'warn_of_clipping',
-           'apply_prompt']
+           'prompted_picture', 'inside', 'find_pictures', 'check_targets', 'check_readable', 'apply_to_folder',
+           'warn_of_clipping', 'apply_prompt']
 
 # %% ../nbs/api/14_apply.ipynb #16adfdca
 import io
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,24 @@ from tqdm import tqdm
 
 from .arguments import check_kind
 from .files import write_atomic
-from .pictures import read_picture
+from .pictures import UNREADABLE, _open, folder_files, image_endings, read_picture
 from .prompt import VisualPrompt, clipping, pixels_to_pil
 from .prompt_files import as_path
-from .tasks import fit
+from .tasks import fit, some_names
 
 # %% ../nbs/api/14_apply.ipynb #c7e14d00
 MAX_PICTURE_BYTES = 2**27  # 128 MB, of a file
 MAX_PIXELS = 2**26  # 67 million, of a picture
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF"}  # suffix -> what Pillow may take it for
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
+           ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"}  # suffix -> what Pillow may take it for
+FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if suffix in image_endings()}  # Pillow before 11.3 reads no AVIF
 
 def check_bytes_fit(
     size: int,  # of a file, or of its content
-    where: str,  # how messages name it
+    where: str | Callable[[], str],  # how messages name it; a function is asked only then
 ) -> None:
     "Refuse a file that is larger than any picture."
-    if size > MAX_PICTURE_BYTES: raise ValueError(f"{where} has {size:,} bytes, at most {MAX_PICTURE_BYTES:,} are read.")
+    if size > MAX_PICTURE_BYTES: raise ValueError(f"{where() if callable(where) else where} has {size:,} bytes, at most {MAX_PICTURE_BYTES:,} are read.")
 
 def open_picture(
     source: Any,  # path, bytes, PIL picture, or (H, W) or (H, W, 3) uint8 array
@@ -47,12 +50,11 @@ def open_picture(
     if isinstance(source, (str, os.PathLike)):
         if not (path := as_path(source, "picture")).is_file(): raise FileNotFoundError(f"there is no picture at {str(path)!r}.")
         check_bytes_fit(path.stat().st_size, where)
+        source = path
     elif not isinstance(source, (bytes, np.ndarray)):
         raise TypeError(f"`picture` must be a path, a PIL picture, bytes or an array, got {type(source).__name__}. A batch of tensors is composed with prompt(images).")
-    try:
-        if isinstance(source, np.ndarray): return Image.fromarray(source)
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=sorted(set(FORMATS.values())))
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    try: return _open(source, sorted(set(FORMATS.values())))
+    except UNREADABLE as error:
         raise ValueError(f"{where} cannot be read: {error}. It must be one of {', '.join(FORMATS)}.") from None
 
 # %% ../nbs/api/14_apply.ipynb #8d8024b5
@@ -61,12 +63,13 @@ def check_pixels_fit(
     height: int,  # likewise
     side: int,  # that it is fitted to
     how: str,  # "crop" or "letterbox"
-    where: str,  # how messages name it
+    where: str | Callable[[], str],  # how messages name it; a function is asked only then
 ) -> None:
     "Refuse a picture that would fill the memory, now or when it is scaled."
-    if not 0 < width * height <= MAX_PIXELS: raise ValueError(f"{where} has {width} x {height} pixels, at most {MAX_PIXELS:,} in all are read.")
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"{where() if callable(where) else where} has {width} x {height} pixels, at most {MAX_PIXELS:,} in all are read.")
     if how == "crop" and side**2 * max(width, height) / min(width, height) > MAX_PIXELS / 4:
-        raise ValueError(f"{where} has {width} x {height} pixels: too long and thin to be cropped. Try fit='letterbox'.")
+        raise ValueError(f"{where() if callable(where) else where} has {width} x {height} pixels: too long and thin to be cropped. Try fit='letterbox'.")
 
 def find_fit(
     prompt: VisualPrompt,
@@ -78,6 +81,18 @@ def find_fit(
     return fit
 
 # %% ../nbs/api/14_apply.ipynb #57f72fc6
+def _read_limited(
+    picture: Any,  # path, bytes, PIL picture, or uint8 array
+    side: int,  # that it is fitted to
+    how: str,  # "crop" or "letterbox"
+    where: str,  # how messages name it
+) -> Image.Image:  # RGB
+    "Read an image within the limits of size and format."
+    image = open_picture(picture, where)
+    check_pixels_fit(*image.size, side, how, where)
+    return read_picture(image, where)
+
+
 @torch.no_grad()
 def prompted_picture(
     prompt: VisualPrompt,
@@ -86,9 +101,7 @@ def prompted_picture(
     where: str = "the picture",  # how messages name it
 ) -> Image.Image:  # RGB, size x size
     "One picture, fitted, with its prompt, in 8 bits."
-    image = open_picture(picture, where)
-    check_pixels_fit(*image.size, prompt.inner, how, where)
-    images = fit([read_picture(image, where)], prompt.inner, how)
+    images = fit([_read_limited(picture, prompt.inner, how, where)], prompt.inner, how)
     return pixels_to_pil(prompt(images.to(prompt.delta.device))[0])
 
 # %% ../nbs/api/14_apply.ipynb #188bd5ab
@@ -97,7 +110,7 @@ def inside(
     name: str | Path,  # relative, from wherever it may come
 ) -> Path:  # below the folder
     "The place of a file in a folder; refused if it lies elsewhere, links followed."
-    place = folder / as_path(name, "name")
+    place = folder / name
     if not place.resolve().is_relative_to(folder.resolve()) or place.name in ("", ".."):
         raise ValueError(f"{str(name)!r} would be written outside of {str(folder)!r}. Nothing was written.")
     return place
@@ -107,13 +120,17 @@ def find_pictures(
     source: Path,  # a picture, or a folder of pictures and folders
     out: Path,  # its pictures are not taken, should it lie below source
 ) -> dict[Path, Path]:  # picture -> its name below out, sorted
-    "The pictures to prompt."
+    "Find the pictures to prompt, and count in a warning what is left out."
     if source.is_file(): return {source: Path(source.name).with_suffix(".png")}
     if not source.is_dir(): raise FileNotFoundError(f"there is no picture or folder at {str(source)!r}.")
-    mine = lambda path: path.suffix.lower() in FORMATS and path.is_file() and not path.resolve().is_relative_to(out.resolve())
-    found = {path: path.relative_to(source).with_suffix(".png") for path in sorted(source.rglob("*")) if mine(path)}
-    if not found: raise ValueError(f"there is no picture in {str(source)!r}: looked for {', '.join(FORMATS)}.")
-    return found
+    files = [path for path in folder_files(source) if not Path(os.path.realpath(path)).is_relative_to(out.resolve())]
+    pictures = [path for path in files if path.suffix.lower() in FORMATS]
+    other = [path for path in files if path.suffix.lower() not in FORMATS]
+    if not pictures: raise ValueError(f"there is no picture in {str(source)!r}: looked for {', '.join(FORMATS)}.")
+    if other:
+        endings = some_names(sorted({path.suffix.lower() or path.name for path in other}), 5)
+        warnings.warn(f"{str(source)!r}: {len(other)} files are left out; what is read ends in {', '.join(FORMATS)}, got {endings}.", stacklevel=5)
+    return {path: path.relative_to(source).with_suffix(".png") for path in pictures}
 
 # %% ../nbs/api/14_apply.ipynb #fc917be1
 def check_targets(
@@ -130,6 +147,21 @@ def check_targets(
     if there and not overwrite: raise FileExistsError(f"{str(there[0])!r} exists" + (f", and {len(there) - 1} more" if there[1:] else "") + ". Choose another `out`, or pass overwrite=True.")
 
 # %% ../nbs/api/14_apply.ipynb #dcde75f7
+def check_readable(
+    pictures: Sequence[Path],
+    side: int,  # that they are fitted to
+    how: str,  # "crop" or "letterbox"
+) -> None:
+    "Refuse pictures that cannot be read, before anything is written."
+    errors = []
+    for picture in tqdm(pictures, desc="check", unit="picture", delay=2):
+        try: _read_limited(picture, side, how, repr(str(picture)))
+        except (ValueError, OSError) as error: errors.append(error)
+    if not errors: return
+    more = f" {len(errors) - 1} more of the {len(pictures)} pictures cannot be read either." if errors[1:] else ""
+    raise type(errors[0])(f"{errors[0]}{more} Nothing was written.")
+
+
 def apply_to_folder(
     prompt: VisualPrompt,
     source: str | Path,  # a picture, or a folder that is searched with its subfolders
@@ -143,6 +175,7 @@ def apply_to_folder(
     if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder, {str(out)!r} is a file.")
     found = {picture: inside(out, name) for picture, name in find_pictures(source, out).items()}
     check_targets(found, overwrite)
+    check_readable(list(found), prompt.inner, how)
     for picture, place in tqdm(found.items(), desc="apply", unit="picture", delay=2):
         buffer = io.BytesIO()
         prompted_picture(prompt, picture, how, repr(str(picture))).save(buffer, "PNG")

@@ -139,7 +139,7 @@ def check_path(
     "A path that can be the name of a file."
     if not isinstance(path, (str, os.PathLike)): raise TypeError(f"`path` must be a str or a pathlib.Path, got {path!r}.")
     if not Path(path).name or "\0" in str(path): raise ValueError(f"`path` must name a file, got {str(path)!r}.")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 # %% ../nbs/api/02_files.ipynb #8f4fcfa7
 def remove_leftovers(

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['MEMES', 'LISTS', 'WORDNET', 'Answers', 'file_pictures', 'photo_split', 'clevr_scenes', 'count_split', 'clevr_folder',
-           'read_jsonl', 'present_objects', 'yes_no_labels', 'yes_no_questions', 'rows_by_picture', 'half_and_half',
-           'pope_questions', 'pope_folder', 'read_memes', 'memes_folder', 'list_files', 'list_folder']
+           'open_text', 'read_jsonl', 'present_objects', 'yes_no_labels', 'yes_no_questions', 'rows_by_picture',
+           'half_and_half', 'pope_questions', 'pope_folder', 'read_memes', 'memes_folder', 'list_files', 'list_folder']
 
 # %% ../nbs/api/12_official.ipynb #7d21237b
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from .pictures import Pictures
+from .pictures import Pictures, is_hidden
 from .tasks import Split, some_names
 from .world import COUNT, PHOTO, group_of
 
@@ -37,7 +39,8 @@ def file_pictures(
     name: str,  # of the list they come from, for messages
 ) -> Pictures:
     "Pictures in files, all of which exist."
-    there = {folder: {path.name for path in folder.iterdir()} if folder.is_dir() else set() for folder in {path.parent for path in paths}}
+    folders = {path.parent for path in paths}
+    there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
     missing = [(row, path) for row, path in enumerate(paths) if path.name not in there[path.parent]]
     if missing:
         raise ValueError(f"{name}: {len(missing)} of {len(paths)} pictures are not there, the first in row {missing[0][0]}: {missing[0][1]}. "
@@ -61,7 +64,7 @@ def clevr_scenes(
     "Pictures and counts of one split (Johnson et al. 2017)."
     file = folder / "scenes" / f"CLEVR_{split}_scenes.json"
     if not file.exists(): raise ValueError(f"clevr: there must be a file {file}.")
-    scenes = json.loads(file.read_text())["scenes"]
+    scenes = json.loads(file.read_text(encoding="utf-8-sig"))["scenes"]
     return [folder / "images" / split / scene["image_filename"] for scene in scenes], [len(scene["objects"]) for scene in scenes]
 
 
@@ -93,19 +96,35 @@ def clevr_folder(
     return Answers([str(n) for n in candidates], *splits, f"CLEVR_v1.0, tested on {test}")
 
 # %% ../nbs/api/12_official.ipynb #8f5f138b
+@contextmanager
+def open_text(
+    path: Path,
+) -> Iterator[TextIO]:  # its lines end where the file says so: at a newline, never inside a text
+    "Open a text file of whatever program: UTF-8 with or without a byte order mark, or UTF-16 with one."
+    with open(path, "rb") as file: mark = file.read(2)
+    encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        with open(path, encoding=encoding, newline="") as file: yield file
+    except UnicodeError as error:
+        raise ValueError(f"{path.name} must be text in UTF-8, got something else ({error}). Save it as UTF-8; Excel calls it 'CSV UTF-8'.") from None
+
+
 def read_jsonl(
     path: Path,  # one JSON object in each line
-    keys: Sequence[str],  # that each must have
+    keys: Sequence[str] = (),  # that each must have, and not as null
 ) -> list[dict[str, Any]]:  # a row for each line
-    "Rows of a jsonl file; a bad one is named by its line."
+    "Read the rows of a jsonl file; a bad one is named by its line."
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise ValueError(f"{path.name}, line {number}: must be a JSON object, got {line[:60]!r} ({error}).") from None
-        missing = [key for key in keys if key not in row] if isinstance(row, dict) else keys
-        if missing: raise ValueError(f"{path.name}, line {number}: must have {', '.join(missing)}; got {', '.join(row) if isinstance(row, dict) else repr(row)}.")
-        rows.append(row)
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip(): continue
+            try: row = json.loads(line)
+            except ValueError as error: raise ValueError(f"{path.name}, line {number}: must be a JSON object, got {line.strip()[:60]!r} ({error}).") from None
+            if not isinstance(row, dict): raise ValueError(f"{path.name}, line {number}: must be a JSON object, got {line.strip()[:60]!r}.")
+            there = [key for key, value in row.items() if value is not None]
+            missing = [key for key in keys if key not in there]
+            if missing: raise ValueError(f"{path.name}, line {number}: must have {', '.join(missing)}; got {', '.join(there)}.")
+            rows.append(row)
     if not rows: raise ValueError(f"{path.name}: must hold at least one row.")
     return rows
 
@@ -193,10 +212,10 @@ def pope_folder(
 ) -> Answers:
     "POPE from the official question files and a folder of COCO pictures."
     folder = Path(folder).expanduser()
-    coco = Path(coco_dir) if coco_dir else next((folder / name for name in ("val2014", "images") if (folder / name).is_dir()), folder)
+    coco = Path(coco_dir).expanduser() if coco_dir else next((folder / name for name in ("val2014", "images") if (folder / name).is_dir()), folder)
     test, images = pope_questions(folder / f"coco_pope_{subset}.json", coco)
     if not train_file: return half_and_half(test, images, f"{subset} questions", seed)
-    train, others = pope_questions(Path(train_file), coco)
+    train, others = pope_questions(Path(train_file).expanduser(), coco)
     if both := set(images) & set(others): raise ValueError(f"`train_file` must be about other pictures than those tested on, got {len(both)} that are in both.")
     return Answers(("no", "yes"), train, test, f"all {len(test):,} {subset} questions", others)
 
@@ -221,6 +240,7 @@ def memes_folder(
     "Hateful Memes from the official folder."
     folder = Path(folder).expanduser()
     known = [test_file] if test_file else ["test_seen.jsonl", "dev_seen.jsonl", "dev.jsonl"]
+    known = [os.path.expanduser(name) for name in known]
     found = next((name for name in known if (folder / name).exists()), None)
     if found is None or not (folder / "train.jsonl").exists(): raise ValueError(f"hateful_memes: `data_dir` must hold train.jsonl and {' or '.join(known)}; {folder} does not.")
     return Answers(("no", "yes"), read_memes(folder / "train.jsonl"), read_memes(folder / found), f"the official folder, tested on {found}")
@@ -241,12 +261,12 @@ def list_files(
 ) -> list[list[tuple[Path, str]]] | None:  # for training and for testing: (file, class); None: the folder has another layout
     "Files and classes of both splits, in the authors' layout."
     if task == "imagenette":
-        found = [[(path, WORDNET.get(path.parent.name, path.parent.name)) for path in sorted(folder.glob(f"{split}/n*/*"))] for split in ("train", "val")]
+        found = [[(path, WORDNET.get(path.parent.name, path.parent.name)) for path in sorted(folder.glob(f"{split}/n*/*")) if not is_hidden(path.name)] for split in ("train", "val")]
         return found if all(found) else None
     if task not in LISTS: return None
     *lists, to_file, to_class = LISTS[task]
     if not all((folder / name).exists() for name in lists): return None
-    lines = [[line.strip() for line in (folder / name).read_text().splitlines() if line.strip() and line[0] != "#"] for name in lists]
+    lines = [[line.strip() for line in (folder / name).read_text(encoding="utf-8-sig").splitlines() if line.strip() and line[0] != "#"] for name in lists]
     return [[(folder / to_file(line), to_class(line).replace("_", " ")) for line in part] for part in lines]
 
 # %% ../nbs/api/12_official.ipynb #d3668861

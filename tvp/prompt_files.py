@@ -36,10 +36,10 @@ def as_path(
     path: Any,
     name: str = "path",  # of the parameter, for the message
 ) -> Path:
-    "Refuse what cannot be a path."
+    "Refuse what cannot be a path; `~` becomes the home folder."
     if not isinstance(path, (str, os.PathLike)) or not str(path): raise TypeError(f"`{name}` must be a path, got {path!r}.")
     if "\0" in str(path): raise ValueError(f"`{name}` must not hold a null character, got {str(path)!r}.")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 def with_suffix(
     path: Path,

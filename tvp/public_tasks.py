@@ -236,6 +236,7 @@ def load_public_task(
     known = list(signature(task.read).parameters)[4:]
     if unknown := set(options) - set(known):
         raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}. It takes data_dir, valid, seed, {', '.join([*known, *(f.name for f in fields(Source) if sources)])}.")
+    if data_dir is not None: data_dir = Path(data_dir).expanduser()
     answers = task.read(name, data_dir, sources, seed, **options)
     train, held = _validation(answers, valid, seed)
     full = f"pope-{options.get('subset', 'adversarial')}" if name == "pope" else name

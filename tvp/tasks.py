@@ -7,6 +7,7 @@ __all__ = ['FITS', 'EMBEDDED', 'to_tensor', 'check_row', 'fit', 'Split', 'Batch'
            'some_names', 'Task', 'task_names', 'load_task']
 
 # %% ../nbs/api/10_tasks.ipynb #c70195ef
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,16 @@ class Split:
     "Questions about pictures. Item i of every field belongs together."
     images: Sequence  # RGB pictures (PIL), or (3, H, W) uint8 tensors
     instructions: Sequence[str]  # what is asked
-    labels: Sequence[int]  # index of the right candidate
+    labels: Sequence[int]  # index of the right candidate; becomes a list, whether it was a tensor, an array or a column
     semantics: Sequence[str]  # what is in the picture, a noun phrase
 
     def __post_init__(self):
         lengths = {name: len(check_row(name, getattr(self, name))) for name in ("images", "instructions", "labels", "semantics")}
         if len(set(lengths.values())) > 1: raise ValueError(f"all fields of a split must have the same length, got {lengths}.")
         for name in ("instructions", "semantics"): check_texts(name, getattr(self, name), len(self))
-        for row, label in enumerate(self.labels.tolist() if hasattr(self.labels, "tolist") else self.labels): check_whole(f"labels[{row}]", label, 0)
+        labels = self.labels.tolist() if hasattr(self.labels, "tolist") else self.labels
+        labels = [check_whole(f"labels[{row}]", label, 0) for row, label in enumerate(labels)]
+        object.__setattr__(self, "labels", labels)  # numbers, whatever held them: two tensors of one number are two keys
 
     def __len__(self): return len(self.images)
 
@@ -249,5 +252,6 @@ def load_task(
         return load_own_task(name, **options)
     from tvp.public_tasks import load_public_task, public_task_names
     if name.partition("-")[0] in public_task_names(): return load_public_task(name, data_dir, **options)  # "pope-random" is one of three in "pope"
-    own = f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})." if Path(name).exists() else ""
+    there = os.path.exists(os.path.expanduser(name))
+    own = f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})." if there else ""
     raise KeyError(f"`name` must be one of {', '.join(task_names() + public_task_names())}; got {name!r}.{own}")
