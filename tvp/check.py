@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTIONS', 'ANSWERS', 'CANDIDATES', 'Finding', 'Check', 'canvas_size', 'random_pictures', 'agrees',
-           'gradient_finding', 'loss_finding', 'tokens_finding', 'batch_finding', 'score_plainly', 'ranking_finding',
-           'level_gaps', 'pixels_finding', 'tried', 'check_mllm']
+           'gradient_finding', 'slope_gap', 'loss_finding', 'tokens_finding', 'batch_finding', 'score_plainly',
+           'ranking_finding', 'level_gaps', 'pixels_finding', 'text_finding', 'tried', 'check_mllm']
 
 # %% ../nbs/api/24_check.ipynb #0698c6a1
 import warnings
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .inputs import answer_batch, call_processor, pixel_inputs
+from .inputs import answer_batch, as_saved, call_processor, opened_thought, pixel_inputs
 from .mllm import Mllm, NoGradientError, append_ids, model_inputs
 from .ranking import plain_scores
 from .transformers_compat import known_fault
@@ -108,8 +108,26 @@ def gradient_finding(
     border = reached.sum() - reached[inner, inner].sum()
     share, whole = border.item() / (size**2 - (size - 2 * width)**2), reached.float().mean().item()
     if not share: return Finding("gradient", False, "does not reach the border: the model crops it away", 0.)
+    if mllm.dtype == torch.float32 and (gap := slope_gap(mllm, images, pixels.grad)) > .3:
+        return Finding("gradient", False, f"is {gap:.0%} away from the slope of the loss: a part of the model has no backward pass, or chance plays a part")
     lost = "" if share == 1 else f" ({1 - share:.1%} of the border is cropped away)"
     return Finding("gradient", True, f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}", share)
+
+# %% ../nbs/api/24_check.ipynb #2b406300
+@torch.no_grad()
+def slope_gap(
+    mllm: Mllm,  # the adapter
+    images: Tensor,  # (2, 3, S, S)
+    gradient: Tensor,  # of the loss, of the same shape
+) -> float:  # 0: equal; 1: the loss does not move, or twice as far
+    "Compare a gradient with what the loss does along it, in ever smaller steps until they agree."
+    gaps, norm = [], gradient.norm()
+    for change in (1e-2, 1e-3, 1e-4):  # of the loss; rounding spoils small ones, curvature large ones
+        step = gradient * (change / norm**2)
+        up, down = (mllm(images + sign * step, INSTRUCTIONS, ANSWERS).loss.item() for sign in (1, -1))
+        gaps.append(abs((up - down) / (2 * change) - 1))
+        if gaps[-1] < .1: break
+    return min(gaps)
 
 # %% ../nbs/api/24_check.ipynb #0ecbae7f
 def loss_finding(
@@ -126,8 +144,13 @@ def loss_finding(
         labels[:, :-ids.shape[1]] = -100
         longer.pop("position_ids", None)  # the model's own
         own = mllm.model(**longer, labels=labels).loss
+    first, second = (mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss for _ in range(2))
+    if agrees(mllm, gap := (first - second).abs().item()) is False:
+        training = sorted({type(module).__name__ for module in mllm.model.modules() if module.training})
+        hint = f"; in training mode: {', '.join(training[:4])}. Call model.eval()" if training else ""
+        return Finding("loss", False, f"changes by {gap:.0e} when it is computed again{hint}", gap)
     if own is None: return Finding("loss", None, "cannot be compared: the model has none of its own")
-    gap = (own - mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss).abs().item()
+    gap = (own - second).abs().item()
     return Finding("loss", agrees(mllm, gap), f"is {gap:.0e} from the model's own", gap)
 
 # %% ../nbs/api/24_check.ipynb #f53a8423
@@ -189,7 +212,7 @@ def level_gaps(
     name = next(name for name, value in pixels.items() if value.is_floating_point())  # "pixel_values", nearly always
     made = lambda pictures: pixel_inputs(mllm.text, pictures, INSTRUCTIONS[0], straight_through)[name]
     texts = [mllm.text.render(INSTRUCTIONS[0])] * len(images)
-    ordinary = call_processor(mllm.processor, texts, (images * 255).round().byte())[name]
+    ordinary = call_processor(mllm.processor, texts, as_saved(mllm.processor.image_processor, images))[name]
     level = (made(torch.ones_like(images)) - made(torch.zeros_like(images))) / 255
     return ((made(images) - ordinary) / level)[level.abs() > 1e-9].abs()
 
@@ -202,13 +225,31 @@ def pixels_finding(
     gaps, exact = (level_gaps(mllm, images, way) for way in (False, True))
     text = f"{gaps.mean():.1f} levels of 255 from bytes on average, at most {gaps.max():.0f}"
     if gaps.max() >= .5: text += f"; with straight_through=True at most {exact.max():.1f}"
-    return Finding("pixels", None, text, gaps.max().item())
+    pixels = pixel_inputs(mllm.text, images, INSTRUCTIONS[0]).get("pixel_values")
+    if pixels is None or (reach := pixels.abs().max().item()) < 30: return Finding("pixels", None, text, gaps.max().item())
+    wrong = getattr(mllm.processor.image_processor, "do_normalize", False)  # without it, a model may want 0..255
+    return Finding("pixels", False if wrong else None, f"reach {reach:.0f}: look at do_rescale, rescale_factor and image_mean of the image processor", reach)
+
+
+def text_finding(
+    mllm: Mllm,  # the adapter
+    images: Tensor,  # (2, 3, S, S)
+) -> Finding | None:  # None: nothing is wrong
+    "Is the text one that an answer follows?"
+    for text in {mllm.text, mllm.scorer.text}:
+        first, second = (text.render(instruction) for instruction in INSTRUCTIONS)
+        if first == second or "{'type'" in first: return Finding("text", False, f"does not hold the instruction as it is: {first[-80:]!r}")
+        if symbol := opened_thought(second, INSTRUCTIONS[1]):
+            return Finding("text", False, f"opens a thought ({symbol}) before the answer. Give a `template` that closes it")
+        ids, begin = text.row(INSTRUCTIONS[0], tuple(images.shape[-2:]))["input_ids"][0].tolist(), text.tokenizer.bos_token_id
+        if begin is not None and ids[:2] == [begin, begin]: return Finding("text", False, "begins twice. Give a `template` without the begin symbol")
+    return None
 
 # %% ../nbs/api/24_check.ipynb #bd788db7
 def tried(
     name: str,  # of the finding
-    find: Callable[[], Finding],
-) -> Finding:
+    find: Callable[[], Finding | None],
+) -> Finding | None:
     "A finding, whatever happens."
     try: return find()
     except NoGradientError as error: return Finding(name, False, str(error))
@@ -223,8 +264,10 @@ def check_mllm(
     fault = known_fault(mllm.model.config.model_type)
     findings = [Finding("version", False, fault)] if fault else []
     findings.append(tried("gradient", lambda: gradient_finding(mllm, images)))
-    rest = dict(loss=loss_finding, tokens=tokens_finding, batch=batch_finding, ranking=ranking_finding, pixels=pixels_finding)
+    rest = dict(loss=loss_finding, tokens=tokens_finding, batch=batch_finding, ranking=ranking_finding, pixels=pixels_finding,
+                text=text_finding)
     with torch.no_grad(): findings += [tried(name, lambda find=find: find(mllm, images)) for name, find in rest.items()]
+    findings = [finding for finding in findings if finding is not None]
     size = images.shape[-1]
     title = f"{mllm.name} ({type(mllm.model).__name__}, {mllm.model.num_parameters() / 1e6:.1f} M parameters, {str(mllm.dtype)[6:]})"
     return Check(f"{title}, canvas {size} px, border {round(size * 30 / 224)} px", tuple(findings))

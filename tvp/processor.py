@@ -42,7 +42,10 @@ def marker_ids(
     "Token ids of one text for the language model."
     slots = {"<image>": processor.num_image_tokens, "<patches>": processor.num_patch_tokens}
     pieces, whole = marker_pieces(text, processor.alone, processor.num_patch_tokens > 0), not processor.alone
-    if whole: return processor.tokenizer("".join(processor.image_token * slots[p] if p in slots else p for p in pieces)).input_ids
+    if whole:
+        line = "".join(processor.image_token * slots[piece] if piece in slots else piece for piece in pieces)
+        written = bool(processor.tokenizer.bos_token) and line.startswith(processor.tokenizer.bos_token)
+        return processor.tokenizer(line, add_special_tokens=not written).input_ids
     symbols = {piece: [processor.vocabulary[piece]] for piece in processor.alone if piece in processor.vocabulary}
     symbols |= {marker: [processor.image_token_id] * count for marker, count in slots.items()}
     tokenize = lambda piece: processor.tokenizer(piece, add_special_tokens=False).input_ids
@@ -52,6 +55,7 @@ def marker_ids(
 class MarkerProcessor:
     "Image processor and tokenizers for texts with a picture marker inside (the paper's models)."
     chat_template = None
+    markers = ("<image>", "<patches>")
 
     def __init__(
         self,
