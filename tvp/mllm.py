@@ -10,10 +10,8 @@ __all__ = ['unwrapped', 'vision_encoder', 'vision_owner', 'Encoded', 'captured_f
 
 # %% ../nbs/api/20_mllm.ipynb #7f076837
 import copy
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 from torch import Tensor, nn
