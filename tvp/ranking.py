@@ -36,7 +36,7 @@ def check_candidates(
     twice = sorted({c for c in candidates if list(candidates).count(c) > 1}) if len(set(candidates)) < len(candidates) else []
     if twice: raise ValueError(f"`candidates` must differ from one another, got {twice} more than once. Remove the duplicates.")
 
-# %% ../nbs/api/22_ranking.ipynb #90461a00
+# %% ../nbs/api/22_ranking.ipynb #4c34c0e9
 def check_distinct(
     candidates: list[str],  # possible answers
     plan: tuple[tuple[int, ...], ...],  # token ids of each
