@@ -142,7 +142,7 @@ def set_random_states(
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
 
-# %% ../nbs/api/48_checkpoints.ipynb #41646adb
+# %% ../nbs/api/48_checkpoints.ipynb #2d4da9b8
 PARTS = "tvp-parts"  # name of their folder, below an output folder
 
 
@@ -158,7 +158,7 @@ class Parts:
         folder: str | Path,  # made if need be; its own, beside the results
         settings: dict,  # what decides the results of the run: names and numbers, nested
     ):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.prefix = ""  # of the names
         self.taken: list[str] = []  # names of the parts that an earlier call had finished, as they are asked for
         self._new: dict[str, Any] = {}
@@ -215,9 +215,9 @@ def clear_parts(
     folder: str | Path,  # of `Parts`; it need not exist
 ) -> None:
     "Remove the parts of a run, and nothing else that may lie in their folder."
-    files = sorted(Path(folder).glob("*.safetensors"), key=lambda file: file.name == "settings.safetensors")  # the settings go last
-    for file in files:
+    folder = Path(folder).expanduser()
+    for file in sorted(folder.glob("*.safetensors"), key=lambda file: file.name == "settings.safetensors"):  # the settings go last
         file.unlink(missing_ok=True)
-        remove_leftovers(file)
+    remove_leftovers(folder)
     with suppress(OSError):
-        Path(folder).rmdir()
+        folder.rmdir()

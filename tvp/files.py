@@ -10,6 +10,7 @@ __all__ = ['cannot_write', 'write_atomic', 'check_path', 'remove_leftovers', 'wr
 import errno
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -29,7 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# %% ../nbs/api/02_files.ipynb #5fcf645f
+# %% ../nbs/api/02_files.ipynb #5811d06d
 def _try_lock(
     file: IO,  # open for writing; closing it frees the lock
 ) -> bool | None:  # False: another process or thread has it; None: this file system has no locks
@@ -73,7 +74,7 @@ def cannot_write(
     reason = f"{str(path)!r} ({size / 1e6:.1f} MB): {error.strerror or error}"
     return OSError(error.errno, f"cannot write {reason}. {left} {remedy}")
 
-# %% ../nbs/api/02_files.ipynb #16ae3ecd
+# %% ../nbs/api/02_files.ipynb #bed6bfac
 def _part_prefix(
     path: Path,  # a file, or a folder
 ) -> str:
@@ -142,31 +143,33 @@ def check_path(
 
 # %% ../nbs/api/02_files.ipynb #8f4fcfa7
 def remove_leftovers(
-    path: str | Path,  # a file
+    path: str | Path,  # a file, or a folder: all files in it
 ) -> list[Path]:  # what was removed
     "Remove what killed writers of this file have left beside it; what a living one is writing stays."
     path, removed = Path(os.path.realpath(path)), []
-    if not path.parent.is_dir(): return []
-    for part in sorted(path.parent.iterdir()):
-        if not part.name.startswith(_part_prefix(path)) or part.suffix != ".part" or not part.is_file(): continue
+    folder, prefix = (path, ".") if path.is_dir() else (path.parent, _part_prefix(path))
+    if not folder.is_dir(): return []
+    for part in sorted(folder.iterdir()):
+        if not (part.name.startswith(prefix) and re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", part.name) and part.is_file()): continue
         with suppress(OSError), open(part, "rb+") as file:
             if _try_lock(file):
                 part.unlink()
                 removed.append(part)
     return removed
 
-# %% ../nbs/api/02_files.ipynb #2b80eca8
+# %% ../nbs/api/02_files.ipynb #956d16a6
 @contextmanager
 def write_folder(
     path: str | Path,  # of the folder
     last: str,  # name of the file in it that says what the folder is
 ) -> Iterator[Path]:  # an empty folder to be filled
     "Fill a folder that appears whole, when the block has ended without an error."
-    path = check_path(path)
+    path = Path(path).expanduser()
     part = None
     try:
         target = _link_target(path)
-        part = target.with_name(f"{_part_prefix(target)}{secrets.token_hex(4)}.part")
+        place = target if target.is_dir() else target.parent  # on the same disk
+        part = place / f"{_part_prefix(target)}{secrets.token_hex(4)}.part"
         part.mkdir(parents=True)
         yield part
         if target.exists():
@@ -200,7 +203,7 @@ def _move_into(
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(part / file, _link_target(target / file))
 
-# %% ../nbs/api/02_files.ipynb #757eb9c8
+# %% ../nbs/api/02_files.ipynb #73091b50
 def _keep_elsewhere(
     writers: Mapping[str, Callable[[Path], Any]],  # as for `write_all`
 ) -> str:  # a sentence
@@ -224,7 +227,7 @@ def write_all(
     writers: Mapping[str, Callable[[Path], Any]],  # name of each file -> what writes it, given its path
 ) -> list[Path]:  # the files, in the same order
     "Write the results of a run. If that fails, keep those that are left in another folder, and raise an error that names it."
-    folder, left = Path(folder), dict(writers)
+    folder, left = Path(folder).expanduser(), dict(writers)
     try:
         for name, write in writers.items():
             write(folder / name)
@@ -233,7 +236,7 @@ def write_all(
         raise OSError(error.errno, f"{error.strerror or error} {_keep_elsewhere(left)}") from None
     return [folder / name for name in writers]
 
-# %% ../nbs/api/02_files.ipynb #6ce8f7c2
+# %% ../nbs/api/02_files.ipynb #d1bcbac3
 class RunLock:
     "Hold an output for one run: `with RunLock(path): ...` raises BlockingIOError while another run, here or elsewhere, holds it."
 
@@ -241,7 +244,7 @@ class RunLock:
         self,
         path: str | Path,  # of a file, which need not exist, or of a folder that does
     ):
-        self.path = check_path(path)
+        self.path = Path(path).expanduser()
         target = Path(os.path.realpath(self.path))
         self.file = target / ".tvp.lock" if target.is_dir() else target.with_name(f"{_part_prefix(target)}lock")
         self._stream: IO | None = None
@@ -279,10 +282,10 @@ class RunLock:
         elif not self._is_there(stream):
             stream.close()
             return False
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        stream.flush()
         self._stream = stream
+        with suppress(OSError):  # on a full disk it holds, but does not say for whom
+            stream.truncate(0)
+            os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
         return True
 
     def _is_there(self, stream: IO) -> bool:

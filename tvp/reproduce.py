@@ -195,7 +195,7 @@ def reproduce(
 ) -> Reproduction:
     "The paper's experiment, checked, run, compared and written down (Zhang et al. 2024, sec. 4)."
     plan = plan_reproduction(task, source, method, models, say=say, **how)
-    if out is not None: Path(out).mkdir(parents=True, exist_ok=True)
+    if out is not None: Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     with nullcontext() if out is None else RunLock(out):
         reproduction = run_plan(plan, out, say)
         if out is not None: reproduction.save(out)
