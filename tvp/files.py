@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# %% ../nbs/api/02_files.ipynb #917463ba
+# %% ../nbs/api/02_files.ipynb #5811d06d
 def _try_lock(
     file: IO,  # open for writing; closing it frees the lock
 ) -> bool | None:  # False: another process or thread has it; None: this file system has no locks
@@ -74,7 +74,7 @@ def cannot_write(
     reason = f"{str(path)!r} ({size / 1e6:.1f} MB): {error.strerror or error}"
     return OSError(error.errno, f"cannot write {reason}. {left} {remedy}")
 
-# %% ../nbs/api/02_files.ipynb #0a2ee3e6
+# %% ../nbs/api/02_files.ipynb #bed6bfac
 def _part_prefix(
     path: Path,  # a file, or a folder
 ) -> str:
@@ -157,7 +157,7 @@ def remove_leftovers(
                 removed.append(part)
     return removed
 
-# %% ../nbs/api/02_files.ipynb #133a3507
+# %% ../nbs/api/02_files.ipynb #956d16a6
 @contextmanager
 def write_folder(
     path: str | Path,  # of the folder
@@ -203,7 +203,7 @@ def _move_into(
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(part / file, _link_target(target / file))
 
-# %% ../nbs/api/02_files.ipynb #6a3ab5ad
+# %% ../nbs/api/02_files.ipynb #73091b50
 def _keep_elsewhere(
     writers: Mapping[str, Callable[[Path], Any]],  # as for `write_all`
 ) -> str:  # a sentence
@@ -236,7 +236,7 @@ def write_all(
         raise OSError(error.errno, f"{error.strerror or error} {_keep_elsewhere(left)}") from None
     return [folder / name for name in writers]
 
-# %% ../nbs/api/02_files.ipynb #d47a3f35
+# %% ../nbs/api/02_files.ipynb #d1bcbac3
 class RunLock:
     "Hold an output for one run: `with RunLock(path): ...` raises BlockingIOError while another run, here or elsewhere, holds it."
 
@@ -282,10 +282,10 @@ class RunLock:
         elif not self._is_there(stream):
             stream.close()
             return False
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        stream.flush()
         self._stream = stream
+        with suppress(OSError):  # on a full disk it holds, but does not say for whom
+            stream.truncate(0)
+            os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
         return True
 
     def _is_there(self, stream: IO) -> bool:
