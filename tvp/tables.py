@@ -279,7 +279,7 @@ def _gain_text(cell: Mapping[str, float] | None) -> str:
 @dataclass(frozen=True)
 class TransferTable:
     "One block of the transfer table: what it is about, and its lines."
-    heading: str
+    heading: str  # task, metric, number of pictures and seeds
     methods: list[str]  # without `none`
     lines: list[TableLine]
 
