@@ -90,7 +90,7 @@ def learner_state(
             "optimizer": learner.optimizer.state_dict(), "scheduler": learner.lr_scheduler.state_dict(), "random": random_states(),
             "records": pack_records(learner.records), "filled": clean_tokens.filled if clean_tokens else [], "summed": learner.summed}
 
-# %% ../nbs/api/52_resume.ipynb #6f2200e6
+# %% ../nbs/api/52_resume.ipynb #fa52e52e
 MOST_EPOCHS, MOST_LR = 10**6, 1000  # MOST_LR: times the learner's own; schedules with a warm-up go beyond it
 
 
@@ -106,6 +106,8 @@ def check_progress(
     if position["done"] > (most := position["epochs"] * learner.per_epoch): raise ValueError(f"its `done` must be in [0, {most}], got {position['done']}")
     if type(state["epoch"]) is not int or not 0 <= state["epoch"] <= 2 * MOST_EPOCHS: raise ValueError(f"its `epoch` must be in [0, {2 * MOST_EPOCHS}], got {state['epoch']!r}")
     for name in ("prompt", "optimizer", "summed"): check_finite(state.get(name, []), f"its {name}")
+    for place in state["filled"]:
+        if not isinstance(place, (list, tuple)) or [type(number) for number in place] != [int, int]: raise ValueError(f"its `filled` must hold pairs of whole numbers, got {place!r}")
     most, groups = MOST_LR * max(group.get("initial_lr", group["lr"]) for group in learner.optimizer.param_groups), state["optimizer"]["param_groups"]
     rates = [group[name] for group in groups for name in ("lr", "initial_lr") if name in group] + state["scheduler"].get("base_lrs", [])
     for rate in rates:
@@ -179,7 +181,7 @@ def load_checkpoint(
     try: check_progress(learner, state), set_state(learner, state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         set_state(learner, before)
-        raise ValueError(f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: {error})") from None
+        raise ValueError(f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: {' '.join(str(error).split())})") from None
     refill(learner, state["filled"])
 
 # %% ../nbs/api/52_resume.ipynb #f850e6ba
