@@ -48,7 +48,7 @@ def _try_writing(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise UsageError(f"cannot write to {folder}: {error.strerror or error}. Choose another place with --out.") from None
 
-# %% ../nbs/api/90_cli.ipynb #69da0f9c
+# %% ../nbs/api/90_cli.ipynb #b29e1f0c
 def parts_folder(
     output: Path,  # a folder that exists, or a file
 ) -> Path:
@@ -87,7 +87,7 @@ def output_file(
     _try_writing(file.parent)
     return file
 
-# %% ../nbs/api/90_cli.ipynb #02ed464a
+# %% ../nbs/api/90_cli.ipynb #a179c2ae
 @contextmanager
 def alone(
     args: argparse.Namespace,
@@ -96,19 +96,22 @@ def alone(
 ) -> Iterator[Path]:  # the output
     "Hold the output of a run, and remember where its parts are kept, in case that it is stopped."
     from tvp.checkpoints import OtherSettings, clear_parts
-    from tvp.files import RunLock
+    from tvp.files import RunLock, remove_leftovers
     output = check(args.out, *how, args.force)
     args.kept = parts_folder(output)
     first = started_as()[0] == 0  # the first of several processes holds the output for all
     with RunLock(output) if first else nullcontext():
         if first:
             check(args.out, *how, args.force)
+            remove_leftovers(output)
             if args.force: clear_parts(args.kept)
         end = time.monotonic() + 60
         while args.force and _has_parts(output) and time.monotonic() < end:  # until the first process has removed them
             time.sleep(0.1)
         try: yield output
         except OtherSettings as error: raise UsageError(str(error)) from None
+        finally:
+            with suppress(OSError): args.kept.rmdir()  # if nothing is kept
 
 
 def go_on(
@@ -218,11 +221,14 @@ def fit_or_explain(
     try:
         done = read_checkpoint(file).get("position", {}).get("done", 0) if file.exists() else 0
         learner.fit(epochs, file, resume=resume)
-    except (ValueError, OSError) as error: raise UsageError(getattr(error, "strerror", None) or str(error)) from None
+    except OSError as error:
+        if error.errno is not None: raise  # the system's: `main` says how to go on
+        raise UsageError(str(error)) from None
+    except ValueError as error: raise UsageError(str(error)) from None
     except ProcessLost as error: raise UsageError(str(error).replace("resume=True", "--resume")) from None
     return done
 
-# %% ../nbs/api/90_cli.ipynb #0b6a4fb5
+# %% ../nbs/api/90_cli.ipynb #39d38f19
 def fit_here(
     learner,  # ready to fit
     file: Path,  # for checkpoints, beside the output
@@ -231,7 +237,8 @@ def fit_here(
     try: return fit_or_explain(learner, learner.epochs, file, resume=True)
     except UsageError as error:
         if not file.exists(): raise
-        raise UsageError(f"{error} Start anew with --force.") from None
+        told = str(error).replace("go on with --resume", "the same command goes on")
+        raise UsageError(f"{told} Start anew with --force.") from None
 
 # %% ../nbs/api/90_cli.ipynb #2acbf4c3
 def command_train(args: argparse.Namespace) -> None:
@@ -497,7 +504,7 @@ def join_processes() -> None:
     from accelerate import PartialState
     PartialState(cpu=not torch.cuda.is_available())
 
-# %% ../nbs/api/90_cli.ipynb #76d7cc56
+# %% ../nbs/api/90_cli.ipynb #bd328847
 def complain(
     line: str,  # what the user is told
 ) -> None:
