@@ -156,7 +156,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         "The word embeddings."
         return self.base_model.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(
+        self,
+        value: nn.Embedding,  # of the vocabulary, D wide
+    ) -> None:
         "Replace the word embeddings."
         self.base_model.word_embeddings = value
 
@@ -206,8 +209,12 @@ class ChatGLMForCausalLM(OwnPositions, ChatGLMPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{cache_name(): out.get(cache_name())})
 
-    def text_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        "(2, B, L) positions of a prompt; `generate` asks for them, and then adds one per token."
+    def text_positions(
+        self,
+        input_ids: Tensor,  # (B, L)
+        attention_mask: Tensor | None,  # (B, L), 0 for padding; None: there is none
+    ) -> Tensor:  # (2, B, L)
+        "Number the tokens of a prompt; `generate` asks for this, and then adds one per token."
         return gap_positions(input_ids, attention_mask, self.config)
 
 # %% ../nbs/api/26_chatglm.ipynb #6d89a3a6

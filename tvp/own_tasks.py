@@ -91,7 +91,7 @@ class Part:
     def texts(
         self,
         name: str,  # "answer", "instruction" or "semantics"
-        values: Sequence[Any],
+        values: Sequence[Any],  # one cell a row
     ) -> list[str]:  # "" where nothing is
         "Convert a column to text; a cell that is none is named by its row."
         texts = []
@@ -383,7 +383,7 @@ def read_csv(
 def read_table(
     file: Path,  # .csv or .jsonl
     wanted: Sequence[str],  # columns that are looked for
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # the rows, at least one
     "Read the rows of a CSV or jsonl file."
     rows = read_csv(file, wanted) if file.suffix.lower() == ".csv" else read_jsonl(file)
     if not rows: raise ValueError(f"{file.name}: must hold at least one row.")

@@ -57,8 +57,12 @@ _POSITIONS_HOOK = "_prepare_position_ids_for_generation"
 
 class OwnPositions:
     "A model that counts positions in its own way, in `generate` as in a forward pass. Goes before transformers' classes."
-    def text_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        "(..., B, L) positions for tokens (B, L) and their mask."
+    def text_positions(
+        self,
+        input_ids: Tensor,  # (B, L)
+        attention_mask: Tensor | None,  # (B, L), 0 for padding; None: there is none
+    ) -> Tensor:  # (..., B, L)
+        "Number the tokens of a prompt."
         raise NotImplementedError(f"{type(self).__name__} must define `text_positions`.")
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

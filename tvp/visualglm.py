@@ -44,8 +44,12 @@ class VisualGLMForConditionalGeneration(OwnPositions, LavisBlip2):
         if position_ids is None: position_ids = self.text_positions(input_ids, attention_mask)
         return super().forward(pixel_values, input_ids, attention_mask, position_ids=position_ids, **kwargs)
 
-    def text_positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        "(2, B, L) positions of a prompt, as the language model counts them."
+    def text_positions(
+        self,
+        input_ids: Tensor,  # (B, L)
+        attention_mask: Tensor | None,  # (B, L), 0 for padding; None: there is none
+    ) -> Tensor:  # (2, B, L)
+        "Number the tokens of a prompt as the language model does."
         return self.language_model.text_positions(input_ids, attention_mask)
 
 # %% ../nbs/api/27_visualglm.ipynb #1c7eeec3
@@ -109,8 +113,12 @@ class IceTextTokenizer(SentencePieceBackend):
         special = dict(bos_token="<sop>", eos_token="<eop>", unk_token="<unk>", pad_token="<pad>", mask_token="[MASK]", padding_side="left")
         super().__init__(vocab_file=str(vocab_file), **{**special, "extra_special_tokens": ["[gMASK]"], **kwargs})
 
-    def prepare_for_tokenization(self, text: str, **kwargs) -> tuple[str, dict]:
-        "Line breaks, tabs and blanks as the words that stand for them."
+    def prepare_for_tokenization(
+        self,
+        text: str,  # as a user writes it
+        **kwargs,
+    ) -> tuple[str, dict]:  # the text for the tokenizer, and what is left of `kwargs`
+        "Write line breaks, tabs and blanks as the words that stand for them."
         text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
         text = re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
         return super().prepare_for_tokenization(text, **kwargs)
