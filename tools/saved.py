@@ -21,6 +21,7 @@ NUMBER = re.compile(r"([-+−]?(?:\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|\d*\.\d+))")
 CHANGING = [  # what differs between two runs of the same code, and what stands for it
     (r"data:image/[^\"')\s]+", "picture"),
     (r"<svg.*?</svg>", "picture"),
+    (r"<style.*?</style>", "looks"),
     (r"\bid=\"[^\"]*\"|\bT_[0-9a-f]{5}\w*|#T_[0-9a-f]+\w*", "id"),
     (r"0x[0-9a-f]+", "address"),
     (r"\b\d+(?:\.\d+)?\s?(?:ms|s|seconds?|min|minutes?)\b", "some time"),

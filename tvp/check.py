@@ -103,6 +103,7 @@ def gradient_finding(
     size, pixels = images.shape[-1], images.clone().requires_grad_()
     width = round(size * 30 / 224)
     mllm(pixels, INSTRUCTIONS, ANSWERS).loss.backward()
+    if pixels.grad is None: return Finding("gradient", False, "does not reach the pixels: a part of the model has no backward pass")
     if not torch.isfinite(pixels.grad).all(): return Finding("gradient", False, "is not finite")
     reached, inner = (pixels.grad != 0).any(1).any(0), slice(width, -width)
     border = reached.sum() - reached[inner, inner].sum()

@@ -22,7 +22,7 @@ from .arguments import check_whole
 from .inputs import (
     TextInputs, answer_batch, check_images, check_processor, check_texts, image_scale, is_encoder_decoder, pixel_inputs, text_batch)
 from .torch_settings import with_torch_settings
-from .transformers_compat import text_positions
+from .transformers_compat import drop_recording_hooks, text_positions
 
 # %% ../nbs/api/20_mllm.ipynb #b5f19130
 def unwrapped(
@@ -242,6 +242,10 @@ class Mllm:
     scorer = property(lambda self: self._scorer or self)  # the adapter that ranks: this one, or its twin with the template for scores
     device = property(lambda self: model_device(self.model))
     dtype = property(lambda self: self.model.get_input_embeddings().weight.dtype)  # BLIP-2 keeps its queries in float32
+    def __getstate__(self):
+        drop_recording_hooks(self.model)
+        return self.__dict__
+
     def __repr__(self): return f"Mllm({self.name!r}, {type(self.model).__name__}, {self.model.num_parameters():,} parameters)"
 
     @with_torch_settings
@@ -389,6 +393,10 @@ class Clip:
         if self.model.logit_scale.is_meta:
             raise ValueError("`model` must have its weights in memory, got an offloaded one. Load it without device_map or cpu_offload.")
         self.logit_scale = self.model.logit_scale.clamp(max=4.6052).exp().item()
+
+    def __getstate__(self):
+        drop_recording_hooks(self.model)
+        return self.__dict__
 
     @with_torch_settings
     def image_features(self, images: Tensor) -> Tensor:

@@ -41,7 +41,9 @@ def byte_pair_tokenizer(
     words = ["Ġ" + word for word in dict.fromkeys(WORDS.split())]  # Ġ is how byte-pair vocabularies write a space
     merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
     pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), *map("".join, merges)]
-    made = getattr(transformers, kind + "Tokenizer")({piece: i for i, piece in enumerate(pieces)}, merges, eos_token="<|im_end|>", **kwargs)
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    kwargs = {"add_prefix_space": False} | kwargs  # a saved None is refused by classes that load the tokenizer under another name
+    made = getattr(transformers, kind + "Tokenizer")(vocabulary, merges, eos_token="<|im_end|>", **kwargs)
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     return made
 

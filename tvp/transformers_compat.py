@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE_NAMES', 'FAULTS', 'cache_name', 'cache_argument', 'output_cache', 'OwnPositions', 'text_positions',
-           'declare_model', 'hub_file', 'Fault', 'known_fault']
+           'declare_model', 'drop_recording_hooks', 'hub_file', 'Fault', 'known_fault']
 
 # %% ../nbs/api/16_transformers_compat.ipynb #97c57617
 import inspect
@@ -92,6 +92,16 @@ def declare_model(
     model_class._no_split_modules = list(blocks)
     model_class._skip_keys_device_placement = list(CACHE_NAMES)
     model_class._supports_sdpa = True
+
+# %% ../nbs/api/16_transformers_compat.ipynb #bdd68424
+def drop_recording_hooks(
+    model: nn.Module,  # of transformers
+) -> None:
+    "Take transformers' recording hooks off a model, so that it can be pickled."
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing": del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
 
 # %% ../nbs/api/16_transformers_compat.ipynb #302b66cb
 def hub_file(
