@@ -36,7 +36,7 @@ def pack(
     "A state without its tensors, which are put aside under their names."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     inside = lambda pairs: [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
-    if isinstance(value, (Tensor, np.ndarray)):
+    if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
         tensors[name] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         return {"$tensor" if isinstance(value, Tensor) else "$array": name}
