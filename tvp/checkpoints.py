@@ -142,7 +142,7 @@ def set_random_states(
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
 
-# %% ../nbs/api/48_checkpoints.ipynb #2d4da9b8
+# %% ../nbs/api/48_checkpoints.ipynb #255b0218
 PARTS = "tvp-parts"  # name of their folder, below an output folder
 
 
