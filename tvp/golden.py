@@ -189,7 +189,8 @@ def rank_gaps(
             "loglik.lm_attention_mask": gap(mask, theirs), "loglik.lm_inputs_embeds": embeds}
 
 # %% ../nbs/api/37_golden.ipynb #1ec352de
-TOLERANCES = {"loglik_sum": 3e-5, "loss_grad_image": 1e-6, "loss_grad_image_stride4": 1e-6, "loss_grad_image_norm": 1e-6,
+# the norm gathers the rounding of all pixels: 2e-6 where a processor has no AVX-512
+TOLERANCES = {"loglik_sum": 3e-5, "loss_grad_image": 1e-6, "loss_grad_image_stride4": 1e-6, "loss_grad_image_norm": 5e-6,
               "lm_labels": 0., "lm_attention_mask": 0., "loglik.lm_attention_mask": 0.}  # everything else 1e-5
 
 
