@@ -41,7 +41,7 @@ class Family:
     begins: bool = False  # whether the chat template writes the begin symbol itself
     template: str | None = None  # for models without a chat template
     end: str = ""  # behind an answer
-    since: str = ""  # lowest version of transformers that has been seen to know it; empty: the lowest that tvp works with
+    since: str = ""  # lowest version of transformers that has been seen to run it right; empty: the lowest that tvp works with
 
 
 FAMILIES: dict[str, Family] = {}  # kind -> family, filled below
@@ -281,7 +281,8 @@ FAMILIES |= {
     "minimax_m3_vl": Family(
         "MiniMaxM3VL", _PIXELS, names={}, symbols=_MINIMAX, video="MiniMaxM3VL", chat=_MINIMAX[0],
         config=dict(image_token_index=_MINIMAX[0], video_token_index=_MINIMAX[1],
-                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS)),
+                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS),
+        since="5.23"),
     "step3p7": Family(
         "Step3p7", dict(size=SQUARE, patch_size=32, vision_patch_size=4), names={}, symbols=_STEP,
         chat="<im_patch>", config=dict(
