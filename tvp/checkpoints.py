@@ -36,7 +36,7 @@ def pack(
     "A state without its tensors, which are put aside under their names."
     if value is None or isinstance(value, (bool, int, float, str)): return value
     inside = lambda pairs: [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
-    if isinstance(value, (Tensor, np.ndarray)):
+    if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
         tensors[name] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         return {"$tensor" if isinstance(value, Tensor) else "$array": name}
@@ -142,7 +142,7 @@ def set_random_states(
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
 
-# %% ../nbs/api/48_checkpoints.ipynb #2d4da9b8
+# %% ../nbs/api/48_checkpoints.ipynb #255b0218
 PARTS = "tvp-parts"  # name of their folder, below an output folder
 
 

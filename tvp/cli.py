@@ -48,7 +48,7 @@ def _try_writing(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as error: raise UsageError(f"cannot write to {folder}: {error.strerror or error}. Choose another place with --out.") from None
 
-# %% ../nbs/api/90_cli.ipynb #b29e1f0c
+# %% ../nbs/api/90_cli.ipynb #69da0f9c
 def parts_folder(
     output: Path,  # a folder that exists, or a file
 ) -> Path:
@@ -87,7 +87,7 @@ def output_file(
     _try_writing(file.parent)
     return file
 
-# %% ../nbs/api/90_cli.ipynb #a179c2ae
+# %% ../nbs/api/90_cli.ipynb #02ed464a
 @contextmanager
 def alone(
     args: argparse.Namespace,
@@ -228,7 +228,7 @@ def fit_or_explain(
     except ProcessLost as error: raise UsageError(str(error).replace("resume=True", "--resume")) from None
     return done
 
-# %% ../nbs/api/90_cli.ipynb #39d38f19
+# %% ../nbs/api/90_cli.ipynb #0b6a4fb5
 def fit_here(
     learner,  # ready to fit
     file: Path,  # for checkpoints, beside the output
@@ -504,7 +504,7 @@ def join_processes() -> None:
     from accelerate import PartialState
     PartialState(cpu=not torch.cuda.is_available())
 
-# %% ../nbs/api/90_cli.ipynb #bd328847
+# %% ../nbs/api/90_cli.ipynb #76d7cc56
 def complain(
     line: str,  # what the user is told
 ) -> None:

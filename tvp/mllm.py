@@ -45,6 +45,7 @@ def vision_encoder(
 ) -> nn.Module | None:  # None: there is none
     "The module that looks at the pixels."
     encoder = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
+    if encoder is not model and hasattr(type(encoder), "get_image_features"): return vision_encoder(encoder)  # T5Gemma2: around text and images
     if encoder is not model: return encoder
     return next((m for name, m in model.named_modules() if name.endswith(("image_encoder", "vision_tower", "vision_model"))), None)
 
