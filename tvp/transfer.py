@@ -244,10 +244,11 @@ def rank_models(
     prompts: Mapping[str, VisualPrompt],  # method name -> prompt
     tasks: Sequence[Task],
     part: tuple[int, int],  # as in `rank_task`
-    parts: Parts | MutableMapping[str, Any],  # as in `evaluate_transfer`
+    parts: Parts | MutableMapping[str, Any] | None = None,  # as in `evaluate_transfer`
     **how,  # split, limit, batch_size
 ) -> dict:  # (number of the task, method, model) -> scores, labels, row numbers
     "Every model on every task with every prompt; each model is asked for once."
+    parts = {} if parts is None else parts
     found, fitted, size = {}, [Fitted(task, 2**30 // len(tasks)) for task in tasks], next(iter(prompts.values())).size
     bar = tqdm(names, desc=f"evaluate {tasks[0].name}", unit="model", **{"disable": True} if processes()[0] else {})
     for name, following in zip(bar, [*names[1:], None]):
