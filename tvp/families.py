@@ -41,7 +41,7 @@ class Family:
     begins: bool = False  # whether the chat template writes the begin symbol itself
     template: str | None = None  # for models without a chat template
     end: str = ""  # behind an answer
-    since: str = ""  # lowest version of transformers that has been seen to run it right; empty: the lowest that tvp works with
+    since: str = ""  # version of transformers that brought it; empty: at or before the lowest that tvp works with
 
 
 FAMILIES: dict[str, Family] = {}  # kind -> family, filled below
@@ -239,10 +239,10 @@ FAMILIES |= {
         text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMV4_6", chat="<image>"),
     "minicpm_ocr": Family("MiniCPMOcr", dict(patch_size=4, scale_resolution=SIZE), config=dict(
         text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMOcr", chat="<image>",
-        since="5.23"),
+        since="5.21"),
     "mistral_large4": Family("Pixtral", dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH), args=_MERGED, chat="[IMG]", config=dict(
         text_config=_MIXTURE | _LATENT), names=dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
-        since="5.23"),
+        since="5.22"),
     "t5gemma2": Family("Gemma3", args=dict(image_seq_length=9), names=_GEMMA3, template="<start_of_image>{}", config=dict(
         encoder=dict(mm_tokens_per_image=9, text_config=_SLIDING), decoder=_SLIDING)),
 }
@@ -281,8 +281,7 @@ FAMILIES |= {
     "minimax_m3_vl": Family(
         "MiniMaxM3VL", _PIXELS, names={}, symbols=_MINIMAX, video="MiniMaxM3VL", chat=_MINIMAX[0],
         config=dict(image_token_index=_MINIMAX[0], video_token_index=_MINIMAX[1],
-                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS),
-        since="5.23"),
+                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS)),
     "step3p7": Family(
         "Step3p7", dict(size=SQUARE, patch_size=32, vision_patch_size=4), names={}, symbols=_STEP,
         chat="<im_patch>", config=dict(
@@ -321,7 +320,7 @@ FAMILIES |= {
     "muse_spark": Family(
         "MuseGlimmer", _PATCHES | dict(max_image_tokens=64), "MuseSpark", names={}, symbols=_MUSE,
         video="MuseGlimmer", audio="MuseSpark", chat=_MUSE[0], config=_MUSE_CONFIG | _SPARK,
-        since="5.23"),
+        since="5.20"),
     "inkling2": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
                        config=_INKLING, chat="<image>", since="5.23"),
     "inkling2_loop": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
@@ -329,7 +328,7 @@ FAMILIES |= {
     "molmo2": Family(
         "Molmo2", _PATCHES | dict(size=SQUARE, max_crops=2, overlap_margins=[1, 1]),
         names=dict(image_token="<|image|>", video_token="<|video|>"), video="Molmo2",
-        symbols=(*_MOLMO.values(), "<im_col>", "<im_low>"), chat="<|image|>", since="5.23",
+        symbols=(*_MOLMO.values(), "<im_col>", "<im_low>"), chat="<|image|>", since="5.20",
         config=_MOLMO | dict(
             vision_config=dict(image_size=[SIZE] * 2, num_position_embeddings=36),
             adapter_config=dict(text_hidden_size=32, vision_feature_layer=[-1, -2]),
