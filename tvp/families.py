@@ -36,11 +36,12 @@ class Family:
     symbols: tuple[str, ...] = ()  # further special symbols
     tokenizer: str = "<s> $A"  # frame of a toy tokenizer, or the kind of a byte-pair tokenizer
     video: str = ""  # video processor: its class without "VideoProcessor"; empty: none
+    audio: str = ""  # audio processor: its class without "FeatureExtractor"; empty: none
     chat: str = ""  # how the chat template writes a picture; empty: there is none
     begins: bool = False  # whether the chat template writes the begin symbol itself
     template: str | None = None  # for models without a chat template
     end: str = ""  # behind an answer
-    since: str = ""  # lowest version of transformers that has been seen to know it; empty: the lowest that tvp works with
+    since: str = ""  # version of transformers that brought it; empty: at or before the lowest that tvp works with
 
 
 FAMILIES: dict[str, Family] = {}  # kind -> family, filled below
@@ -137,7 +138,8 @@ FAMILIES |= {
         mm_tokens_per_image=9, text_config=_SLIDING | dict(query_pre_attn_scalar=8))),
     "gemma4": Family("Gemma4", _PATCHES | dict(max_soft_tokens=70), args=dict(image_seq_length=70), config=dict(
         video_token_id="<|video|>", text_config=_SLIDING | dict(hidden_size_per_layer_input=0, global_head_dim=8), vision_config=dict(
-            model_type="gemma4_vision", position_embedding_size=64)), names=_GEMMA4, symbols=("<|video|>",), video="Gemma4", chat="<|image|>"),
+            model_type="gemma4_vision", position_embedding_size=64)), names=_GEMMA4, symbols=("<|video|>",), video="Gemma4",
+        audio="Gemma4Audio", chat="<|image|>"),
 }
 
 # %% ../nbs/api/36_families.ipynb #38834765
@@ -237,12 +239,109 @@ FAMILIES |= {
         text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMV4_6", chat="<image>"),
     "minicpm_ocr": Family("MiniCPMOcr", dict(patch_size=4, scale_resolution=SIZE), config=dict(
         text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMOcr", chat="<image>",
-        since="5.23"),
+        since="5.21"),
     "mistral_large4": Family("Pixtral", dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH), args=_MERGED, chat="[IMG]", config=dict(
         text_config=_MIXTURE | _LATENT), names=dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
-        since="5.23"),
+        since="5.22"),
     "t5gemma2": Family("Gemma3", args=dict(image_seq_length=9), names=_GEMMA3, template="<start_of_image>{}", config=dict(
         encoder=dict(mm_tokens_per_image=9, text_config=_SLIDING), decoder=_SLIDING)),
+}
+
+# %% ../nbs/api/36_families.ipynb #1484a725
+_SPARSE = _MIXTURE | dict(mlp_layer_types=["dense", "sparse"])
+_INDEXED = _LATENT | dict(
+    layer_types=["indexed_attention"] * 2, indexer_types=["full"] * 2, hc_mult=2,
+    rope_parameters=_ROPE)
+_INDEXER = dict(hc_count=2, hc_lowrank=8, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
+                indexer_budget=64, indexer_compress_ratio=4)
+_BLOCKS = dict(layer_types=["full_attention"] * 2, index_head_dim=8, rotary_dim=8)
+_WIDTHS = dict(dense_intermediate_size=64, shared_intermediate_size=32)
+_HEADS = dict(num_sliding_attention_heads=4, query_pre_attn_scalar=8)
+_COMPASS = {name: symbol.upper() for name, symbol in _QWEN.items()}
+_MINIMAX = ("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>[")
+_STEP = ("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>")
+FAMILIES |= {
+    "glmga": Family("Glmga", _PIXELS, "Glm46V", config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY),
+    "cohere_compass": Family(
+        "CohereCompass", _PIXELS, names=_COMPASS, tokenizer="Qwen2", video="CohereCompass",
+        chat=_QWEN_CHAT.upper(), config=dict(
+            text_config=dict(
+                layer_types=["full_attention"] * 2, rope_parameters=dict(full_attention=_ROPE)),
+            vision_config=dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))),
+    "kimi_k25": Family(
+        "Kimi_K25", _PATCHES, names=_QWEN, tokenizer="Qwen2", video="Kimi_K25", chat=_QWEN_CHAT,
+        config=dict(projection_hidden_size=32, text_config=_MIXTURE | _LATENT,
+                    vision_config=dict(pos_emb_height=8, pos_emb_width=8))),
+    "qwen4_exp": _qwen("Qwen3VL", "Qwen3VL", text=_LINEAR | _MIXTURE | _INDEXER,
+                       num_position_embeddings=64),
+    "hy_v4_vl": Family(
+        "HYV4VL", _PIXELS, names=_QWEN, tokenizer="Qwen2", video="HYV4VL", chat=_QWEN_CHAT,
+        config=dict(text_config=_SPARSE | _INDEXED, vision_config=dict(max_image_size=64)),
+        since="5.24"),
+    "minimax_m3_vl": Family(
+        "MiniMaxM3VL", _PIXELS, names={}, symbols=_MINIMAX, video="MiniMaxM3VL", chat=_MINIMAX[0],
+        config=dict(image_token_index=_MINIMAX[0], video_token_index=_MINIMAX[1],
+                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS)),
+    "step3p7": Family(
+        "Step3p7", dict(size=SQUARE, patch_size=32, vision_patch_size=4), names={}, symbols=_STEP,
+        chat="<im_patch>", config=dict(
+            image_token_id="<im_patch>",
+            text_config=_SPARSE | _SLIDING | _HEADS | dict(share_expert_dim=32),
+            vision_config=dict(patch_size=4, max_position_embeddings=144))),
+}
+
+# %% ../nbs/api/36_families.ipynb #37b0ea69
+_MUSE = ("<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>", "<|audio|>")
+_MUSE_TEXT = _SLIDING | dict(layer_rope_theta=[1e4, 0])  # 0: a layer without positions
+_MUSE_CONFIG = dict(
+    out_hidden_size=128, image_token_id=_MUSE[0], video_token_id=_MUSE[3], text_config=_MUSE_TEXT,
+    vision_config=dict(pos_emb_height=8, pos_emb_width=8,
+                       layer_types=["window_attention", "full_attention"]))
+_WAVES = dict(num_hidden_layers=1, patch_sizes=[4], hidden_sizes=[8], depths=[1])
+_SPARK = dict(audio_token_id=_MUSE[4], audio_config=_WAVES,
+              text_config=_MUSE_TEXT | _SPARSE | dict(moe_hidden_size=32))
+_INKLING = dict(
+    image_token_id="<image>",
+    text_config=_MIXTURE | dict(
+        layer_types=["hybrid_sliding", "hybrid"], sliding_window_size=256, d_rel=4, rel_extent=64,
+        swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8,
+        n_layers_per_attn_res_block=1),
+    vision_config=dict(posemb_grid_size=6, projection_hidden_dim=32, text_hidden_size=32))
+_MOLMO = {f"{name}_id": f"<{symbol}>" for name, symbol in dict(
+    image_start_token="im_start", low_res_image_start_token="low_res_im_start",
+    image_end_token="im_end", image_patch="im_patch", frame_start_token="frame_start",
+    frame_end_token="frame_end").items()}
+_SCALES = dict.fromkeys(
+    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.)
+FAMILIES |= {
+    "muse_glimmer": Family(
+        "MuseGlimmer", _PATCHES | dict(max_image_tokens=64), names={}, symbols=_MUSE,
+        video="MuseGlimmer", chat=_MUSE[0], config=_MUSE_CONFIG),
+    "muse_spark": Family(
+        "MuseGlimmer", _PATCHES | dict(max_image_tokens=64), "MuseSpark", names={}, symbols=_MUSE,
+        video="MuseGlimmer", audio="MuseSpark", chat=_MUSE[0], config=_MUSE_CONFIG | _SPARK,
+        since="5.20"),
+    "inkling2": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
+                       config=_INKLING, chat="<image>", since="5.23"),
+    "inkling2_loop": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
+                            config=_INKLING, chat="<image>", since="5.24"),
+    "molmo2": Family(
+        "Molmo2", _PATCHES | dict(size=SQUARE, max_crops=2, overlap_margins=[1, 1]),
+        names=dict(image_token="<|image|>", video_token="<|video|>"), video="Molmo2",
+        symbols=(*_MOLMO.values(), "<im_col>", "<im_low>"), chat="<|image|>", since="5.20",
+        config=_MOLMO | dict(
+            vision_config=dict(image_size=[SIZE] * 2, num_position_embeddings=36),
+            adapter_config=dict(text_hidden_size=32, vision_feature_layer=[-1, -2]),
+            text_config=dict(rope_scaling_layers=[0, 1]))),
+    "granite_docling": Family(
+        "GraniteDocling", args=dict(image_seq_len=9), chat="<image>", since="5.24",
+        symbols=(_FAKE, "<global-img>", *_SMOL["symbols"]),
+        config=dict(text_config=_SCALES,
+                    vision_config=dict(scale_factor=2, deepstack_visual_indexes=[0]))),
+    "pp_chart2table": Family(
+        "PPChart2Table", dict(size=dict(height=32, width=32)), names=dict(image_token="<imgpad>"),
+        config=dict(vision_config=_SAM | dict(image_size=32)), symbols=("<img>", "</img>"),
+        template="<img>" + "<imgpad>" * 16 + "</img>{}"),
 }
 
 # %% ../nbs/api/36_families.ipynb #e41e72e0
@@ -300,7 +399,7 @@ def tiny_processor(
     made = MarkerProcessor if row.processor == "Marker" else getattr(tf, (row.processor or row.images) + "Processor")
     if row.video: parts["video_processor"] = getattr(tf, row.video + "VideoProcessor")()
     if row.processor == "InstructBlip": parts["qformer_tokenizer"] = toy_tokenizer(padding_side="right")
-    if kind == "gemma4": parts["feature_extractor"] = tf.Gemma4AudioFeatureExtractor()  # it listens, too
+    if row.audio: parts["feature_extractor"] = getattr(tf, row.audio + "FeatureExtractor")()
     if row.chat: parts["chat_template"] = chat_template(row.chat, tokenizer.bos_token if row.begins else "")
     return made(**parts)
 

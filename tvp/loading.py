@@ -6,7 +6,7 @@
 __all__ = ['POINTER', 'MAX_DIGITS', 'AGAIN', 'NUMBER', 'FIELDS', 'REQUIRED', 'MAX_JSON', 'LARGE', 'BOUNDS', 'MAX_WHOLE',
            'UNBOUNDED', 'CODE', 'parse_json', 'check_fields', 'read_json', 'read_index', 'check_safetensors',
            'load_safetensors', 'load_pth', 'check_code', 'check_folder', 'loading_errors', 'from_pretrained',
-           'load_model', 'build_model']
+           'load_auto_processor', 'load_model', 'build_model']
 
 # %% ../nbs/api/01_loading.ipynb #df4a53ba
 import json
@@ -317,6 +317,18 @@ def from_pretrained(
     import transformers
     if Path(place).is_dir(): check_folder(Path(place) / options.get("subfolder", ""), trust_remote_code)
     with loading_errors(place, kind): return getattr(transformers, kind).from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+
+
+def load_auto_processor(
+    place: str | Path,  # a folder, or a hub id
+    **options,  # revision, trust_remote_code
+) -> Any:  # a processor of transformers, its image processor with the torchvision backend if it has one
+    "Load a processor that works on tensors."
+    # AutoProcessor hands `backend` to every part, and video processors of transformers 5.18 stop with it
+    processor = from_pretrained("AutoProcessor", place, **options)
+    if getattr(getattr(processor, "image_processor", None), "backend", "torchvision") != "torchvision":
+        processor.image_processor = from_pretrained("AutoImageProcessor", place, backend="torchvision", **options)
+    return processor
 
 
 def load_model(

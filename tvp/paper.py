@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .files import write_atomic, write_folder
-from .loading import check_fields, from_pretrained, load_model, loading_errors, read_json
+from .loading import check_fields, from_pretrained, load_auto_processor, load_model, loading_errors, read_json
 from .mllm import Mllm
 from .paper_models import EVERYTHING, PAPER, QFORMER, QFORMER_READS, PaperModel, Wrapper, describe_paper
 from .pretrained import allow_turns, checkpoint_gradients, load_options
@@ -250,6 +250,6 @@ def load_saved(
     name, wrapper = check_saved(said, f"tvp.json of {folder.name}")
     how = load_options(read_json(folder / "config.json"), **options)
     ours = (folder / "marker_processor.json").is_file()
-    processor = load_processor(folder) if ours else from_pretrained("AutoProcessor", folder, backend="torchvision")
+    processor = load_processor(folder) if ours else load_auto_processor(folder)
     model = load_model("AutoModelForImageTextToText", folder, **how)
     with loading_errors(folder, "load_saved"): return paper_mllm(ready(model, gradient_checkpointing), processor, wrapper, name, reference_ranking)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .arguments import check_kind
-from .loading import FIELDS, check_code, check_folder, from_pretrained, load_model, read_index, read_json
+from .loading import FIELDS, check_code, check_folder, load_auto_processor, load_model, read_index, read_json
 from .mllm import Mllm
 
 # %% ../nbs/api/23_pretrained.ipynb #c0e77357
@@ -251,7 +251,7 @@ def load_processor(
     "The model's own preprocessing, differentiable."
     missing = f"`name_or_path`: {found.name} has no processor for pictures and text"
     try:
-        processor = from_pretrained("AutoProcessor", found.place, revision=found.revision, backend="torchvision", trust_remote_code=trust_remote_code)
+        processor = load_auto_processor(found.place, revision=found.revision, trust_remote_code=trust_remote_code)
     except ValueError as error:
         if not isinstance(error.__cause__, OSError): raise
         raise ValueError(f"{missing} ({error}). Save one beside the model: processor.save_pretrained(FOLDER).") from None

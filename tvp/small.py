@@ -78,7 +78,8 @@ def small_numbers(
     "What can be guessed from names alone."
     symbols = {name: name.removesuffix("_id").removesuffix("_index") for name in names if name.endswith(("_token_id", "_token_index"))}
     ids = {name: symbol_ids(tokenizer, getattr(tokenizer, symbol)) for name, symbol in symbols.items() if hasattr(tokenizer, symbol)}
-    known = SMALL | dict(vocab_size=len(tokenizer), decoder_start_token_id=tokenizer.pad_token_id)
+    known = SMALL | dict.fromkeys(("vocab_size", "unpadded_vocab_size"), len(tokenizer))
+    known |= dict(decoder_start_token_id=tokenizer.pad_token_id)
     return {name: value for name, value in known.items() if name in names} | ids
 
 # %% ../nbs/api/33_small.ipynb #8e6cb71c

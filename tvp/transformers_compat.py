@@ -125,6 +125,8 @@ class Fault:
 
 FAULTS: dict[str, Fault] = {  # by transformers' `model_type`
     "llama4": Fault("5.24.0", "5.24.0", "its forward pass reads `image_outputs` of an output that has no such field", "Install transformers 5.23."),
+    "minimax_m3_vl": Fault("5.18.0", "5.22.0", "its vision encoder lets the images of a batch see each other",
+                           "Install transformers 5.23 or later."),
 }
 
 

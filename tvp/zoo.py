@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .arguments import check_choice, check_kind
-from .loading import from_pretrained, load_model, read_index
+from .loading import load_auto_processor, load_model, read_index
 from .mllm import Clip, Mllm
 from .pretrained import best_device, check_contents, check_place, find_checkpoint, load_pretrained
 from .registry import REGISTRY, find_known, load_known
@@ -198,7 +198,7 @@ def load_clip(
     found = find_checkpoint(name_or_path)
     if (kind := found.config.get("model_type")) != "clip": raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
     check_contents(found)
-    processor = from_pretrained("AutoProcessor", found.place, revision=found.revision, backend="torchvision")
+    processor = load_auto_processor(found.place, revision=found.revision)
     model = load_model("CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32)
     return Clip(model.to(device or best_device()), processor, found.name)
 
