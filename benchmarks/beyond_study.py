@@ -20,9 +20,12 @@ from tvp.embedded_tasks import SIDE, _draw_groups, worse_camera
 from tvp.prompt import VisualPrompt
 from tvp.recipes import METHODS, find_recipe
 from tvp.studies import evaluate_generalisation, evaluate_retention
-from tvp.tasks import Split, Task, load_task, task_names
-from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
-from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _integers, _uniform, draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors
+from tvp.tasks import Split, Task
+from tvp.task_loading import load_task, task_names
+from tvp.transfer import TransferResults, evaluate_transfer
+from tvp.tables import TransferRun
+from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _uniform, draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors
+from tvp.images import _integers
 from tvp.zoo import load_zoo
 
 SOURCE, SEVERITIES = "tiny-minigpt4", (1, 3, 5)

@@ -39,12 +39,13 @@ import tvp
 from tvp.checkpoints import read_checkpoint, write_checkpoint
 from tvp.families import tiny_clip, tiny_model, tiny_processor
 from tvp.learner import training_steps
-from tvp.paper import PAPER, load_saved, save_mllm
+from tvp.paper_models import PAPER
+from tvp.paper import load_saved, save_mllm
 from tvp.pretrained import load_pretrained
 from tvp.prompt import VisualPrompt
 from tvp.recipes import make_learner
 from tvp.resume import load_checkpoint, save_checkpoint
-from tvp.tasks import load_task
+from tvp.task_loading import load_task
 from tvp.testing import tiny_mllm
 from tvp.zoo import load_clip, load_zoo
 

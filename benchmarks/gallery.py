@@ -14,7 +14,7 @@ from range_study import make as make_learner
 
 from tvp.recipes import find_recipe
 from tvp.ship import GALLERY
-from tvp.tasks import load_task, task_names
+from tvp.task_loading import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.zoo import load_zoo
 

@@ -36,7 +36,8 @@ from tvp.files import write_atomic
 from tvp.prompt import VisualPrompt
 from tvp.recipes import RECIPES, Recipe
 from tvp.reproduce import reproduce
-from tvp.tasks import Split, Task, load_task
+from tvp.tasks import Split, Task
+from tvp.task_loading import load_task
 from tvp.zoo import load_zoo
 
 RESULT = Path(__file__).parent / "results" / "kills.json"
@@ -170,7 +171,7 @@ def main() -> None:
     results = {"torch": torch.__version__, "machine": platform.machine(), "seed": args.seed}
     with ExitStack() as stage:
         stage.enter_context(patch("tvp.zoo.load_zoo", lambda name: zoo))
-        stage.enter_context(patch("tvp.tasks.load_task", small_task))
+        stage.enter_context(patch("tvp.task_loading.load_task", small_task))
         stage.enter_context(patch.dict(RECIPES, {kind: short(recipes) for kind, recipes in RECIPES.items()}))
         for name, run in commands(zoo).items():
             if args.only and name not in args.only: continue

@@ -20,8 +20,9 @@ from tvp.learner import Learner
 from tvp.losses import tvp_losses
 from tvp.prompt import VisualPrompt, clipping
 from tvp.recipes import find_recipe, make_optimizer
-from tvp.tasks import load_task, task_names
-from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
+from tvp.task_loading import load_task, task_names
+from tvp.transfer import TransferResults, evaluate_transfer
+from tvp.tables import TransferRun
 from tvp.zoo import load_zoo
 
 SOURCES, SEEDS = ("tiny-minigpt4",), (0,)  # more of them: more entries, and hours

@@ -27,7 +27,8 @@ from tvp.learner import Learner
 from tvp.losses import TaskLoss
 from tvp.prompt import VisualPrompt
 from tvp.recipes import make_learner
-from tvp.tasks import Task, load_task
+from tvp.tasks import Task
+from tvp.task_loading import load_task
 from tvp.updates import cosine_by_step
 from tvp.zoo import load_zoo
 

@@ -20,8 +20,9 @@ from safetensors.torch import save
 from tvp.files import write_atomic as write  # the other studies take it from here
 from tvp.prompt import VisualPrompt
 from tvp.recipes import METHODS, find_recipe, make_learner
-from tvp.tasks import load_task, task_names
-from tvp.transfer import TransferResults, TransferRun, evaluate_transfer
+from tvp.task_loading import load_task, task_names
+from tvp.transfer import TransferResults, evaluate_transfer
+from tvp.tables import TransferRun
 from tvp.zoo import load_zoo
 
 SOURCES, SEEDS = ("tiny-minigpt4", "tiny-instructblip"), (0, 1, 2)

@@ -33,7 +33,7 @@ from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSeman
 from tvp.prompt import ADJUSTMENTS, VisualPrompt
 from tvp.recipes import find_recipe, make_learner
 from tvp.studies import evaluate_retention
-from tvp.tasks import load_task, task_names
+from tvp.task_loading import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.updates import NormalizedGradient, parameter_groups
 from tvp.views import Jitter, ResizePad, Shift, scale_copies

@@ -16,8 +16,8 @@ from .ship import load_prompt as load_prompt
 from .ship import prompt_names as prompt_names
 from .tasks import Split as Split
 from .tasks import Task as Task
-from .tasks import load_task as load_task
-from .tasks import task_names as task_names
+from .task_loading import load_task as load_task
+from .task_loading import task_names as task_names
 from .transfer import TransferResults as TransferResults
 from .transfer import evaluate_transfer as evaluate_transfer
 from .updates import NormalizedGradient as NormalizedGradient

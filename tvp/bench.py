@@ -24,8 +24,19 @@ from pathlib import Path
 import torch
 
 from .arguments import check_choice
-from .bench_models import SHAPES
-from .bench_races import alternate, floor_pass, make_scene, photo_task, ratio, spread, step_contestants, time_loading, time_ranking, time_shared, time_steps
+from tvp.bench_races import (
+    alternate,
+    floor_pass,
+    make_scene,
+    photo_task,
+    ratio,
+    spread,
+    step_contestants,
+    time_loading,
+    time_ranking,
+    time_shared,
+    time_steps,
+)
 from .files import write_atomic
 
 # %% ../nbs/api/86_bench.ipynb #a0b6314f
@@ -141,6 +152,7 @@ BOUNDS = {  # headline -> at most
 def machine_facts() -> dict:  # names and values
     "On what, and with what, it was measured."
     import transformers
+
     from tvp import __version__
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
@@ -178,7 +190,7 @@ def loading_rows(
     steps: list[dict],  # the rows of the steps
 ) -> list[dict]:  # one row for each model
     "Photographs, and the part of a step of the paper's proportions that loading them takes."
-    from tvp.tasks import load_task
+    from tvp.task_loading import load_task
     row, small = time_loading(photo_task(plan.photos), 164, 8, 3), time_loading(load_task("shapes"), 36, 16, 2)
     paper = next((r for r in steps if r["model"] == "paper"), None)
     if paper: row["share_of_a_step"] = paper["batch"] / row["pictures_per_second"]["first"]["median"] / paper["seconds"]["cached"]["median"]

@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 
 from .arguments import check_choice, check_whole
-from .bench_models import SHAPES, bench_clip, bench_mllm, bench_task, candidate_names, count_flops
+from tvp.bench_models import (
+    SHAPES,
+    bench_clip,
+    bench_mllm,
+    bench_task,
+    candidate_names,
+    count_flops,
+)
+from .images import Pictures
 from .inputs import answer_batch
 from .learner import Learner
 from .losses import tvp_losses
 from .mllm import Clip, Mllm, append_ids, decoder_start
-from .pictures import Pictures
 from .prompt import VisualPrompt
 from .reference_loop import ReferenceLoop, normalised, reference_rank, source_inputs
 from .tasks import Batch, Split, Task
@@ -101,7 +108,7 @@ def make_scene(
     if name in SHAPES:
         shape = SHAPES[name]
         return Scene(name, bench_mllm(name, device, dtype), bench_clip(name, device), bench_task(name, 2 * shape.batch), shape.size, shape.width, shape.batch)
-    from tvp.tasks import load_task
+    from tvp.task_loading import load_task
     task = load_task("shapes")
     some = task.train.select(range(32))  # two steps: cached tokens come back soon
     return Scene(name, zoo[name], zoo.clip, replace(task, train=some), zoo.size, zoo.width, 16)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .arguments import check_kind
+from .images import fit
 from .metrics import correct, predictions
 from .prompt import VisualPrompt
 from .tables import TransferRun
-from .tasks import Task, fit
+from .tasks import Task
 
 # %% ../nbs/api/81_cases.ipynb #277c12be
 def changed_answers(

@@ -7,12 +7,16 @@ __all__ = ['ChatGLMConfig', 'gap_positions', 'gap_rotary', 'rotate', 'gap_mask',
            'ChatGLMPreTrainedModel', 'ChatGLMModel', 'ChatGLMForCausalLM']
 
 # %% ../nbs/api/26_chatglm.ipynb #05b8c435
-from typing import Literal  # in the signatures that transformers gives to configurations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from . import __version__
 from .files import read_tensors, remove_leftovers, write_atomic
-from .signals import held_signals
 
 # %% ../nbs/api/48_checkpoints.ipynb #531edcdf
 def pack(

@@ -134,7 +134,7 @@ def columns(
 
 def command_tasks(args: argparse.Namespace) -> None:
     "List the tasks that come with the package."
-    from tvp.tasks import load_task, task_names
+    from tvp.task_loading import load_task, task_names
     tasks = [load_task(name) for name in task_names()]
     print(columns([("task", "train/valid/test", "candidates", "what")] + [
         (task.name, "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")), ", ".join(task.candidates), task.description)
@@ -152,7 +152,7 @@ def _task(name: str, data_dir: str | None = None, public: bool = False):
     "A task by its name: one that comes with the package, or a public one, from a folder or the hub."
     from tvp.experiment import MENDABLE, say_error
     from tvp.public_tasks import public_task_names
-    from tvp.tasks import load_task, task_names
+    from tvp.task_loading import load_task, task_names
     names = task_names() + public_task_names() * public
     if not (public and name.startswith("pope-")): known_name("task", name, names)
     try: return load_task(name, data_dir=data_dir)
@@ -161,7 +161,7 @@ def _task(name: str, data_dir: str | None = None, public: bool = False):
 # %% ../nbs/api/90_cli.ipynb #7f686b14
 def command_models(args: argparse.Namespace) -> None:
     "List the models that have a name: the small zoo, the registry, the paper's."
-    from tvp.paper import PAPER
+    from tvp.paper_models import PAPER
     from tvp.registry import registry_text
     zoo = _zoo()
     print(columns([("model", "vision tower", "class of transformers", "parameters")] + [
@@ -342,7 +342,8 @@ def command_demo(args: argparse.Namespace) -> None:
     "Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a report."
     task, zoo = _task(args.task), _zoo(args.source)
     from tvp.demo import run_demo, write_demo
-    from tvp.report import duration, notes
+    from tvp.formatting import duration
+    from tvp.report import notes
     command = f"tvp demo --task {task.name} --source {args.source} --seeds {args.seeds}"
     with alone(args, output_folder) as folder:
         print(f"{task.name}: {task.description}")
@@ -363,7 +364,7 @@ def named_model(
     text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
 ) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
     "A model as it is typed."
-    from tvp.paper import PAPER
+    from tvp.paper_models import PAPER
     name, _, place = text.partition("=")
     if not name: raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
     parts = {"model", *(part.name for part in PAPER[name].parts)} if name in PAPER else set()
@@ -397,6 +398,7 @@ def command_reproduce(args: argparse.Namespace) -> None:
 def command_train_zoo(args: argparse.Namespace) -> None:
     "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
     import logging
+
     from tvp.tiny_train import LANGUAGE, TOWERS, train_zoo
     for name in args.parts or []: known_name("part", name, [*TOWERS, *LANGUAGE])
     folder = output_folder(args.out, force=True)  # what is finished there is kept

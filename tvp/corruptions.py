@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from .arguments import check_choice, check_kind, check_whole
-from .pictures import Pictures
+from .images import Pictures, to_tensor
 from .sampling import shuffled
-from .tasks import Split, Task, to_tensor
+from .tasks import Split, Task
 
 # %% ../nbs/api/14_corruptions.ipynb #0e129340
 class _Numpy:

@@ -7,7 +7,6 @@ __all__ = ['FILES', 'Demo', 'demo_settings', 'run_demo', 'sample_models', 'in_wo
 
 # %% ../nbs/api/77_demo.ipynb #51571bfd
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,11 +19,12 @@ import pandas as pd
 from .arguments import source_names
 from .checkpoints import PARTS, Parts, clear_parts
 from .files import write_all, write_atomic
+from .formatting import duration
 from .learner import Learner
 from .mllm import Mllm
 from .prompt import VisualPrompt, adjustments
 from .recipes import RECIPES, make_learner
-from .report import duration, png, report_html
+from .report import png, report_html
 from .resume import fit_part, task_settings
 from .tables import target_group
 from .tasks import Task

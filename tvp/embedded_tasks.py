@@ -14,9 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from .images import _integers
 from .tasks import Split, Task
-from .world import (AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, MAX_OBJECTS, OBJECTS, PHOTO, PRESENCE, SHAPES, _integers, _uniform, absent_object,
-                       draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors)
+from tvp.world import (
+    AGREEMENT,
+    COLORS,
+    COUNT,
+    DIGITS,
+    LETTERS,
+    MAX_OBJECTS,
+    PHOTO,
+    PRESENCE,
+    SHAPES,
+    _uniform,
+    absent_object,
+    draw_backgrounds,
+    draw_objects,
+    glyph_bank,
+    group_of,
+    paint,
+    place_glyphs,
+    vary_colors,
+)
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #747e9fc9
 SIDE = 48  # pictures of the embedded tasks, pixels: the small zoo's canvas

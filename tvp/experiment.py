@@ -23,12 +23,14 @@ from .checkpoints import Parts, digest
 from .evaluation import read_ahead
 from .learner import Learner
 from .mllm import Mllm
-from .paper import PAPER, check_parts
+from .paper import check_parts
+from .paper_models import PAPER
 from .prompt import VisualPrompt
 from .recipes import METHODS, Recipe, find_recipe, make_learner
 from .resume import fit_part, task_settings
 from .tables import TransferRun
-from .tasks import Batch, Task, load_task
+from .task_loading import load_task
+from .tasks import Batch, Task
 from .tiny import TINY
 from .transfer import TransferResults, rank_task
 from .zoo import SIX, Zoo, load_clip, load_mllm

@@ -21,7 +21,8 @@ from .plots import BASELINES, plot_matrix, transfer_matrix
 from .prompt import VisualPrompt
 from .stepper import error_words
 from .tables import TransferRun
-from .tasks import Task, check_like_task, load_task
+from .task_loading import load_task
+from .tasks import Task, check_like_task
 from .transfer import TransferResults
 from .watch import check_count
 from .watch_figures import part_png

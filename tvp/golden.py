@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .inputs import answer_batch
 from .mllm import Clip, Mllm
@@ -98,6 +98,7 @@ def golden_mllm(
 ) -> Mllm:  # the reference's tiny model
     "A model of the reference with the reference's arithmetic, in transformers' classes."
     from transformers import AutoTokenizer
+
     from tvp import lavis
     base, golden, weights = golden_weights(folder)
     if "qformer" not in golden["config"]: raise ValueError(f"`folder` must hold a model of LAVIS's form, got {folder}. ChatGLM's is read by golden_chatglm.")
@@ -231,8 +232,9 @@ def golden_clip(
     folder: str | Path,  # .../golden/train_minigpt4_224
 ) -> Clip:  # the reference's tiny CLIP, 224 pixels
     "The golden training run's CLIP, in transformers' classes."
-    from tvp.loading import load_safetensors
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    from tvp.loading import load_safetensors
     folder = Path(folder)
     training, tensors = read_golden(folder)
     weights, size = load_safetensors(folder / "clip_state_dict.safetensors"), training["res"]

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from .arguments import check_number, check_whole
-from .learner import Learner, all_passes, combined_gradient, forward, joined_numbers, let_through, parts_of, source_gradient
+from tvp.learner import (
+    Learner,
+    all_passes,
+    combined_gradient,
+    forward,
+    joined_numbers,
+    let_through,
+    parts_of,
+    source_gradient,
+)
 from .processes import mean_over_processes
 from .tasks import Batch
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .pictures import Pictures, is_hidden
+from .images import Pictures, is_hidden
 
 # %% ../nbs/api/12_hub.ipynb #9cc657fc
 @dataclass(frozen=True)

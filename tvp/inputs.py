@@ -29,7 +29,7 @@ def check_images(
     if isinstance(images, (list, tuple)):
         sizes = sorted({tuple(getattr(image, "shape", ())) or getattr(image, "size", "?") for image in images}, key=str)
         raise TypeError(f"`images` must be one tensor (B, 3, H, W) of pictures of one size, got a {type(images).__name__} of {len(images)} with sizes "
-                        f"{sizes}. Bring them to one size first: tvp.tasks.fit, then torch.stack.")
+                        f"{sizes}. Bring them to one size first: tvp.images.fit, then torch.stack.")
     if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         got = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
         raise ValueError(f"`images` must be RGB pictures of shape (B, 3, H, W) with B > 0, got {got}. Add the batch dimension, convert to RGB.")

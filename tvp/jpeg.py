@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .arguments import check_kind, check_whole
+from .arguments import check_kind, check_row, check_whole
 from .mllm import Mllm
 from .prompt import VisualPrompt, pixels_to_pil
-from .tasks import Task, check_row
+from .tasks import Task
 from .transfer import TransferResults, evaluate_transfer
 
 # %% ../nbs/api/64_jpeg.ipynb #8b6db09a

@@ -12,12 +12,17 @@ __all__ = ['BEGINNINGS', 'INSIDE', 'PLACES', 'TOWER', 'UNUSED', 'SPARE', 'BUFFER
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal  # in the signatures that transformers gives to configurations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration
-from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+)
 
 from ._markup import render
 from .loading import build_model, load_pth, load_safetensors, read_index

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -29,18 +29,32 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from .arguments import check_kind, check_whole
-from .checkpoints import checkpoint_file, held_signals
+from .checkpoints import checkpoint_file
 from .ensembles import combine_weights
-from .guards import (check_finite, check_inputs, check_optimizer, check_parts, check_prompt, check_rows, check_shares, check_sources, check_switches,
-                        check_terms, check_tricks, memory_error)
+from tvp.guards import (
+    check_finite,
+    check_inputs,
+    check_optimizer,
+    check_parts,
+    check_prompt,
+    check_rows,
+    check_shares,
+    check_sources,
+    check_switches,
+    check_terms,
+    check_tricks,
+    memory_error,
+)
 from .losses import StepContext, TaskLoss, weigh
 from .mllm import Mllm
-from .processes import ProcessLost, ahead, batch_part, mean_over_processes, pinned, token_shares
+from .prefetch import ahead, pinned
+from .processes import ProcessLost, batch_part, mean_over_processes, token_shares
 from .prompt import VisualPrompt, lay
 from .prompt_files import MAX_ADJUSTMENT
+from .signals import held_signals
 from .tasks import Batch, Task
 from .torch_settings import torch_settings
-from .updates import NormalizedGradient, cosine_by_epoch, cosine_by_step, parameter_groups
+from .updates import NormalizedGradient, cosine_by_epoch, parameter_groups
 
 # %% ../nbs/api/50_learner.ipynb #46cda31d
 @dataclass(frozen=True)
@@ -132,7 +146,9 @@ class Learner:
     @cached_property
     def accelerator(self):
         "The processes that share this training, as `accelerate launch` or `torchrun` has started them."
-        from accelerate import PartialState  # an Accelerator would obey its environment variables, and whatever was set up before
+        from accelerate import (
+            PartialState,  # an Accelerator would obey its environment variables, and whatever was set up before
+        )
         return PartialState(cpu=self.device.type == "cpu")
 
     def plot(self): "The records over the updates, as matplotlib Axes."; from tvp.plots import plot_history; return plot_history(self.history)

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_texts as check_list
-from .arguments import check_whole
-from .inputs import (
-    TextInputs, answer_batch, check_images, check_processor, check_texts, image_scale, is_encoder_decoder, pixel_inputs, text_batch)
+from .arguments import check_texts as check_list, check_whole
+from tvp.inputs import (
+    TextInputs,
+    answer_batch,
+    check_images,
+    check_processor,
+    check_texts,
+    image_scale,
+    is_encoder_decoder,
+    pixel_inputs,
+    text_batch,
+)
 from .torch_settings import with_torch_settings
 from .transformers_compat import drop_recording_hooks, text_positions
 

@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from .pictures import Pictures, is_hidden
-from .tasks import Split, some_names
+from .formatting import some_names
+from .images import Pictures, is_hidden
+from .tasks import Split
 from .world import COUNT, PHOTO, group_of
 
 # %% ../nbs/api/12_official.ipynb #ac4065fa

@@ -23,14 +23,25 @@ from typing import Any
 
 import pandas as pd
 
-from .apply import check_bytes_fit, check_pixels_fit
-from .arguments import check_kind, check_number, check_whole
+from .arguments import check_kind, check_number, check_row, check_whole
+from .files import as_path
+from .formatting import some_names
 from .hub import column_pictures, kind_of
+from tvp.images import (
+    UNREADABLE,
+    Pictures,
+    _open,
+    check_bytes_fit,
+    check_pixels_fit,
+    folder_files,
+    image_endings,
+    is_hidden,
+    read_picture,
+)
 from .official import file_pictures, open_text, read_jsonl
-from .pictures import UNREADABLE, Pictures, _open, folder_files, image_endings, is_hidden, read_picture, summarise
-from .prompt_files import as_path
+from .pictures import summarise
 from .sampling import held_rows, shuffled
-from .tasks import Split, Task, check_row, some_names
+from .tasks import Split, Task
 from .world import PHOTO
 
 # %% ../nbs/api/13_own_tasks.ipynb #5e0c08dc

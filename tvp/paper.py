@@ -19,9 +19,24 @@ import torch
 from torch import nn
 
 from .files import write_atomic, write_folder
-from .loading import check_fields, from_pretrained, load_auto_processor, load_model, loading_errors, read_json
+from tvp.loading import (
+    check_fields,
+    from_pretrained,
+    load_auto_processor,
+    load_model,
+    loading_errors,
+    read_json,
+)
 from .mllm import Mllm
-from .paper_models import EVERYTHING, PAPER, QFORMER, QFORMER_READS, PaperModel, Wrapper, describe_paper
+from tvp.paper_models import (
+    EVERYTHING,
+    PAPER,
+    QFORMER,
+    QFORMER_READS,
+    PaperModel,
+    Wrapper,
+    describe_paper,
+)
 from .pretrained import allow_turns, checkpoint_gradients, load_options
 from .processor import MarkerProcessor, load_processor, save_processor
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .files import write_atomic
+from .files import as_path, with_suffix, write_atomic
 from .prompt import MAX_SIZE, VisualPrompt, clipping, from_pixels
-from .prompt_files import FORMAT, as_path, check_file, filled, prompt_facts, read_facts, with_suffix
+from .prompt_files import FORMAT, check_file, filled, prompt_facts, read_facts
 
 # %% ../nbs/api/03_png.ipynb #a58e55a2
 def check_exact(

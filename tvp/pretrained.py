@@ -19,7 +19,15 @@ import torch
 from torch import nn
 
 from .arguments import check_kind
-from .loading import FIELDS, check_code, check_folder, load_auto_processor, load_model, read_index, read_json
+from tvp.loading import (
+    FIELDS,
+    check_code,
+    check_folder,
+    load_auto_processor,
+    load_model,
+    read_index,
+    read_json,
+)
 from .mllm import Mllm
 
 # %% ../nbs/api/23_pretrained.ipynb #c0e77357
@@ -147,7 +155,9 @@ def check_config(
 ) -> None:
     "It must be an image-text model."
     from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN,
+    )
     kind, code = found.config.get("model_type"), found.config.get("auto_map") or {}
     if kind in KNOWN or (trust_remote_code and "AutoModelForImageTextToText" in code): return
     if kind in CONFIG_MAPPING:
@@ -218,8 +228,8 @@ def load_options(
 # %% ../nbs/api/23_pretrained.ipynb #14a16d94
 def _recomputed(forward):
     "A layer's forward that keeps its inputs only."
-    from transformers import Cache
     from torch.utils.checkpoint import checkpoint
+    from transformers import Cache
 
     @wraps(forward)
     def run(*args, **kwargs):

@@ -14,7 +14,7 @@ __all__ = ['MAX_SIZE', 'KINDS', 'RANGES', 'ADJUSTMENTS', 'check_geometry', 'bord
 import io
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F

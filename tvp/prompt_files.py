@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_STORY', 'MAX_ADJUSTMENT', 'SHAPES', 'STORY', 'FORMAT', 'VERSION', 'ADJUSTED', 'READS', 'MAX_ADJUST',
-           'READERS', 'as_path', 'with_suffix', 'check_file', 'check_adjustments', 'adjust_numbers', 'prompt_facts',
-           'read_story', 'read_adjust', 'read_facts', 'filled', 'save_prompt', 'read_safetensors',
-           'zero_interior_width', 'load_perturbation', 'read_reference', 'read_png', 'read_prompt']
+           'READERS', 'check_file', 'check_adjustments', 'adjust_numbers', 'prompt_facts', 'read_story', 'read_adjust',
+           'read_facts', 'filled', 'save_prompt', 'read_safetensors', 'zero_interior_width', 'load_perturbation',
+           'read_reference', 'read_png', 'read_prompt']
 
 # %% ../nbs/api/02_prompt_files.ipynb #26c8f8d8
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -24,30 +23,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .arguments import check_choice
-from .files import write_atomic
+from .files import as_path, with_suffix, write_atomic
 from .loading import check_fields, parse_json
-from .prompt import ADJUSTMENTS, MAX_SIZE, VisualPrompt, border_mask
+from .prompt import ADJUSTMENTS, MAX_SIZE, VisualPrompt
 
-# %% ../nbs/api/02_prompt_files.ipynb #61a4fbf8
+# %% ../nbs/api/02_prompt_files.ipynb #0d3095bd
 MAX_BYTES = 2**28  # of a prompt's file: 256 MB, the largest canvas in float32 and some room
 MAX_STORY = 2**20  # characters of the provenance as JSON
-
-def as_path(
-    path: Any,
-    name: str = "path",  # of the parameter, for the message
-) -> Path:
-    "Refuse what cannot be a path; `~` becomes the home folder."
-    if not isinstance(path, (str, os.PathLike)) or not str(path): raise TypeError(f"`{name}` must be a path, got {path!r}.")
-    if "\0" in str(path): raise ValueError(f"`{name}` must not hold a null character, got {str(path)!r}.")
-    return Path(os.path.expanduser(path))
-
-def with_suffix(
-    path: Path,
-    suffix: str,  # what it must end in
-) -> Path:  # the same
-    "Refuse a name that would mislead."
-    if path.suffix != suffix: raise ValueError(f"`path` must end in {suffix}, got {str(path)!r}. Try {str(path) + suffix!r}.")
-    return path
 
 # %% ../nbs/api/02_prompt_files.ipynb #da6bc2d4
 def check_file(

@@ -15,7 +15,19 @@ from typing import Any
 import pandas as pd
 
 from .hub import Source, column_labels, column_pictures, open_source, stream_tables
-from .official import Answers, clevr_folder, count_split, half_and_half, list_folder, memes_folder, photo_split, pope_folder, rows_by_picture, yes_no_labels, yes_no_questions
+from tvp.official import (
+    Answers,
+    clevr_folder,
+    count_split,
+    half_and_half,
+    list_folder,
+    memes_folder,
+    photo_split,
+    pope_folder,
+    rows_by_picture,
+    yes_no_labels,
+    yes_no_questions,
+)
 from .sampling import hold_out, shuffled
 from .tasks import Split, Task
 

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 from .arguments import check_texts as check_list
 from .inputs import check_images, check_texts, pad_rows
-from .mllm import Mllm, answer_logits, captured_features, decoder_start, last_position, model_inputs, position_ids, vision_encoder
+from tvp.mllm import (
+    Mllm,
+    answer_logits,
+    captured_features,
+    decoder_start,
+    last_position,
+    model_inputs,
+    position_ids,
+    vision_encoder,
+)
 from .transformers_compat import cache_argument, output_cache
 
 # %% ../nbs/api/22_ranking.ipynb #152806b4

@@ -14,12 +14,12 @@ import torch
 from torch.optim import Optimizer
 
 from .arguments import check_choice, check_texts, source_names
-from .learner import Learner, NormalizedGradient, cosine_by_epoch, cosine_by_step
+from .learner import Learner
 from .losses import tvp_losses
 from .mllm import Mllm
 from .prompt import VisualPrompt
 from .tasks import Task
-from .updates import parameter_groups
+from .updates import NormalizedGradient, cosine_by_epoch, cosine_by_step, parameter_groups
 
 # %% ../nbs/api/55_recipes.ipynb #cc8156cf
 @dataclass(frozen=True)

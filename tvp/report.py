@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHOD_NOTES', 'where', 'points', 'gain_sentences', 'compare_sentences', 'rival_sentences', 'harm_sentences',
-           'caveats', 'notes', 'versions', 'duration', 'png', 'report_html']
+           'caveats', 'notes', 'png', 'report_html']
 
 # %% ../nbs/api/75_report.ipynb #5b958d14
 import io
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pandas as pd
 
 from ._markup import render
 from .arguments import source_names
+from .formatting import versions
 from .transfer import TransferResults
 
 # %% ../nbs/api/75_report.ipynb #75ad3a73
@@ -118,22 +116,6 @@ def notes(
     best = "TVP" if "TVP" in methods else methods[-1]
     pairs = compare_sentences(results) + compare_sentences(results, "TVP-lens", "TVP")
     return gain_sentences(results, best) + pairs + rival_sentences(results) + harm_sentences(results) + caveats(results)
-
-# %% ../nbs/api/75_report.ipynb #8f71fccd
-def versions() -> dict[str, str]:  # package -> version
-    "The software behind a result."
-    found = {"python": platform.python_version()}
-    for package in ["tvp", "torch", "transformers", "scikit-learn"]:
-        try: found[package] = version(package)
-        except PackageNotFoundError: found[package] = getattr(sys.modules.get(package), "__version__", "not installed")
-    return found
-
-def duration(
-    seconds: float,
-) -> str:
-    "Seconds as people say them."
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 # %% ../nbs/api/75_report.ipynb #0097ee4b
 def png(

@@ -23,11 +23,18 @@ from ._markup import render
 from .checkpoints import PARTS, Parts, clear_parts
 from .experiment import SIZE, Plan, ask_models, plan_reproduction, plan_settings, train_prompts
 from .files import RunLock, write_all, write_atomic
-from .paper import PAPER
+from .formatting import duration, versions
+from .paper_models import PAPER
 from .prompt import VisualPrompt
 from .public_tasks import SOURCES
-from .published import PUBLISHED, compare_published, compared_cells, prompt_figures, published_for
-from .report import compare_sentences, duration, gain_sentences, harm_sentences, png, versions
+from tvp.published import (
+    PUBLISHED,
+    compare_published,
+    compared_cells,
+    prompt_figures,
+    published_for,
+)
+from .report import compare_sentences, gain_sentences, harm_sentences, png
 from .tables import csv_text
 from .tasks import Task
 from .transfer import TransferResults

@@ -21,9 +21,26 @@ from typing import Any
 
 import torch
 
-from .checkpoints import Parts, differences, random_states, read_checkpoint, set_random_states, write_checkpoint
+from tvp.checkpoints import (
+    Parts,
+    differences,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+    write_checkpoint,
+)
 from .files import RunLock, remove_leftovers
-from .learner import CleanTokens, Learner, Position, StepRecord, records_frame, start_training, training_batches, training_steps, tricks
+from tvp.learner import (
+    CleanTokens,
+    Learner,
+    Position,
+    StepRecord,
+    records_frame,
+    start_training,
+    training_batches,
+    training_steps,
+    tricks,
+)
 from .prompt import VisualPrompt
 from .tasks import Task
 

@@ -19,17 +19,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from ._markup import Markdown, markdown_code, render, visible
-from .files import write_atomic
+from .files import as_path, write_atomic
+from .formatting import duration, versions
+from .loading import check_fields, parse_json
 from .png import save_png
 from .prompt import VisualPrompt, adjustments, clipping
-from .loading import check_fields, parse_json
-from .prompt_files import MAX_STORY, adjust_numbers, as_path, check_file, prompt_facts, read_prompt, read_safetensors, save_prompt
-from .report import caveats, duration, versions
+from tvp.prompt_files import (
+    MAX_STORY,
+    adjust_numbers,
+    check_file,
+    prompt_facts,
+    read_prompt,
+    read_safetensors,
+    save_prompt,
+)
+from .report import caveats
 from .transfer import TransferResults
 
 # %% ../nbs/api/78_ship.ipynb #1274fa1c

@@ -19,7 +19,8 @@ from .background import Background
 from .learner import StepRecord
 from .mllm import Mllm
 from .recipes import check_zoo, find_recipe, make_learner
-from .tasks import Task, check_like_task, load_task
+from .task_loading import load_task
+from .tasks import Task, check_like_task
 from .watch import WatchedTraining, check_count, picture_words, watched_picture
 from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo

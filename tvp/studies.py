@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arguments import check_row
+from .formatting import some_names
 from .mllm import Mllm
-from .plots import METHOD_COLOURS, method_style
+from .plots import GROUPS, METHOD_COLOURS, method_style
 from .prompt import VisualPrompt
-from .tables import GROUPS
-from .tasks import Task, check_like_task, check_row, some_names
+from .tasks import Task, check_like_task
 from .transfer import TransferResults, _known_names, named_prompts, rank_everything
 
 # %% ../nbs/api/72_studies.ipynb #05497641

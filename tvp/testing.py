@@ -10,8 +10,17 @@ __all__ = ['shared_dir', 'ALL_KINDS', 'KINDS', 'VQ_KINDS', 'tiny_clip', 'tiny_ml
 import os
 from pathlib import Path
 
-from .families import ALL_KINDS, KINDS, VQ_KINDS, tiny_clip, tiny_mllm, tiny_model, tiny_processor, toy_tokenizer
+from tvp.families import (
+    ALL_KINDS,
+    KINDS,
+    VQ_KINDS,
+    tiny_clip,
+    tiny_mllm,
+    tiny_model,
+    tiny_processor,
+)
 from .golden import golden_clip, golden_gaps, golden_mllm
+from .small import toy_tokenizer
 from .visualglm_golden import golden_chatglm
 
 # %% ../nbs/api/38_testing.ipynb #feb0a85a

@@ -10,7 +10,6 @@ __all__ = ['SIZE', 'WIDTH', 'PATCH', 'SPECIAL', 'QUERIES', 'TINY', 'DATA', 'tiny
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from .loading import load_safetensors
@@ -46,7 +45,15 @@ def tiny_tokenizer(
     end: bool = False,  # close every text with <end>, as CLIP's text model wants
 ):  # a PreTrainedTokenizerFast
     "The tokenizer of all small models: words of their world, pieces, letters, bytes. Any text can be written with it (lower-cased)."
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=3, byte_fallback=True))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -65,7 +72,14 @@ def build_tower(
     name: str,  # "shared", "clip" or "siglip"
 ) -> nn.Module:  # a transformers vision model, random weights
     "One of the three vision towers: BLIP-2's (shared by five models), CLIP's, SigLIP's."
-    from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+    from transformers import (
+        Blip2VisionConfig,
+        Blip2VisionModel,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
     if name == "shared": return Blip2VisionModel(Blip2VisionConfig(**_VISION, num_hidden_layers=4, initializer_range=.02))  # its default is 1e-10
     if name == "clip": return CLIPVisionModel(CLIPVisionConfig(**_VISION, num_hidden_layers=4))
     if name == "siglip": return SiglipVisionModel(SiglipVisionConfig(**_VISION, num_hidden_layers=4, vision_use_head=False))
@@ -170,6 +184,7 @@ def tiny_processor(
 ):  # the processor that the model's big namesake has
     "Image processor and tokenizer of one of the seven models."
     import transformers as tr
+
     from tvp.processor import MarkerProcessor
     tower, _, template = TINY[name]
     tokenizer = tiny_tokenizer()

@@ -24,10 +24,38 @@ from torch import Generator, Tensor, nn
 from .arguments import check_whole
 from .files import RunLock, write_atomic
 from .loading import load_safetensors
-from .signals import held_signals
 from .mllm import Mllm
-from .tiny import PATCH, QUERIES, SIZE, TINY, _weights, build_clip, build_mllm, build_tower, load_tiny, tiny_tokenizer, tower_attribute
-from .world import COLORS, DIGIT, DIGITS, LETTER, LETTERS, MAX_OBJECTS, OBJECTS, PHOTO, SHAPES, Scenes, add_frames, caption, describe, draw_scenes, question_answer
+from .signals import held_signals
+from tvp.tiny import (
+    PATCH,
+    QUERIES,
+    SIZE,
+    TINY,
+    _weights,
+    build_clip,
+    build_mllm,
+    build_tower,
+    load_tiny,
+    tiny_tokenizer,
+    tower_attribute,
+)
+from tvp.world import (
+    COLORS,
+    DIGIT,
+    DIGITS,
+    LETTER,
+    LETTERS,
+    MAX_OBJECTS,
+    OBJECTS,
+    PHOTO,
+    SHAPES,
+    Scenes,
+    add_frames,
+    caption,
+    describe,
+    draw_scenes,
+    question_answer,
+)
 
 log = logging.getLogger("tvp.tiny_train")
 

@@ -22,10 +22,22 @@ from .checkpoints import Parts
 from .evaluation import Fitted, everybodys, processes, put_together, read_ahead, share_of_work
 from .files import write_atomic
 from .mllm import Mllm
-from .processes import ahead
+from .prefetch import ahead
 from .prompt import VisualPrompt
-from .tables import (TransferRun, TransferTable, csv_text, describe_runs, group_rows, merge_runs, metric_details, runs_together,
-                        tables_html, target_rows, tidy_frame, transfer_table)
+from tvp.tables import (
+    TransferRun,
+    TransferTable,
+    csv_text,
+    describe_runs,
+    group_rows,
+    merge_runs,
+    metric_details,
+    runs_together,
+    tables_html,
+    target_rows,
+    tidy_frame,
+    transfer_table,
+)
 from .tasks import Task, check_like_task
 from .torch_settings import torch_settings
 

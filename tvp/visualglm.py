@@ -10,11 +10,16 @@ __all__ = ['TEMPLATE', 'VisualGLMConfig', 'VisualGLMForConditionalGeneration', '
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import Literal  # in the signatures that transformers gives to configurations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, Blip2QFormerConfig, Blip2VisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+)
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from .chatglm import ChatGLMConfig

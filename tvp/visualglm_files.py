@@ -16,10 +16,23 @@ from torch import Tensor
 from transformers import Blip2QFormerConfig, Blip2VisionConfig
 
 from .chatglm import ChatGLMConfig
-from .lavis import IncompleteWeightsError, LoadReport, PartReport, fetch, read_weights, shapes_of, weight_files
+from tvp.lavis import (
+    IncompleteWeightsError,
+    LoadReport,
+    PartReport,
+    fetch,
+    read_weights,
+    shapes_of,
+    weight_files,
+)
 from .loading import build_model, read_json
 from .mllm import Mllm
-from .visualglm import IceTextTokenizer, VisualGLMConfig, VisualGLMForConditionalGeneration, as_mllm
+from tvp.visualglm import (
+    IceTextTokenizer,
+    VisualGLMConfig,
+    VisualGLMForConditionalGeneration,
+    as_mllm,
+)
 
 # %% ../nbs/api/27_visualglm_files.ipynb #bcf98e04
 TOWER = (

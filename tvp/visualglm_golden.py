@@ -17,8 +17,9 @@ def golden_chatglm(
 ) -> tuple[nn.Module, nn.Linear]:  # language model, and projection from Q-Former to language model
     "The tiny ChatGLM-6B v1 whose outputs the published code has written down."
     import json
-    from tvp.loading import load_safetensors
+
     from tvp.chatglm import ChatGLMConfig, ChatGLMForCausalLM
+    from tvp.loading import load_safetensors
     config = json.loads((Path(folder) / "golden.json").read_text())["config"]
     renamed = {"num_layers": "num_hidden_layers", "inner_hidden_size": "intermediate_size", "layernorm_epsilon": "layer_norm_eps"}
     known = {renamed.get(name, name): value for name, value in config.items() if name not in ("eva_config", "qformer_config")}

@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .arguments import source_names
+from .arguments import check_row, source_names
+from .images import fit
 from .learner import Learner, StepRecord
 from .metrics import evaluate_metric
 from .mllm import Mllm
 from .prompt import VisualPrompt, adjustments, shown_prompt
 from .tables import TransferRun, target_group
-from .tasks import check_row, fit
 from .transfer import rank_task
 
 # %% ../nbs/api/79_watch.ipynb #4e208465
@@ -132,7 +132,7 @@ def ask(
 def model_group(
     training: WatchedTraining,
     name: str,  # of a model
-) -> str:  # one of tvp.tables.GROUPS
+) -> str:  # one of tvp.plots.GROUPS
     "A source, an unseen model on its tower, or one on another tower."
     tower = getattr(training.zoo, "tower", lambda name: None)
     towers = {model: tower(model) for model in (name, *source_names(training.source))}

@@ -18,7 +18,7 @@ from typing import Any
 from ._markup import render
 from .recipes import RECIPES
 from .stepper import SteppedTraining, doing
-from .tasks import task_names
+from .task_loading import task_names
 from .watch import WatchedTraining, latest, picture_words
 from .watch_figures import PARTS, part_drawing, part_png, part_versions
 

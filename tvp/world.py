@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 
+from .images import _integers
+
 # %% ../nbs/api/05_world.ipynb #966c93bc
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "crescent")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -30,7 +32,7 @@ MAX_OBJECTS = 4
 OBJECTS, DIGIT, LETTER = range(3)  # kinds of scenes
 PATCH = 8  # side of the cells for which we note what covers them, pixels
 
-# %% ../nbs/api/05_world.ipynb #034b4d59
+# %% ../nbs/api/05_world.ipynb #aaffbb33
 def _uniform(
     shape: tuple,  # of the result
     low: float,  # lower bound
@@ -39,15 +41,6 @@ def _uniform(
 ) -> Tensor:  # float32
     "Uniform random numbers."
     return low + (high - low) * torch.rand(shape, generator=g)
-
-
-def _integers(
-    shape: tuple,  # of the result
-    high: int,  # exclusive upper bound
-    g: Generator,  # random state
-) -> Tensor:  # int64
-    "Uniform random integers from 0 to `high` - 1."
-    return torch.randint(0, high, shape, generator=g)
 
 # %% ../nbs/api/05_world.ipynb #be35dc66
 def _signed_distance(

@@ -20,7 +20,13 @@ import torch
 from .arguments import check_choice, check_kind
 from .loading import load_auto_processor, load_model, read_index
 from .mllm import Clip, Mllm
-from .pretrained import best_device, check_contents, check_place, find_checkpoint, load_pretrained
+from tvp.pretrained import (
+    best_device,
+    check_contents,
+    check_place,
+    find_checkpoint,
+    load_pretrained,
+)
 from .registry import REGISTRY, find_known, load_known
 from .tiny import DATA, SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 
@@ -44,7 +50,8 @@ def load_mllm(
     **options,  # of `tvp.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of `tvp.paper.load_paper` (weights, ...)
 ) -> Mllm:  # frozen
     "One model, from wherever it is."
-    from tvp.paper import PAPER, is_saved, load_paper, load_saved
+    from tvp.paper import is_saved, load_paper, load_saved
+    from tvp.paper_models import PAPER
     name, folder = str(name_or_path), check_place(name_or_path)
     bare = isinstance(name_or_path, str) and not set("/\\") & set(name) and not name.startswith(("~", "."))
     if bare and name in TINY:
@@ -153,7 +160,7 @@ def tiny_zoo(
 
 
 def paper_zoo(
-    weights: dict[str, dict | str],  # name of a model: its files, see `tvp.paper.describe_paper`
+    weights: dict[str, dict | str],  # name of a model: its files, see `tvp.paper_models.describe_paper`
     **options,  # dtype, device, quantization, ... of `tvp.paper.load_paper`
 ) -> Zoo:  # one model in memory at a time
     "The paper's six models."
