@@ -7,6 +7,7 @@
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
 """
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +25,35 @@ from tvp.tasks import Split, Task
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import TransferResults, evaluate_transfer
 from tvp.tables import TransferRun
-from tvp.world import COLORS, COUNT, DIGITS, PHOTO, SHAPES, _uniform, draw_backgrounds, draw_objects, glyph_bank, group_of, paint, place_glyphs, vary_colors
+from tvp.world import (
+    COLORS,
+    COUNT,
+    DIGITS,
+    PHOTO,
+    SHAPES,
+    _uniform,
+    draw_backgrounds,
+    draw_objects,
+    glyph_bank,
+    group_of,
+    paint,
+    place_glyphs,
+    vary_colors,
+)
 from tvp.images import _integers
 from tvp.zoo import load_zoo
 
-SOURCE, SEVERITIES = "tiny-minigpt4", (1, 3, 5)
-PICTURES, BAD_PICTURES = 200, 60  # of each task; of each corruption at each severity
-SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava", "tiny-llava-siglip")  # the source, two on its tower, two on others
-CAMERAS = {"good camera": dict(contrast=.9, blotches=.02, light=1.), "dark room": dict(contrast=.5, blotches=.05, light=.5)}
+SOURCE = "tiny-minigpt4"
+SEVERITIES = (1, 3, 5)
+# of each task; of each corruption at each severity
+PICTURES = 200
+BAD_PICTURES = 60
+# the source, two on its tower, two on others
+SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava", "tiny-llava-siglip")
+CAMERAS = {
+    "good camera": dict(contrast=0.9, blotches=0.02, light=1.0),
+    "dark room": dict(contrast=0.5, blotches=0.05, light=0.5),
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,40 +65,75 @@ def photographed(images: torch.Tensor, camera: str, g: Generator) -> torch.Tenso
 
 def draw_shapes(n: int, camera: str, g: Generator) -> Split:
     "The task `shapes`, through another camera."
-    shape, color = _integers((n, 1), len(SHAPES), g), _integers((n, 1), len(COLORS), g)
+    shape = _integers((n, 1), len(SHAPES), g)
+    color = _integers((n, 1), len(COLORS), g)
     images, _ = draw_backgrounds(n, SIDE, g)
-    draw_objects(images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g)
-    return Split(photographed(images, camera, g), [PHOTO] * n, shape[:, 0].tolist(), [SHAPES[i] for i in shape[:, 0]])
+    draw_objects(
+        images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g
+    )
+    return Split(
+        photographed(images, camera, g),
+        [PHOTO] * n,
+        shape[:, 0].tolist(),
+        [SHAPES[i] for i in shape[:, 0]],
+    )
 
 
 def draw_counting(n: int, camera: str, g: Generator) -> Split:
     "The task `counting`, through another camera."
     images, objects = _draw_groups(n, 1, g)
-    return Split(photographed(images, camera, g), [COUNT] * n, [len(o) - 1 for o in objects], [group_of(len(o)) for o in objects])
+    return Split(
+        photographed(images, camera, g),
+        [COUNT] * n,
+        [len(o) - 1 for o in objects],
+        [group_of(len(o)) for o in objects],
+    )
 
 
 def draw_printed(n: int, g: Generator) -> Split:
     "Printed digits, through the camera of the task `digits`, which has handwriting."
-    label, bank = _integers((n,), 10, g), glyph_bank()[0]
+    label = _integers((n,), 10, g)
+    bank = glyph_bank()[0]
     images, _ = draw_backgrounds(n, SIDE, g)
     middle = torch.full((n,), SIDE / 2)
-    mask = place_glyphs(bank[label, _integers((n,), bank.shape[1], g)], _uniform((n,), 22, 30, g), middle, middle, SIDE, g)
+    mask = place_glyphs(
+        bank[label, _integers((n,), bank.shape[1], g)],
+        _uniform((n,), 22, 30, g),
+        middle,
+        middle,
+        SIDE,
+        g,
+    )
     paint(images, torch.arange(n), mask, vary_colors(_integers((n,), len(COLORS), g), g))
-    return Split(worse_camera(images, .5, .03, g), [PHOTO] * n, label.tolist(), [DIGITS[i] for i in label])
+    return Split(
+        worse_camera(images, 0.5, 0.03, g), [PHOTO] * n, label.tolist(), [DIGITS[i] for i in label]
+    )
 
 
 def relatives(home: Task) -> list[Task]:
     "Other data with the candidates of a task."
     g = Generator().manual_seed(9)
-    if home.name == "digits": return [replace(home, name="printed digits", test=draw_printed(PICTURES, g))]
+    if home.name == "digits":
+        return [replace(home, name="printed digits", test=draw_printed(PICTURES, g))]
     draw = {"shapes": draw_shapes, "counting": draw_counting}.get(home.name)
-    return [replace(home, name=f"{home.name}, {camera}", test=draw(PICTURES, camera, g)) for camera in CAMERAS] if draw else []
+    return (
+        [
+            replace(home, name=f"{home.name}, {camera}", test=draw(PICTURES, camera, g))
+            for camera in CAMERAS
+        ]
+        if draw
+        else []
+    )
 
 
 def prompts_of(work: Path, home: str, methods=METHODS) -> dict[str, VisualPrompt]:
     "The prompts of the transfer study for one task: `method seed` -> prompt."
     epochs = find_recipe("TVP").epochs
-    return {f"{method} {seed}": VisualPrompt.load(prompt_path(work, home, SOURCE, method, epochs, seed)) for method in methods for seed in SEEDS}
+    return {
+        f"{method} {seed}": VisualPrompt.load(prompt_path(work, home, SOURCE, method, epochs, seed))
+        for method in methods
+        for seed in SEEDS
+    }
 
 
 def by_seed(results: TransferResults) -> TransferResults:
@@ -84,16 +141,23 @@ def by_seed(results: TransferResults) -> TransferResults:
     runs = []
     for run in results.runs:
         for seed in SEEDS:
-            scores = {(method.rpartition(" ")[0] or method, target): s for (method, target), s in run.scores.items() if method in ("none", "frame") or method.endswith(f" {seed}")}
+            scores = {
+                (method.rpartition(" ")[0] or method, target): s
+                for (method, target), s in run.scores.items()
+                if method in ("none", "frame") or method.endswith(f" {seed}")
+            }
             runs.append(replace(run, scores=scores, seed=seed))
     return TransferResults(runs)
 
 
 def save(path: Path, results: TransferResults) -> None:
-    "Rows for each group of models (`group`), for each model (`target`), and for TVP against EVP by group."
+    """Rows for each group of models (`group`), for each model (`target`), and for TVP against EVP
+    by group."""
     results = by_seed(results)
     compared = results.compare("TVP", "EVP").assign(method="TVP - EVP")
-    write(path, pd.concat([results.summary(), compared, results.mean()]).round(4).to_csv(index=False))
+    write(
+        path, pd.concat([results.summary(), compared, results.mean()]).round(4).to_csv(index=False)
+    )
 
 
 def tasks(work: Path, mine) -> None:
@@ -101,31 +165,64 @@ def tasks(work: Path, mine) -> None:
     zoo = load_zoo("tiny")
     for home in mine(task_names()):
         path = work / "beyond" / f"tasks-{home}.csv"
-        if path.exists(): continue
-        task, prompts = load_task(home), prompts_of(work, home, METHODS[1:]) | {"frame": VisualPrompt(zoo.size, zoo.width)}
+        if path.exists():
+            continue
+        task = load_task(home)
+        prompts = prompts_of(work, home, METHODS[1:]) | {"frame": VisualPrompt(zoo.size, zoo.width)}
         how = dict(source=SOURCE, limit=PICTURES, targets=SOME)
-        results = evaluate_retention(prompts, task, [load_task(name) for name in task_names() if name != home], zoo, **how)
-        if others := relatives(task): results = TransferResults([*results.runs, *evaluate_generalisation(prompts, task, others, zoo, **how).runs[1:]])
+        results = evaluate_retention(
+            prompts, task, [load_task(name) for name in task_names() if name != home], zoo, **how
+        )
+        if others := relatives(task):
+            results = TransferResults(
+                [
+                    *results.runs,
+                    *evaluate_generalisation(prompts, task, others, zoo, **how).runs[1:],
+                ]
+            )
         save(path, results)
 
 
 def corruptions(work: Path, mine) -> None:
     "Two tasks with bad pictures."
     zoo = load_zoo("tiny")
-    for home, kind in mine([(home, kind) for home in ("shapes", "digits") for kind in ("clean", *CORRUPTIONS)]):
+    for home, kind in mine(
+        [(home, kind) for home in ("shapes", "digits") for kind in ("clean", *CORRUPTIONS)]
+    ):
         path = work / "beyond" / f"corruption-{home}-{kind}.csv"
-        if path.exists(): continue
+        if path.exists():
+            continue
         bad = None if kind == "clean" else every_corruption(kind, SEVERITIES)
-        save(path, evaluate_transfer(prompts_of(work, home, METHODS[1:]), load_task(home), zoo, source=SOURCE, limit=BAD_PICTURES, targets=SOME, corruption=bad))
+        save(
+            path,
+            evaluate_transfer(
+                prompts_of(work, home, METHODS[1:]),
+                load_task(home),
+                zoo,
+                source=SOURCE,
+                limit=BAD_PICTURES,
+                targets=SOME,
+                corruption=bad,
+            ),
+        )
 
 
 def collect(work: Path, mine) -> None:
     "Small tables of all results."
-    for name, pattern in (("beyond_tasks", "tasks-*.csv"), ("beyond_corruptions", "corruption-*.csv")):
+    for name, pattern in (
+        ("beyond_tasks", "tasks-*.csv"),
+        ("beyond_corruptions", "corruption-*.csv"),
+    ):
         tables = [pd.read_csv(path) for path in sorted((work / "beyond").glob(pattern))]
-        if not tables: continue
-        rows = pd.concat(tables).drop(columns=["source", "metric", "tower", "baseline"])  # one source, one metric
-        write(RESULTS / f"{name}.csv", rows[rows.target.isna() | rows.method.isin(["EVP", "TVP"])].to_csv(index=False))
+        if not tables:
+            continue
+        # one source, one metric
+        rows = pd.concat(tables).drop(columns=["source", "metric", "tower", "baseline"])
+        write(
+            RESULTS / f"{name}.csv",
+            rows[rows.target.isna() | rows.method.isin(["EVP", "TVP"])].to_csv(index=False),
+        )
 
 
-if __name__ == "__main__": run_stage(__doc__, tasks, corruptions, collect)
+if __name__ == "__main__":
+    run_stage(__doc__, tasks, corruptions, collect)

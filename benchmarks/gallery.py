@@ -4,6 +4,7 @@
 
 The recipe, its range and the seed are fixed beforehand; test pictures are looked at once, for the table on the card.
 """
+
 import argparse
 import shutil
 import time
@@ -18,29 +19,52 @@ from tvp.task_loading import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.zoo import load_zoo
 
-SOURCE, SEED, RANGE = "tiny-minigpt4", 0, "uint8"
+SOURCE = "tiny-minigpt4"
+SEED = 0
+RANGE = "uint8"
 
 
 def make(task_name: str, folder: Path) -> None:
     "One prompt with its card."
-    zoo, task = load_zoo("tiny"), load_task(task_name)
-    learner, start = make_learner(SOURCE, task_name, SEED, RANGE, find_recipe("TVP").lr), time.monotonic()
+    zoo = load_zoo("tiny")
+    task = load_task(task_name)
+    learner = make_learner(SOURCE, task_name, SEED, RANGE, find_recipe("TVP").lr)
+    start = time.monotonic()
     prompt = learner.fit()
     seconds = time.monotonic() - start
     results = evaluate_transfer(prompt, task, zoo, seed=SEED)
     shutil.rmtree(folder, ignore_errors=True)
-    prompt.save_pretrained(folder, model_card_kwargs=dict(results=results, seconds=seconds, license="apache-2.0", name=f"tvp/data/gallery/{folder.name}"))
-    print(folder.name, results.summary().query("method == 'TVP'")[["group", "clean", "prompted", "gain"]].round(3).to_string(index=False), sep="\n", flush=True)
+    prompt.save_pretrained(
+        folder,
+        model_card_kwargs=dict(
+            results=results,
+            seconds=seconds,
+            license="apache-2.0",
+            name=f"tvp/data/gallery/{folder.name}",
+        ),
+    )
+    print(
+        folder.name,
+        results.summary()
+        .query("method == 'TVP'")[["group", "clean", "prompted", "gain"]]
+        .round(3)
+        .to_string(index=False),
+        sep="\n",
+        flush=True,
+    )
 
 
 def main() -> None:
     "Make all of them."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=GALLERY, help="folder for the prompts' folders")
     parser.add_argument("--task", choices=task_names(), nargs="+", default=task_names())
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.task: make(name, args.out / f"{name}-tvp")
+    for name in args.task:
+        make(name, args.out / f"{name}-tvp")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from torch import nn
 import tvp
 from tvp import torch_settings
 
-SIZES = {"0.4 M": (64, 8), "3 M": (256, 4), "13 M": (512, 4), "43 M": (768, 6), "101 M": (1024, 8)}  # width, layers
+# width, layers
+SIZES = {"0.4 M": (64, 8), "3 M": (256, 4), "13 M": (512, 4), "43 M": (768, 6), "101 M": (1024, 8)}
 
 
 @contextmanager
@@ -51,7 +52,9 @@ def zoo_update():
 
 def transformer_update(width: int, layers: int):
     "Make the function that goes forward and backward once: 16 images of 45 tokens, frozen weights."
-    layer = nn.TransformerEncoderLayer(width, width // 64 or 1, 4 * width, dropout=0, batch_first=True, norm_first=True)
+    layer = nn.TransformerEncoderLayer(
+        width, width // 64 or 1, 4 * width, dropout=0, batch_first=True, norm_first=True
+    )
     model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).requires_grad_(False)
     tokens = torch.randn(16, 45, width, requires_grad=True)
     return lambda: model(tokens).square().mean().backward()
@@ -66,7 +69,8 @@ def rate(update, threads: int, busy: bool, seconds: float) -> float:
         made = 0
         while now - start < seconds:
             update()
-            made, now = made + 1, time.perf_counter()
+            made = made + 1
+            now = time.perf_counter()
     return made / (now - start)
 
 
@@ -79,18 +83,27 @@ def measured(update, seconds: float, rounds: int) -> dict:
         load.append(round(os.getloadavg()[0], 2))
         for setting in settings:
             rates[setting].append(rate(update, *setting, seconds))
-    names = {s: f"{s[0]} thread{'s' * (s[0] > 1)}, {'one core busy' if s[1] else 'idle'}" for s in settings}
+    names = {
+        s: f"{s[0]} thread{'s' * (s[0] > 1)}, {'one core busy' if s[1] else 'idle'}"
+        for s in settings
+    }
     return {names[s]: round(statistics.median(r), 2) for s, r in rates.items()} | {"load": load}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=4, help="for each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("zoo", "sizes"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    found = {
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
     def keep(name: str, rates: dict):
         found[name] = rates

@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "tutorials" / "02_step_through_training.ipynb"
 LIVE_CELL = "stepper"  # the source of the cell that shows the widget
 TOKEN = "test"
-SECONDS = 10 * 60  # what takes longer hangs: each thing happens within a minute, on two busy cores too
+# what takes longer hangs: each thing happens within a minute, on two busy cores too
+SECONDS = 10 * 60
 LIMIT = 30 * 60  # seconds for all of it
 VIEWPORT = {"width": 1360, "height": 1200}
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # no question in a corner of the page
 
-# Behind the tutorial's cells: a transfer matrix that is quick to make (the tutorial's own takes three trainings).
+# Behind the tutorial's cells: a transfer matrix that is quick to make (the tutorial's own takes
+# three trainings).
 EXPLORER_CELLS = (
     """quick = tvp.make_learner("EVP", zoo, "tiny-minigpt4", task)
 for _, record in zip(range(20), quick.steps()): pass
@@ -71,18 +73,34 @@ def free_port():
 
 def lab_environment(home):
     "Its own home: no settings of the user, and no trace left."
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython", "MPLCONFIGDIR": "mpl"}
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+        "MPLCONFIGDIR": "mpl",
+    }
     own = {name: str(home / folder) for name, folder in folders.items()}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **own, **quiet, "HOME": str(home), "PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT / "tools" / "strict"), str(ROOT)])}
+    return {
+        **os.environ,
+        **own,
+        **quiet,
+        "HOME": str(home),
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tools" / "strict"), str(ROOT)]),
+    }
 
 
 def copy_notebook(notebook, folder):
     "The notebook, with the explorer's cells behind its own."
     book = json.loads(notebook.read_text(encoding="utf-8"))
     fresh = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
-    book["cells"] += [{**fresh, "id": f"explorer-{i}", "source": source} for i, source in enumerate(EXPLORER_CELLS)]
+    book["cells"] += [
+        {**fresh, "id": f"explorer-{i}", "source": source}
+        for i, source in enumerate(EXPLORER_CELLS)
+    ]
     (folder / notebook.name).write_text(json.dumps(book), encoding="utf-8")
 
 
@@ -90,17 +108,35 @@ def copy_notebook(notebook, folder):
 def jupyterlab(notebook):
     "A server with a copy of the notebook; gives the notebook's address."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        home, port = Path(folder).resolve(), free_port()
+        home = Path(folder).resolve()
+        port = free_port()
         settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
         for path in (home / "work", settings):
             path.mkdir(parents=True)
         (settings / "notification.jupyterlab-settings").write_text(json.dumps(NO_NEWS))
         copy_notebook(notebook, home / "work")
-        options = ["--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
-                   f"--ServerApp.root_dir={home / 'work'}", "--LabApp.news_url=None", "--expose-app-in-browser"]  # fmt: skip
+        options = [
+            "--allow-root",
+            "--no-browser",
+            "--ip=127.0.0.1",
+            f"--port={port}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={TOKEN}",
+            # fmt: skip
+            f"--ServerApp.root_dir={home / 'work'}",
+            "--LabApp.news_url=None",
+            "--expose-app-in-browser",
+        ]
         with open(home / "log", "w") as log:
             command = [sys.executable, "-m", "jupyterlab", *options]
-            server = subprocess.Popen(command, env=lab_environment(home), cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            server = subprocess.Popen(
+                command,
+                env=lab_environment(home),
+                cwd=home,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         try:
             wait_for_server(server, port, home / "log")
             yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?reset&token={TOKEN}"
@@ -172,17 +208,29 @@ PICTURES = """async (cell) => Promise.all([...cell.querySelectorAll('img.widget-
   return image.naturalWidth > 0 && image.getBoundingClientRect().width > 100 ? mark : 0 }))"""
 
 # a promise of the page, but not for ever
-IN_TIME = "(given) => Promise.race([(%s)(given), new Promise((_, no) => setTimeout(() => no(new Error('not within %d ms')), %d))])"
+IN_TIME = (
+    "(given) => Promise.race([(%s)(given), new Promise((_, no) => setTimeout(() => no(new "
+    "Error('not "
+    "within %d ms')), %d))])"
+)
 
 
 class Page:
     "The notebook in the browser, and what can be done with its widgets."
 
     def __init__(self, page, address, end):
-        self.page, self.address, self.console, self.end = page, address, [], end
+        self.page = page
+        self.address = address
+        self.console = []
+        self.end = end
         page.on("pageerror", lambda error: self.console.append(str(error)))
-        self.stepper = page.locator(".jp-CodeCell", has=page.locator("button.jupyter-button", has_text=re.compile(r"^\s*reset\s*$")))
-        self.explorer = page.locator(".jp-CodeCell", has=page.locator(".widget-html", has_text="plugged into →"))
+        self.stepper = page.locator(
+            ".jp-CodeCell",
+            has=page.locator("button.jupyter-button", has_text=re.compile(r"^\s*reset\s*$")),
+        )
+        self.explorer = page.locator(
+            ".jp-CodeCell", has=page.locator(".widget-html", has_text="plugged into →")
+        )
 
     def left(self):
         "Milliseconds for the next thing to happen."
@@ -227,7 +275,9 @@ class Page:
 
     def words(self, of=None):
         "The line of numbers below the stepper's buttons, or the explorer's sentence."
-        told = (of or self.stepper).locator(".widget-html", has_text=re.compile(r"update \d+ of|pictures fixed"))
+        told = (of or self.stepper).locator(
+            ".widget-html", has_text=re.compile(r"update \d+ of|pictures fixed")
+        )
         return re.sub(r"\s+", " ", told.first.inner_text()).strip()
 
     def says(self):
@@ -246,7 +296,8 @@ class Page:
         return self.words().startswith(status) and self.update() == update
 
     def pictures(self, of=None):
-        "A mark for each picture; 0 for one that is not shown. A picture may be replaced while we look."
+        """A mark for each picture; 0 for one that is not shown. A picture may be replaced while we
+        look."""
         for _ in range(10):
             with contextlib.suppress(Exception):
                 return (of or self.stepper).evaluate(PICTURES)
@@ -255,14 +306,21 @@ class Page:
 
     def until_new(self, before, of=None):
         "Every picture is another one, and can be seen."
-        changed = lambda now: len(now) == len(before) and all(a != b and b for a, b in zip(before, now, strict=True))
+
+        def changed(now):
+            return len(now) == len(before) and all(
+                a != b and b for a, b in zip(before, now, strict=True)
+            )
+
         self.until("all pictures change", lambda: changed(self.pictures(of)))
 
     # what can be done
 
     def click(self, name):
         "A button of the stepper."
-        self.stepper.locator("button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$")).click()
+        self.stepper.locator(
+            "button.jupyter-button", has_text=re.compile(rf"^\s*{name}\s*$")
+        ).click()
 
     def choose(self, name, value):
         "An entry of a menu."
@@ -302,18 +360,26 @@ def step(page):
     for _ in range(3):
         page.click("step")
     page.until("three more", lambda: page.is_at("paused", 4))
-    page.must_be("Python sees the same", page.execute("print(stepper.state['step'], len(stepper.history))") == "4 4")
+    page.must_be(
+        "Python sees the same",
+        page.execute("print(stepper.state['step'], len(stepper.history))") == "4 4",
+    )
 
 
 def run_and_pause(page):
     "It runs while the kernel answers, pauses and stays."
     before = page.pictures()
     page.click("run")
-    page.until("it runs", lambda: page.words().startswith(("running", "asking")) and page.update() > 5)
+    page.until(
+        "it runs", lambda: page.words().startswith(("running", "asking")) and page.update() > 5
+    )
     begin = time.monotonic()
     first, second = (int(page.execute('print(stepper.state["step"])')) for _ in range(2))
     took = time.monotonic() - begin
-    page.must_be(f"the kernel answers while it runs (took {took:.1f} s, updates {first}, {second})", first <= second)
+    page.must_be(
+        f"the kernel answers while it runs (took {took:.1f} s, updates {first}, {second})",
+        first <= second,
+    )
     page.until("it goes on", lambda: page.update() > second)
     table = page.stepper.locator(".widget-html", has_text="validation pictures")
     page.until("the models are asked again", lambda: "after update 20" in table.inner_text())
@@ -323,9 +389,17 @@ def run_and_pause(page):
     paused = time.monotonic() - begin
     number = page.update()
     page.until_new(before)
-    page.until("nothing is left to do", lambda: page.execute("print(stepper.background.task, stepper.running)") == "None False")
-    page.must_be("a paused training stays", page.update() == number == int(page.execute('print(stepper.state["step"])')))
-    return f"{number} updates, the kernel answered twice in {took:.1f} s, paused after {paused:.1f} s"
+    page.until(
+        "nothing is left to do",
+        lambda: page.execute("print(stepper.background.task, stepper.running)") == "None False",
+    )
+    page.must_be(
+        "a paused training stays",
+        page.update() == number == int(page.execute('print(stepper.state["step"])')),
+    )
+    return (
+        f"{number} updates, the kernel answered twice in {took:.1f} s, paused after {paused:.1f} s"
+    )
 
 
 def move_slider(page):
@@ -339,8 +413,14 @@ def move_slider(page):
         handle.press("ArrowRight")
     page.until("a new training", lambda: page.is_at("ready", 0))
     page.must_be("the slider shows another number", readout.inner_text() != before)
-    seen = lambda: float(page.execute('print(stepper.settings["fca"])'))
-    page.until("Python sees what the slider shows", lambda: abs(seen() - float(readout.inner_text())) < 1e-6)
+
+    def seen():
+        return float(page.execute('print(stepper.settings["fca"])'))
+
+    page.until(
+        "Python sees what the slider shows",
+        lambda: abs(seen() - float(readout.inner_text())) < 1e-6,
+    )
     page.until("the new training is ready", lambda: page.is_at("ready", 0))
     return f"FCA weight {before} -> {readout.inner_text()}"
 
@@ -348,7 +428,9 @@ def move_slider(page):
 def change_method(page):
     "Another method brings its recipe."
     page.choose("method", "VP")
-    page.until("VP's learning rate", lambda: float(page.slider("learning rate")[1].inner_text()) == 4)
+    page.until(
+        "VP's learning rate", lambda: float(page.slider("learning rate")[1].inner_text()) == 4
+    )
     page.must_be("no FCA for VP", float(page.slider("FCA weight")[1].inner_text()) == 0)
     page.click("step")
     page.until("a step of VP", lambda: page.is_at("paused", 1))
@@ -364,12 +446,17 @@ def change_task(page):
     page.click("step")
     page.until("a step", lambda: page.is_at("paused", 1))
     page.until_new(before)
-    page.must_be("it is about digits", page.execute("print(stepper.training.task.name)") == "digits")
+    page.must_be(
+        "it is about digits", page.execute("print(stepper.training.task.name)") == "digits"
+    )
 
 
 def fail_and_reset(page):
     "What goes wrong is said in words, and can be mended."
-    page.execute("from unittest.mock import patch; failing = patch('tvp.watch.advance', side_effect=MemoryError('no room for this')); failing.start()")
+    page.execute(
+        "from unittest.mock import patch; failing = patch('tvp.watch.advance', "
+        "side_effect=MemoryError('no room for this')); failing.start()"
+    )
     page.click("step")
     page.until("the error is shown", lambda: page.words().startswith("stopped: no room for this"))
     page.execute("failing.stop()")
@@ -390,25 +477,45 @@ def show_explorer(page):
 
 def click_cell(page):
     "Another cell: another sentence, other pictures, fixed and broken."
-    before, words = page.pictures(page.explorer), page.words(page.explorer)
+    before = page.pictures(page.explorer)
+    words = page.words(page.explorer)
     page.explorer.locator("button.jupyter-button[title*='→ tiny-llava']").first.click()
     page.until("the other model's name", lambda: "tiny-llava:" in page.words(page.explorer))
     page.until_new(before, page.explorer)
-    told = page.execute("print(quick_explorer.selected['target'], *(int((quick_explorer.cases.change == kind).sum()) for kind in ('fixed', 'broken')))")
+    told = page.execute(
+        "print(quick_explorer.selected['target'], *(int((quick_explorer.cases.change == "
+        "kind).sum()) for kind in ('fixed', 'broken')))"
+    )
     target, fixed, broken = told.split()
     now = page.words(page.explorer)
-    page.must_be(f"the page says what Python says ({told}; {now})", target == "tiny-llava" and f"{fixed} of 60 pictures fixed, {broken} broken" in now)
+    page.must_be(
+        f"the page says what Python says ({told}; {now})",
+        target == "tiny-llava" and f"{fixed} of 60 pictures fixed, {broken} broken" in now,
+    )
     page.must_be("it is another sentence", now != words)
     return now
 
 
 def no_errors(page):
-    "No error in any cell (a deprecated call of ours is one), no traceback, none in the browser's console."
+    """No error in any cell (a deprecated call of ours is one), no traceback, none in the browser's
+    console."""
     found = page.evaluate(ERRORS) + page.console
     page.must_be(f"no errors: {found}", not found)
 
 
-STORY = (open_notebook, show, step, run_and_pause, move_slider, change_method, change_task, fail_and_reset, show_explorer, click_cell, no_errors)
+STORY = (
+    open_notebook,
+    show,
+    step,
+    run_and_pause,
+    move_slider,
+    change_method,
+    change_task,
+    fail_and_reset,
+    show_explorer,
+    click_cell,
+    no_errors,
+)
 
 
 def tell(address, shots, report, end):
@@ -416,7 +523,9 @@ def tell(address, shots, report, end):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(viewport=VIEWPORT)
+        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(
+            viewport=VIEWPORT
+        )
         page = Page(window, address, end)
         for number, part in enumerate(STORY):
             begin = time.monotonic()
@@ -427,13 +536,17 @@ def tell(address, shots, report, end):
                 with contextlib.suppress(Exception):
                     window.screenshot(path=shot, timeout=10_000)
                 return [f"{part.__name__}: {type(error).__name__}: {error} (screenshot: {shot})"]
-            report(f"        {time.monotonic() - begin:5.1f} s  {part.__doc__}{f' ({told})' if told else ''}")
+            report(
+                f"        {time.monotonic() - begin:5.1f} s  "
+                f"{part.__doc__}{f' ({told})' if told else ''}"
+            )
             window.screenshot(path=shots / f"{number}_{part.__name__}.png")
         return []
 
 
 def stepper_in_browser(shots=None, notebook=NOTEBOOK, report=print):
-    "The stepper and the explorer work in JupyterLab, in a real browser; returns problems, none where it cannot be tried."
+    """The stepper and the explorer work in JupyterLab, in a real browser; returns problems, none
+    where it cannot be tried."""
     if missing():
         report(f"        skipped: {missing()}")
         return []
@@ -452,5 +565,10 @@ def stepper_in_browser(shots=None, notebook=NOTEBOOK, report=print):
 if __name__ == "__main__":
     begin = time.monotonic()
     problems = stepper_in_browser(*sys.argv[1:])
-    print(*problems, f"{time.monotonic() - begin:.0f} s, {'FAILED' if problems else 'skipped' if missing() else 'passed'}", sep="\n")
+    print(
+        *problems,
+        f"{time.monotonic() - begin:.0f} s, "
+        f"{'FAILED' if problems else 'skipped' if missing() else 'passed'}",
+        sep="\n",
+    )
     sys.exit(bool(problems))

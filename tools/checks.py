@@ -35,8 +35,16 @@ CFG = get_config(path=ROOT)
 SITE = CFG.doc_host + CFG.doc_baseurl
 SKIPPED = {"__pycache__", "_proc", "build", "dist"}
 STRICT = ROOT / "tools" / "strict"  # on PYTHONPATH: deprecated calls of our code are errors
-QUIET = {name: "1" for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")}
-QUIET["TRANSFORMERS_VERBOSITY"] = "error"  # libraries read these when they are imported, which is before a notebook begins
+QUIET = {
+    name: "1"
+    for name in (
+        "TQDM_DISABLE",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    )
+}
+# libraries read these when they are imported, which is before a notebook begins
+QUIET["TRANSFORMERS_VERBOSITY"] = "error"
 HANGS = 30 * 60  # seconds; no command takes more than a tenth
 TUTORIALS = "tutorials"
 INDEX = Path("index.ipynb")
@@ -51,8 +59,16 @@ def files(folder, suffix=""):
     "Files under `folder`, sorted, relative to it, without caches, hidden folders and build output."
     found = []
     for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "." and name not in SKIPPED and not name.endswith(".egg-info")]
-        found += [Path(here, name).relative_to(folder) for name in names if name[0] != "." and name.endswith(suffix)]
+        folders[:] = [
+            name
+            for name in folders
+            if name[0] != "." and name not in SKIPPED and not name.endswith(".egg-info")
+        ]
+        found += [
+            Path(here, name).relative_to(folder)
+            for name in names
+            if name[0] != "." and name.endswith(suffix)
+        ]
     return sorted(found)
 
 
@@ -63,7 +79,11 @@ def text(path):
 
 def state():
     "Size and time of every file of the tree."
-    return {path: (status.st_size, status.st_mtime_ns) for path in files(ROOT) for status in [(ROOT / path).stat()]}
+    return {
+        path: (status.st_size, status.st_mtime_ns)
+        for path in files(ROOT)
+        for status in [(ROOT / path).stat()]
+    }
 
 
 def tree_untouched(before):
@@ -90,7 +110,11 @@ def difference(name, have, want, hint):
     "What is wrong with a file, in a few lines; nothing where both texts agree."
     if have == want:
         return []
-    lines = list(difflib.unified_diff(have.splitlines(), want.splitlines(), "in the tree", "as generated", lineterm="", n=0))
+    lines = list(
+        difflib.unified_diff(
+            have.splitlines(), want.splitlines(), "in the tree", "as generated", lineterm="", n=0
+        )
+    )
     return [f"{name}: {hint}", *(f"  {line}" for line in lines[2:12])]
 
 
@@ -99,7 +123,9 @@ def difference(name, have, want, hint):
 
 def tool(name):
     "A console script of this environment."
-    return shutil.which(name, path=str(Path(sys.executable).parent)) or sys.exit(f"{name} is missing from .venv")
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or sys.exit(
+        f"{name} is missing from .venv"
+    )
 
 
 def stop(process):
@@ -113,8 +139,12 @@ def stop(process):
 
 def run(*command, cwd, **env):
     "Run a command; returns its exit status (None: it hung) and what it printed."
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    process = subprocess.Popen(list(map(str, command)), cwd=cwd, env={**os.environ, **env}, start_new_session=True, **pipes)
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=cwd, env={**os.environ, **env}, start_new_session=True, **pipes
+    )
     late = threading.Event()
     timer = threading.Timer(HANGS, lambda: (late.set(), stop(process)))
     timer.start()
@@ -133,7 +163,11 @@ def must_run(*command, **options):
     "Run a command that has to succeed."
     status, output = run(*command, **options)
     if status != 0:
-        why = f"hung: ended after {HANGS // 60} minutes" if status is None else f"ended with status {status}"
+        why = (
+            f"hung: ended after {HANGS // 60} minutes"
+            if status is None
+            else f"ended with status {status}"
+        )
         raise RuntimeError(f"{Path(command[0]).name} {why}:\n{output[-1500:]}")
     return output
 
@@ -143,11 +177,16 @@ def must_run(*command, **options):
 
 def notebooks(root=ROOT):
     "The notebooks that nbdev exports, tests and publishes, relative to nbs/."
-    return [path for path in files(root / "nbs", ".ipynb") if not any(part.startswith("_") for part in path.parts)]
+    return [
+        path
+        for path in files(root / "nbs", ".ipynb")
+        if not any(part.startswith("_") for part in path.parts)
+    ]
 
 
 def exports_in_step(copy):
-    "tvp/ is what nbdev_export makes of nbs/: no module edited by hand, left behind, or not exported yet."
+    """tvp/ is what nbdev_export makes of nbs/: no module edited by hand, left behind, or not
+    exported yet."""
     for path in files(copy / "tvp", ".py"):
         if path.name != "__init__.py":  # nbdev only keeps the version in this one
             (copy / "tvp" / path).unlink()
@@ -155,7 +194,9 @@ def exports_in_step(copy):
     problems = []
     for path in sorted({*files(ROOT / "tvp", ".py"), *files(copy / "tvp", ".py")}):
         hint = "not what its notebook exports (run nbdev_export; never edit a module)"
-        problems += difference(f"tvp/{path.as_posix()}", text(ROOT / "tvp" / path), text(copy / "tvp" / path), hint)
+        problems += difference(
+            f"tvp/{path.as_posix()}", text(ROOT / "tvp" / path), text(copy / "tvp" / path), hint
+        )
     return problems
 
 
@@ -165,7 +206,9 @@ def notebooks_clean(copy):
     problems = []
     for path in notebooks():
         hint = "not clean (run nbdev_clean)"
-        problems += difference(f"nbs/{path.as_posix()}", text(ROOT / "nbs" / path), text(copy / "nbs" / path), hint)
+        problems += difference(
+            f"nbs/{path.as_posix()}", text(ROOT / "nbs" / path), text(copy / "nbs" / path), hint
+        )
     return problems
 
 
@@ -173,7 +216,8 @@ def notebooks_light():
     "Saved outputs hold no errors, no widget state, no path of this machine, and stay under 1 MB."
     problems = []
     for path in notebooks():
-        content, name = text(ROOT / "nbs" / path), f"nbs/{path.as_posix()}"
+        content = text(ROOT / "nbs" / path)
+        name = f"nbs/{path.as_posix()}"
         book = json.loads(content)
         outputs = [output for cell in book["cells"] for output in cell.get("outputs", [])]
         if len(content.encode()) > LARGEST_NOTEBOOK:
@@ -194,14 +238,21 @@ def room_of(path):
 
 
 def imports_of(module):
-    "The modules of ours that a module imports at its top; what a function imports when it runs does not count."
+    """The modules of ours that a module imports at its top; what a function imports when it runs
+    does not count."""
     nodes = ast.parse(text(ROOT / "tvp" / f"{module}.py")).body
-    return {node.module[4:] for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tvp.")}
+    return {
+        node.module[4:]
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tvp.")
+    }
 
 
 def imports_point_back():
     "A module imports modules whose notebooks come before its own."
-    rooms = {room_of(ROOT / "nbs" / path): path.name for path in notebooks() if path.parts[0] == "api"}
+    rooms = {
+        room_of(ROOT / "nbs" / path): path.name for path in notebooks() if path.parts[0] == "api"
+    }
     rooms.pop(None, None)
     return [
         f"nbs/api/{name} imports tvp.{other}, whose notebook {rooms[other]} comes later"
@@ -233,14 +284,19 @@ def output_markdown(output):
     for kind in ("text/markdown", "text/html"):
         if kind in data:
             return "".join(data[kind])
-    return fenced("".join(data["text/plain"])) if "text/plain" in data and "image/png" not in data else ""
+    return (
+        fenced("".join(data["text/plain"]))
+        if "text/plain" in data and "image/png" not in data
+        else ""
+    )
 
 
 class Page:
     "A page as nbdev hands it to Quarto: its front matter and its Markdown."
 
     def __init__(self, path):
-        self.front, self.parts = {}, []
+        self.front = {}
+        self.parts = []
         self.add_text(path) if path.suffix == ".qmd" else self.add_notebook(path)
         self.file = self.front.get("output-file", f"{path.stem}.html")
         self.title = str(self.front.get("title") or self.front.get("pagetitle") or "")
@@ -251,7 +307,9 @@ class Page:
         "A Markdown page; Quarto puts files in the place of their `include`."
         _, front, body = text(path).split("---\n", 2)
         self.front = yaml.safe_load(front)
-        self.parts.append(re.sub(r"{{< include (\S+) >}}", lambda found: text(path.parent / found[1]), body))
+        self.parts.append(
+            re.sub(r"{{< include (\S+) >}}", lambda found: text(path.parent / found[1]), body)
+        )
 
     def add_notebook(self, path):
         "Markdown cells, code and outputs."
@@ -289,7 +347,8 @@ def read_pages(root):
 
 def pages_made(copy, pages):
     "nbdev turns every notebook into a page."
-    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)"  # the command nbdev_proc_nbs would want Quarto
+    # the command nbdev_proc_nbs would want Quarto
+    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)"
     output = must_run(sys.executable, "-c", code, cwd=copy)
     missing = [path.as_posix() for path in page_paths(copy) if not (copy / "_proc" / path).exists()]
     if missing:  # nbdev prints the error and goes on
@@ -325,7 +384,11 @@ def sidebar_entries(contents, section="Start"):
     "The sidebar's pages in their order, each with its section."
     for entry in contents:
         if isinstance(entry, dict) and "section" in entry:
-            inner = entry["section"] if section in ("Start", "More") else f"{section}: {entry['section']}"
+            inner = (
+                entry["section"]
+                if section in ("Start", "More")
+                else f"{section}: {entry['section']}"
+            )
             yield from sidebar_entries(entry["contents"], inner)
             section = "More" if section == "Start" else section
         else:
@@ -336,22 +399,52 @@ def sidebar_complete(pages):
     "The sidebar in _quarto.yml lists every page once; the bar above leads to pages, too."
     options = site_options()
     listed = [path for _, path in sidebar_entries(options["sidebar"]["contents"])]
-    linked = [Path(entry["href"]) for part in (options["navbar"], options["page-footer"]) for side in part.values() if isinstance(side, list) for entry in side]
-    problems = [f"nbs/{path.as_posix()} is not in the sidebar: give it a line in _quarto.yml" for path in pages if path not in listed]
-    problems += [f"{path.as_posix()} is {listed.count(path)} times in the sidebar" for path in dict.fromkeys(listed) if listed.count(path) > 1]
-    return problems + [f"_quarto.yml names {path.as_posix()}, and there is no such page" for path in listed + linked if path not in pages and ":" not in path.parts[0]]
+    linked = [
+        Path(entry["href"])
+        for part in (options["navbar"], options["page-footer"])
+        for side in part.values()
+        if isinstance(side, list)
+        for entry in side
+    ]
+    problems = [
+        f"nbs/{path.as_posix()} is not in the sidebar: give it a line in _quarto.yml"
+        for path in pages
+        if path not in listed
+    ]
+    problems += [
+        f"{path.as_posix()} is {listed.count(path)} times in the sidebar"
+        for path in dict.fromkeys(listed)
+        if listed.count(path) > 1
+    ]
+    return problems + [
+        f"_quarto.yml names {path.as_posix()}, and there is no such page"
+        for path in listed + linked
+        if path not in pages and ":" not in path.parts[0]
+    ]
 
 
 def site_texts(pages):
-    "llms.txt, which lists every page for programs that read, and each page as Markdown: paths on the site and texts."
-    made, section = [f"# {CFG.title}", f"> {CFG.description}"], ""
+    """llms.txt, which lists every page for programs that read, and each page as Markdown: paths on
+    the site and texts."""
+    made = [f"# {CFG.title}", f"> {CFG.description}"]
+    section = ""
     for here, path in sidebar_entries(site_options()["sidebar"]["contents"]):
         page = pages[path]
         made += [f"\n## {here}\n"] if here != section else []
-        made.append(f"- [{page.title}]({SITE}/{(path.parent / page.file).as_posix()}.md): {page.description}")
+        made.append(
+            f"- [{page.title}]({SITE}/{(path.parent / page.file).as_posix()}.md): "
+            f"{page.description}"
+        )
         section = here
-    bodies = {path: page.markdown.replace(NBDEV_NOTICE, "").lstrip().removeprefix(f"# {page.title}\n") for path, page in pages.items()}
-    texts = {f"{(path.parent / page.file).as_posix()}.md": f"# {page.title}\n\n> {page.description}\n\n{bodies[path]}" for path, page in pages.items()}
+    bodies = {
+        path: page.markdown.replace(NBDEV_NOTICE, "").lstrip().removeprefix(f"# {page.title}\n")
+        for path, page in pages.items()
+    }
+    texts = {
+        f"{(path.parent / page.file).as_posix()}.md": f"# {page.title}\n\n> "
+        f"{page.description}\n\n{bodies[path]}"
+        for path, page in pages.items()
+    }
     return {"llms.txt": "\n".join(made) + "\n", **texts}
 
 
@@ -364,7 +457,10 @@ def texts_for_programs(pages):
 
 def readme_text(page):
     "README.md: the title, the one-line description, then the cells of the index."
-    notice = "<!-- Made from nbs/index.ipynb by `python tools/dev.py readme`: edit the notebook instead. -->"
+    notice = (
+        "<!-- Made from nbs/index.ipynb by `python tools/dev.py "
+        "readme`: edit the notebook instead. -->"
+    )
     body = page.markdown.replace(NBDEV_NOTICE, notice)
     return f"# {page.front['title']}\n\n> {page.front['description']}\n\n{body}"
 
@@ -393,7 +489,8 @@ class Html(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.anchors, self.links = set(), []
+        self.anchors = set()
+        self.links = []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -437,12 +534,15 @@ class Site:
     def __init__(self, pages):
         self.html = {path: pandoc(page.everything(), "markdown") for path, page in pages.items()}
         self.source = {(path.parent / page.file).as_posix(): path for path, page in pages.items()}
-        self.generated, self.texts = generated_links(), set(site_texts(pages))
+        self.generated = generated_links()
+        self.texts = set(site_texts(pages))
 
     def broken(self, path, link):
         "What is wrong with a link on the page made from nbs/`path`, or None."
         if in_repository(link):
-            return None if (ROOT / in_repository(link)).exists() else "no such file in the repository"
+            return (
+                None if (ROOT / in_repository(link)).exists() else "no such file in the repository"
+            )
         if link in self.generated:
             return self.check(Path(urlsplit(link[len(SITE) + 1 :]).path), "")
         if link == SITE or link.startswith(f"{SITE}/"):
@@ -460,8 +560,16 @@ class Site:
             return "leaves the site; link to the file in the repository"
         source = self.source.get(target.as_posix(), target)
         if source not in self.html:
-            return None if target.as_posix() in self.texts or (ROOT / "nbs" / target).is_file() else "no such page"
-        return f"no anchor #{anchor}" if anchor and unquote(anchor) not in self.html[source].anchors else None
+            return (
+                None
+                if target.as_posix() in self.texts or (ROOT / "nbs" / target).is_file()
+                else "no such page"
+            )
+        return (
+            f"no anchor #{anchor}"
+            if anchor and unquote(anchor) not in self.html[source].anchors
+            else None
+        )
 
 
 def page_links(site):
@@ -503,16 +611,30 @@ def links_lead_somewhere(pages):
 def packages_complete(copy):
     "A wheel and a source package can be built, and hold every module and every data file."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        must_run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy, cwd=copy)
-        wheel, sdist = next(Path(folder).glob("*.whl")), next(Path(folder).glob("*.tar.gz"))
+        must_run(
+            sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy, cwd=copy
+        )
+        wheel = next(Path(folder).glob("*.whl"))
+        sdist = next(Path(folder).glob("*.tar.gz"))
         in_wheel = set(zipfile.ZipFile(wheel).namelist())
         with tarfile.open(sdist) as archive:
             in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    data = {f"tvp/{folder}/{path.as_posix()}" for folder in ("data", "templates") for path in files(ROOT / "tvp" / folder)}
-    wanted = data | {f"tvp/{path.as_posix()}" for suffix in (".py", ".pyi") for path in files(copy / "tvp", suffix)}
+    data = {
+        f"tvp/{folder}/{path.as_posix()}"
+        for folder in ("data", "templates")
+        for path in files(ROOT / "tvp" / folder)
+    }
+    wanted = data | {
+        f"tvp/{path.as_posix()}"
+        for suffix in (".py", ".pyi")
+        for path in files(copy / "tvp", suffix)
+    }
     problems = [] if data else ["tvp/data and tvp/templates hold no files"]
     problems += [f"the wheel lacks {name}" for name in sorted(wanted - in_wheel)]
-    problems += [f"the source package lacks {name}" for name in sorted((wanted | {"settings.ini", "LICENSE"}) - in_sdist)]
+    problems += [
+        f"the source package lacks {name}"
+        for name in sorted((wanted | {"settings.ini", "LICENSE"}) - in_sdist)
+    ]
     return problems
 
 
@@ -572,9 +694,12 @@ def jobs_pass(report, jobs):
 
 def test(*options):
     "Every check, the quick ones first; returns the exit status."
-    report, before, only_quick = Report(), state(), "--quick" in options
+    report = Report()
+    before = state()
+    only_quick = "--quick" in options
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy, pages = copy_tree(Path(folder).resolve()), {}
+        copy = copy_tree(Path(folder).resolve())
+        pages = {}
         report(exports_in_step, copy)
         report(imports_point_back)
         report(public_documented)
@@ -597,7 +722,11 @@ def test(*options):
     report(tree_untouched, before)
     tutorials = sum(job.seconds for job in chosen if job.name.startswith(TUTORIALS))
     rest = sum(job.seconds for job in chosen) - tutorials
-    print(f"CPU seconds: {tutorials:.0f} in tutorials, {rest:.0f} in notebooks and scripts, {spent:.0f} in all other checks", flush=True)
+    print(
+        f"CPU seconds: {tutorials:.0f} in tutorials, {rest:.0f} in notebooks and scripts, "
+        f"{spent:.0f} in all other checks",
+        flush=True,
+    )
     if not only_quick and not report.failed and record(jobs):
         print("tools/seconds.json now has the seconds of each job: commit it", flush=True)
     print(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped", flush=True)
@@ -607,7 +736,8 @@ def test(*options):
 def readme():
     "Write README.md from nbs/index.ipynb; returns the exit status."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy, pages = copy_tree(Path(folder).resolve()), {}
+        copy = copy_tree(Path(folder).resolve())
+        pages = {}
         index_made(copy, pages)
         with open(ROOT / "README.md", "w", encoding="utf-8", newline="\n") as file:
             file.write(readme_text(pages[INDEX]))
@@ -615,7 +745,8 @@ def readme():
 
 
 def texts():
-    "Write llms.txt and each page as Markdown into docs/, after nbdev_docs; returns the exit status."
+    """Write llms.txt and each page as Markdown into docs/, after nbdev_docs; returns the exit
+    status."""
     for name, content in site_texts(read_pages(ROOT)).items():
         (ROOT / CFG.doc_path.name / name).write_text(content, encoding="utf-8", newline="\n")
     return 0

@@ -34,7 +34,10 @@ def check_python():
     "Stop early, and say why, where Python is too old."
     wanted = settings()["min_python"]
     if sys.version_info < tuple(map(int, wanted.split("."))):
-        sys.exit(f"tvp needs Python {wanted} or newer, this is {sys.version.split()[0]}: run this file with a newer one.")
+        sys.exit(
+            f"tvp needs Python {wanted} or newer, this is {sys.version.split()[0]}: run this "
+            "file with a newer one."
+        )
 
 
 def lowest():
@@ -53,14 +56,19 @@ def run(*command, **options):
 def run_quietly(*command):
     "Run a command with a dot every ten seconds; what it says is shown only where it fails."
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        begin, status = time.monotonic(), None
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+        )
+        begin = time.monotonic()
+        status = None
         while status is None:
             try:
                 status = process.wait(10)
             except subprocess.TimeoutExpired:
                 print(".", end="", flush=True)
-        print(f" {'failed' if status else 'done'} after {time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f" {'failed' if status else 'done'} after {time.monotonic() - begin:.0f} s", flush=True
+        )
         if status:
             log.seek(0)
             sys.exit(log.read().decode(errors="replace"))
@@ -70,7 +78,9 @@ class Environment:
     "A virtual environment in the clone, with the package in it, editable."
 
     def __init__(self, name=".venv", constraints=(), verbose=False):
-        self.folder, self.constraints, self.verbose = ROOT / name, list(constraints), verbose
+        self.folder = ROOT / name
+        self.constraints = list(constraints)
+        self.verbose = verbose
         self.bin = self.folder / ("Scripts" if os.name == "nt" else "bin")
         self.python = self.bin / ("python.exe" if os.name == "nt" else "python")
         self.stamp = self.folder / "tvp-installed.txt"
@@ -78,7 +88,10 @@ class Environment:
     def create(self):
         "A fresh environment with pip in it."
         print(f"Creating {self.folder}", flush=True)
-        if subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder)]).returncode == 0:
+        if (
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(self.folder)]).returncode
+            == 0
+        ):
             return
         # Some systems ship Python without ensurepip; the pip that came with it can do the same.
         print("Trying once more, with the pip of this Python.", flush=True)
@@ -86,8 +99,12 @@ class Environment:
         run(sys.executable, "-m", "pip", "--python", self.python, "install", "pip")
 
     def install(self, extra=""):
-        "Install the package, unless the environment already holds what settings.ini and setup.py ask for."
-        facts = [str(ROOT), *((ROOT / name).read_text(encoding="utf-8") for name in ("settings.ini", "setup.py"))]
+        """Install the package, unless the environment already holds what settings.ini and setup.py
+        ask for."""
+        facts = [
+            str(ROOT),
+            *((ROOT / name).read_text(encoding="utf-8") for name in ("settings.ini", "setup.py")),
+        ]
         wanted = hashlib.sha256("\n".join(facts).encode()).hexdigest()
         if not self.python.exists():
             self.create()
@@ -97,15 +114,37 @@ class Environment:
         self.stamp.unlink(missing_ok=True)
         limits = self.folder / "constraints.txt"
         limits.write_text("\n".join(self.constraints), encoding="utf-8")
-        pip = [self.python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--use-pep517", "--constraint", limits]
-        print(f"Installing tvp into {self.folder.name} (first time: a few minutes) ", end="\n" if self.verbose else "", flush=True)
-        (run if self.verbose else run_quietly)(*pip, "--editable", f"{ROOT}[{extra}]" if extra else ROOT)
+        pip = [
+            self.python,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--no-input",
+            "install",
+            "--use-pep517",
+            "--constraint",
+            limits,
+        ]
+        print(
+            f"Installing tvp into {self.folder.name} (first time: a few minutes) ",
+            end="\n" if self.verbose else "",
+            flush=True,
+        )
+        (run if self.verbose else run_quietly)(
+            *pip, "--editable", f"{ROOT}[{extra}]" if extra else ROOT
+        )
         self.stamp.write_text(f"{wanted} {extra}", encoding="utf-8")
 
     def run(self, *command, cwd=None, **variables):
         "Run a command as if the environment were activated, with UTF-8 everywhere."
         path = os.pathsep.join([str(self.bin), os.environ.get("PATH", "")])
-        env = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(self.folder), "PYTHONUTF8": "1", **variables}
+        env = {
+            **os.environ,
+            "PATH": path,
+            "VIRTUAL_ENV": str(self.folder),
+            "PYTHONUTF8": "1",
+            **variables,
+        }
         env.pop("PYTHONHOME", None)
         run(*command, cwd=cwd, env=env)
 
@@ -123,7 +162,12 @@ def demo(environment, arguments):
 
 def test(environment, arguments):
     "All checks: no hub, one thread for each of two workers."
-    quiet = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    quiet = dict(
+        HF_HUB_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONUNBUFFERED="1",
+    )
     environment.check("test", *arguments, **quiet)
 
 
@@ -133,9 +177,13 @@ def readme(environment, _):
 
 
 def docs(environment, _):
-    "Build the site into docs/ with nbdev and Quarto; keep the placeholder there and our own README.md."
+    """Build the site into docs/ with nbdev and Quarto; keep the placeholder there and our own
+    README.md."""
     if not shutil.which("quarto"):
-        sys.exit("Building the site needs Quarto 1.7: https://quarto.org/docs/download. Nothing else in this project does.")
+        sys.exit(
+            "Building the site needs Quarto 1.7: https://quarto.org/docs/download. Nothing else "
+            "in this project does."
+        )
     environment.install("dev")
     kept = {path: path.read_bytes() for path in (ROOT / "README.md", ROOT / "docs" / "README.md")}
     try:
@@ -148,7 +196,8 @@ def docs(environment, _):
 
 
 COMMANDS = {"demo": demo, "test": test, "readme": readme, "docs": docs}
-OPTIONS = {"test": {"--quick", "--lowest"}, "readme": set(), "docs": set()}  # those of demo are its own
+# those of demo are its own
+OPTIONS = {"test": {"--quick", "--lowest"}, "readme": set(), "docs": set()}
 
 
 def main():
@@ -160,7 +209,9 @@ def main():
         sys.exit(__doc__.strip())
     check_python()
     low = name == "test" and "--lowest" in arguments
-    environment = Environment(".venv-lowest", lowest(), verbose) if low else Environment(verbose=verbose)
+    environment = (
+        Environment(".venv-lowest", lowest(), verbose) if low else Environment(verbose=verbose)
+    )
     COMMANDS[name](environment, arguments)
 
 

@@ -12,15 +12,33 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OBVIOUS = {"self", "cls", "_", "args", "ax", "device", "dtype", "figure", "path", "folder", "seed", "title"}
-FOREIGN = {"forward", "backward", "extra_repr", "get_image_features"}  # their signatures are those of torch and transformers
+OBVIOUS = {
+    "self",
+    "cls",
+    "_",
+    "args",
+    "ax",
+    "device",
+    "dtype",
+    "figure",
+    "path",
+    "folder",
+    "seed",
+    "title",
+}
+# their signatures are those of torch and transformers
+FOREIGN = {"forward", "backward", "extra_repr", "get_image_features"}
 SHAPED = r"\b(Tensor|ndarray|float|dict|tuple)\b"  # results with a shape, a unit or parts
 SHAPE = r"\([\w +*]+,[\w, +*]*\)|scalar"  # "(B, N)" or "a scalar" in a docstring
 
 
 def listed(tree):
     "A module's `__all__`."
-    values = (node.value for node in tree.body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__")
+    values = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+    )
     return set(ast.literal_eval(next(values, ast.List([]))))
 
 
@@ -29,7 +47,9 @@ class Module:
 
     def __init__(self, path, classes):
         self.source = path.read_text(encoding="utf-8")
-        self.tree, self.lines, self.classes = ast.parse(self.source), self.source.splitlines(), classes
+        self.tree = ast.parse(self.source)
+        self.lines = self.source.splitlines()
+        self.classes = classes
 
     def comment(self, node):
         "Whether a comment follows a node on its line."
@@ -41,7 +61,11 @@ class Module:
 
     def said(self, name, node, docstring):
         "Whether a parameter or a field says what it is."
-        known = name in map(str.lower, self.classes) if node.annotation is None else self.ours(node.annotation)
+        known = (
+            name in map(str.lower, self.classes)
+            if node.annotation is None
+            else self.ours(node.annotation)
+        )
         named = re.search(rf"\b{name.replace('_', '[ _]')}\b", docstring, re.IGNORECASE)
         return bool(known or named) or name in OBVIOUS or self.comment(node) or "see `" in docstring
 
@@ -49,26 +73,46 @@ class Module:
         "Whether a function says what it gives."
         kind = "" if function.returns is None else ast.unparse(function.returns)
         header_end = self.lines[max(function.lineno, function.body[0].lineno - 1) - 1]
-        if "#" in header_end or {"property", "cached_property"} & set(map(ast.unparse, function.decorator_list)):
+        if "#" in header_end or {"property", "cached_property"} & set(
+            map(ast.unparse, function.decorator_list)
+        ):
             return True
-        return not re.search(SHAPED, kind) or self.ours(function.returns) or bool(re.search(SHAPE, ast.get_docstring(function) or ""))
+        return (
+            not re.search(SHAPED, kind)
+            or self.ours(function.returns)
+            or bool(re.search(SHAPE, ast.get_docstring(function) or ""))
+        )
 
     def lacks(self, function):
         "What a function or a method does not say."
-        docstring, inner = ast.get_docstring(function) or "", function.name == "__init__"
+        docstring = ast.get_docstring(function) or ""
+        inner = function.name == "__init__"
         if function.name in FOREIGN:
             return []
         missing = [] if docstring or inner else ["a docstring"]
         arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-        missing += [f"`{argument.arg}`" for argument in arguments if not self.said(argument.arg, argument, docstring)]
+        missing += [
+            f"`{argument.arg}`"
+            for argument in arguments
+            if not self.said(argument.arg, argument, docstring)
+        ]
         return missing if inner or self.result(function) else [*missing, "its result"]
 
     def unsaid_fields(self, kind):
         "What a class does not say."
         docstring = ast.get_docstring(kind) or ""
-        theirs = "PreTrainedConfig" in map(ast.unparse, kind.bases)  # fields named as everywhere in transformers
-        fields = [node for node in kind.body if isinstance(node, ast.AnnAssign) and node.target.id[0] != "_" and not theirs]
-        return ([] if docstring else ["a docstring"]) + [f"`{field.target.id}`" for field in fields if not self.said(field.target.id, field, docstring)]
+        # fields named as everywhere in transformers
+        theirs = "PreTrainedConfig" in map(ast.unparse, kind.bases)
+        fields = [
+            node
+            for node in kind.body
+            if isinstance(node, ast.AnnAssign) and node.target.id[0] != "_" and not theirs
+        ]
+        return ([] if docstring else ["a docstring"]) + [
+            f"`{field.target.id}`"
+            for field in fields
+            if not self.said(field.target.id, field, docstring)
+        ]
 
     def symbols(self):
         "Public functions and methods with their names, and classes."
@@ -76,13 +120,17 @@ class Module:
             if getattr(node, "name", None) in listed(self.tree):
                 yield node.name, node
                 for part in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
-                    if isinstance(part, ast.FunctionDef) and (part.name == "__init__" or part.name[0] != "_"):
+                    if isinstance(part, ast.FunctionDef) and (
+                        part.name == "__init__" or part.name[0] != "_"
+                    ):
                         yield f"{node.name}.{part.name}", part
 
     def undocumented(self):
         "Each symbol that lacks something, and what."
         for name, node in self.symbols():
-            if missing := (self.unsaid_fields if isinstance(node, ast.ClassDef) else self.lacks)(node):
+            if missing := (self.unsaid_fields if isinstance(node, ast.ClassDef) else self.lacks)(
+                node
+            ):
                 yield name, missing
 
 
@@ -91,7 +139,11 @@ def undocumented(folder=ROOT / "tvp"):
     paths = [path for path in sorted(folder.glob("*.py")) if path.name[0] != "_"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-    return [f"tvp.{path.stem}.{name} does not say: {', '.join(missing)}" for path in paths for name, missing in Module(path, classes).undocumented()]
+    return [
+        f"tvp.{path.stem}.{name} does not say: {', '.join(missing)}"
+        for path in paths
+        for name, missing in Module(path, classes).undocumented()
+    ]
 
 
 if __name__ == "__main__":

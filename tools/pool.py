@@ -28,9 +28,20 @@ from saved import SKIPPED, differences, execute
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tools" / "seconds.json"
 WORKERS = 2
-USUAL = 180  # seconds of a job that nobody has measured, so that no job is ended within half an hour
+# seconds of a job that nobody has measured, so that no job is ended within half an hour
+USUAL = 180
 QUICK = 200  # CPU seconds of the notebooks that `--quick` runs, together
-LIBRARIES = ["nbdev.test", "torch", "torchvision", "pandas", "matplotlib.pyplot", "datasets", "accelerate", "transformers.modeling_utils", "tvp.families"]
+LIBRARIES = [
+    "nbdev.test",
+    "torch",
+    "torchvision",
+    "pandas",
+    "matplotlib.pyplot",
+    "datasets",
+    "accelerate",
+    "transformers.modeling_utils",
+    "tvp.families",
+]
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
@@ -47,7 +58,12 @@ class Shell(nbdev.test.CaptureShell):
 
 def skips(cells):
     "What a notebook says that it skipped: lines of its output like `skipped: why`."
-    outputs = [output for cell in cells for output in cell.get("outputs", []) if output["output_type"] == "stream"]
+    outputs = [
+        output
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream"
+    ]
     said = "\n".join("".join(output["text"]) for output in outputs)
     return list(dict.fromkeys(re.findall(r"^skipped: (.+)", said, re.M)))
 
@@ -68,19 +84,32 @@ def serve(connection, folder, environ):
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
-    IPKernelApp.launch_instance(["-f", connection, "--matplotlib=inline", f"--IPKernelApp.parent_handle={os.getppid()}", "--HistoryManager.hist_file=:memory:"])
+    IPKernelApp.launch_instance(
+        [
+            "-f",
+            connection,
+            "--matplotlib=inline",
+            f"--IPKernelApp.parent_handle={os.getppid()}",
+            "--HistoryManager.hist_file=:memory:",
+        ]
+    )
 
 
 class ForkedKernel:
-    "A kernel's process as jupyter_client handles it, forked from this one: the libraries are there already."
+    """A kernel's process as jupyter_client handles it, forked from this one: the libraries are
+    there already."""
 
     stdin = stdout = stderr = None
 
     def __init__(self, command, env, cwd, **_):
         connection = command[command.index("-f") + 1]
-        self.process = multiprocessing.get_context("fork").Process(target=serve, args=(connection, cwd, env))
+        self.process = multiprocessing.get_context("fork").Process(
+            target=serve, args=(connection, cwd, env)
+        )
         self.process.start()
-        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+        self.pid = self.process.pid
+        self.kill = self.process.kill
+        self.terminate = self.process.terminate
         os.setpgid(self.pid, self.pid)  # jupyter_client ends the whole group
 
     def poll(self):
@@ -98,15 +127,22 @@ class ForkedKernel:
 
 
 def run_tutorial(path, newest=True):
-    "Run a tutorial in a clean kernel and compare with what it has saved, by the newest libraries; returns problems and skips."
+    """Run a tutorial in a clean kernel and compare with what it has saved, by the newest libraries;
+    returns problems and skips."""
     os.environ.pop("TVP_SHARED", None)  # a tutorial shows what any reader sees
     forked = patch("jupyter_client.provisioning.local_provisioner.launch_kernel", ForkedKernel)
     with forked if sys.platform == "linux" else contextlib.nullcontext():
         fresh = execute(path)
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        return [], [*skips(fresh.cells), "its outputs were saved on Linux on x86-64 and are only compared there"]
+        return [], [
+            *skips(fresh.cells),
+            "its outputs were saved on Linux on x86-64 and are only compared there",
+        ]
     if not newest:
-        return [], [*skips(fresh.cells), "its outputs were saved with the newest libraries and are only compared with theirs"]
+        return [], [
+            *skips(fresh.cells),
+            "its outputs were saved with the newest libraries and are only compared with theirs",
+        ]
     return differences(json.loads(path.read_text(encoding="utf-8")), fresh), skips(fresh.cells)
 
 
@@ -122,9 +158,12 @@ def work(function, arguments, folder):
             problems, skipped = function(*arguments)
         except Exception as error:
             traceback.print_exc()
-            problems, skipped = [f"{type(error).__name__}: {error}"[:300]], []
+            problems = [f"{type(error).__name__}: {error}"[:300]]
+            skipped = []
         seconds = round(sum(os.times()[:4]), 1)
-        (folder / "result.json").write_text(json.dumps([problems, skipped, seconds]), encoding="utf-8")
+        (folder / "result.json").write_text(
+            json.dumps([problems, skipped, seconds]), encoding="utf-8"
+        )
 
 
 # --- jobs and their order ------------------------------------------------------------------------
@@ -146,7 +185,9 @@ def record(jobs):
 
 def quick(jobs):
     "The jobs that took least, up to `QUICK` seconds together."
-    known, total, chosen = recorded(), 0, []
+    known = recorded()
+    total = 0
+    chosen = []
     for job in sorted(jobs, key=lambda job: known.get(job.name, USUAL)):
         total += known.get(job.name, USUAL)
         chosen += [job] if total <= QUICK else []
@@ -167,7 +208,8 @@ class Job:
 
     def start(self, folder):
         "Begin."
-        self.folder, self.begin = folder, time.monotonic()
+        self.folder = folder
+        self.begin = time.monotonic()
         folder.mkdir()
         self.limit = 10 * max(USUAL, recorded().get(self.name, USUAL))
         self.process = context.Process(target=work, args=(self.function, self.arguments, folder))
@@ -176,7 +218,9 @@ class Job:
     def stop(self):
         "End the process and its children."
         if os.name == "nt":
-            subprocess.run(["taskkill", "/F", "/T", "/PID", str(self.process.pid)], capture_output=True)
+            subprocess.run(
+                ["taskkill", "/F", "/T", "/PID", str(self.process.pid)], capture_output=True
+            )
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -192,11 +236,21 @@ class Job:
         self.process.join()
         result = self.folder / "result.json"
         if result.exists():
-            self.problems, self.skipped, self.seconds = json.loads(result.read_text(encoding="utf-8"))
+            self.problems, self.skipped, self.seconds = json.loads(
+                result.read_text(encoding="utf-8")
+            )
         else:
-            self.problems = [f"hung: ended after {self.limit / 60:.0f} minutes" if hangs else f"its process died ({self.process.exitcode})"]
+            self.problems = [
+                f"hung: ended after {self.limit / 60:.0f} minutes"
+                if hangs
+                else f"its process died ({self.process.exitcode})"
+            ]
         if self.problems:
-            log = (self.folder / "log").read_text(encoding="utf-8", errors="replace") if (self.folder / "log").exists() else ""
+            log = (
+                (self.folder / "log").read_text(encoding="utf-8", errors="replace")
+                if (self.folder / "log").exists()
+                else ""
+            )
             self.problems += re.sub(r"\x1b\[[\d;]*m", "", log).splitlines()[-60:]  # without colors
         return True
 
@@ -204,7 +258,8 @@ class Job:
 def run_jobs(jobs):
     "Run jobs, the longest first; yields each as it ends."
     known = recorded()
-    waiting, running = sorted(jobs, key=lambda job: -known.get(job.name, USUAL)), []
+    waiting = sorted(jobs, key=lambda job: -known.get(job.name, USUAL))
+    running = []
     context.set_forkserver_preload(LIBRARIES) if sys.platform == "linux" else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
@@ -212,7 +267,9 @@ def run_jobs(jobs):
                 while waiting and len(running) < WORKERS:
                     running.append(waiting.pop(0))
                     running[-1].start(Path(folder) / str(len(waiting)))
-                multiprocessing.connection.wait([job.process.sentinel for job in running], timeout=5)
+                multiprocessing.connection.wait(
+                    [job.process.sentinel for job in running], timeout=5
+                )
                 for job in [job for job in running if job.is_over()]:
                     running.remove(job)
                     yield job

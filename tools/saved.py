@@ -37,7 +37,9 @@ def directives(source):
 
 def runs(cell):
     "Whether a cell is run: code, not left to a GPU or a patient reader."
-    return cell["cell_type"] == "code" and not directives("".join(cell["source"])) & (SKIPPED | {"eval: false"})
+    return cell["cell_type"] == "code" and not directives("".join(cell["source"])) & (
+        SKIPPED | {"eval: false"}
+    )
 
 
 def execute(path):
@@ -49,7 +51,9 @@ def execute(path):
     for cell in book.cells:
         if cell["cell_type"] == "code" and not runs(cell):
             cell["source"] = ""
-    NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}).execute()
+    NotebookClient(
+        book, kernel_name="python3", resources={"metadata": {"path": str(Path(path).parent)}}
+    ).execute()
     return book
 
 
@@ -62,7 +66,11 @@ def shown(outputs):
             texts.append("".join(output["text"]) if output["name"] == "stdout" else "")
         elif "application/vnd.jupyter.widget-view+json" not in data:
             kinds = [kind for kind in ("text/markdown", "text/html", "text/plain") if kind in data]
-            texts += ["".join(data[kinds[0]])] if kinds and not (kinds == ["text/plain"] and "image/png" in data) else []
+            texts += (
+                ["".join(data[kinds[0]])]
+                if kinds and not (kinds == ["text/plain"] and "image/png" in data)
+                else []
+            )
     text = " ".join(texts)
     for pattern, instead in CHANGING:
         text = re.sub(pattern, instead, text, flags=re.S)
@@ -70,8 +78,10 @@ def shown(outputs):
 
 
 def same_number(a, b):
-    "Whole numbers are equal; others agree within the tolerance or one unit of the last place that is shown."
-    a, b = a.replace("−", "-"), b.replace("−", "-")
+    """Whole numbers are equal; others agree within the tolerance or one unit of the last place that
+    is shown."""
+    a = a.replace("−", "-")
+    b = b.replace("−", "-")
     if "." not in a + b and "e" not in (a + b).lower():
         return int(a) == int(b)
     places = min(len(text.lower().partition("e")[0].partition(".")[2]) for text in (a, b))
@@ -81,12 +91,21 @@ def same_number(a, b):
 
 def first_difference(saved, fresh):
     "Where two texts part, in a few words; nothing where they agree."
-    old, new = NUMBER.split(saved), NUMBER.split(fresh)
+    old = NUMBER.split(saved)
+    new = NUMBER.split(fresh)
     for i, (a, b) in enumerate(zip(old, new, strict=False)):
         if a != b and not (i % 2 and same_number(a, b)):
             before = "".join(old[max(0, i - 4) : i])[-40:]
-            return f"saved …{before}{''.join(old[i : i + 3])[:60]}… but now {''.join(new[i : i + 3])[:60]}…"
-    return "" if len(old) == len(new) else f"saved {len(saved)} characters, now {len(fresh)}: …{(saved + fresh)[min(len(saved), len(fresh)) :][:60]}…"
+            return (
+                f"saved …{before}{''.join(old[i : i + 3])[:60]}… but now "
+                f"{''.join(new[i : i + 3])[:60]}…"
+            )
+    return (
+        ""
+        if len(old) == len(new)
+        else f"saved {len(saved)} characters, now {len(fresh)}: "
+        f"…{(saved + fresh)[min(len(saved), len(fresh)) :][:60]}…"
+    )
 
 
 def differences(saved, fresh):
@@ -96,7 +115,14 @@ def differences(saved, fresh):
         source = "".join(old["source"])
         if runs(old) and VARIES not in directives(source):
             why = first_difference(shown(old["outputs"]), shown(new["outputs"]))
-            problems += [f"cell {number} ({next((line for line in source.splitlines() if line[:2] != '#|'), '')[:60]}): {why}"] if why else []
+            problems += (
+                [
+                    f"cell {number} "
+                    f"({next((line for line in source.splitlines() if line[:2] != '#|'), '')[:60]}): {why}"
+                ]
+                if why
+                else []
+            )
     return problems
 
 

@@ -13,7 +13,9 @@ from typing import Any
 # %% ../nbs/api/00_markup.ipynb #ab4b4f02
 _BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROL = (code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r")
-_CODES = {code: f"\\x{code:02x}" for code in _CONTROL} | {code: f"\\u{code:04x}" for code in (*_BIDIRECTIONAL, *range(0xD800, 0xE000))}
+_CODES = {code: f"\\x{code:02x}" for code in _CONTROL} | {
+    code: f"\\u{code:04x}" for code in (*_BIDIRECTIONAL, *range(0xD800, 0xE000))
+}
 
 
 def visible(
@@ -27,7 +29,11 @@ class Markdown(str):
     "Text that is Markdown already, and goes into a template as it is."
 
 
-_SPECIAL = {ord(sign): f"\\{sign}" for sign in "\\`*_[]#|~$:@"} | {ord("<"): "&lt;", ord(">"): "&gt;", ord("&"): "&amp;"}
+_SPECIAL = {ord(sign): f"\\{sign}" for sign in "\\`*_[]#|~$:@"} | {
+    ord("<"): "&lt;",
+    ord(">"): "&gt;",
+    ord("&"): "&amp;",
+}
 
 
 def markdown(
@@ -46,7 +52,12 @@ def markdown_code(
     text = " ".join(visible(text).split())
     if not set("`|") & set(text):
         return Markdown(f"`{text}`")
-    return render("code.md", text=Markdown("".join(sign if sign.isalnum() or sign == " " else f"&#{ord(sign)};" for sign in text)))
+    return render(
+        "code.md",
+        text=Markdown(
+            "".join(sign if sign.isalnum() or sign == " " else f"&#{ord(sign)};" for sign in text)
+        ),
+    )
 
 # %% ../nbs/api/00_markup.ipynb #ed4ff9ea
 def _png_url(
@@ -65,12 +76,22 @@ def _points(
 
 @cache
 def _environment(
+    # jinja2.Environment
     kind: str,  # "html" or "md"
-):  # jinja2.Environment
+):
     "Make the templates' environment, which escapes what is put in."
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    escapes = {"autoescape": True, "finalize": visible} if kind == "html" else {"finalize": markdown}
-    environment = Environment(loader=PackageLoader("tvp"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **escapes)
+
+    escapes = (
+        {"autoescape": True, "finalize": visible} if kind == "html" else {"finalize": markdown}
+    )
+    environment = Environment(
+        loader=PackageLoader("tvp"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        **escapes,
+    )
     environment.filters |= {"png_url": _png_url, "points": _points}
     return environment
 
@@ -78,10 +99,12 @@ def _environment(
 def render(
     name: str,  # of a template in `tvp/templates`, without ".j2": "report.html"
     /,
+    # markupsafe.Markup or Markdown: a str that goes into another template as it is
     **values: Any,  # what it asks for
-):  # markupsafe.Markup or Markdown: a str that goes into another template as it is
+):
     "Fill in a template; text is escaped, markup that was rendered before is not."
     from markupsafe import Markup
+
     kind = name.rpartition(".")[2]
     made = _environment(kind).get_template(f"{name}.j2").render(values)
     return Markup(made) if kind == "html" else Markdown(made)

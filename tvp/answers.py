@@ -38,7 +38,11 @@ def lenient_answer(
     return {"yes": 1, "no": 0}[found.pop()] if len(found) == 1 else None
 
 # %% ../nbs/api/15_answers.ipynb #2a90ceb9
-YES_NO_RULES: dict[str, Callable[[str], int | None]] = {"official": pope_answer, "strict": strict_answer, "lenient": lenient_answer}
+YES_NO_RULES: dict[str, Callable[[str], int | None]] = {
+    "official": pope_answer,
+    "strict": strict_answer,
+    "lenient": lenient_answer,
+}
 
 
 def read_yes_no(
@@ -46,7 +50,8 @@ def read_yes_no(
     rule: str = "lenient",  # a key of `YES_NO_RULES`
 ) -> int | None:  # 1 for yes, 0 for no, None: cannot be read
     "Yes or no in free text."
-    if rule not in YES_NO_RULES: raise ValueError(f"`rule` must be one of {', '.join(YES_NO_RULES)}, got {rule!r}.")
+    if rule not in YES_NO_RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(YES_NO_RULES)}, got {rule!r}.")
     return YES_NO_RULES[rule](text)
 
 # %% ../nbs/api/15_answers.ipynb #bdd439b1
@@ -56,29 +61,50 @@ def yes_no_text_metrics(
     rule: str = "lenient",  # a key of `YES_NO_RULES`
 ) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_ratio, unread; each 0 to 1
     "POPE's five numbers from generated text, and the share that could not be read."
-    if len(texts) != len(labels) or not len(texts): raise ValueError(f"`texts` and `labels` must be of the same length, at least one, got {len(texts)} and {len(labels)}.")
+    if len(texts) != len(labels) or not len(texts):
+        raise ValueError(
+            f"`texts` and `labels` must be of the same length, at least one, got {len(texts)} "
+            f"and {len(labels)}."
+        )
     read = [read_yes_no(text, rule) for text in texts]
-    numbers = yes_no_metrics([int(answer == 1) for answer in read], [int(label) for label in labels])
+    numbers = yes_no_metrics(
+        [int(answer == 1) for answer in read], [int(label) for label in labels]
+    )
     right = float(np.mean([answer == label for answer, label in zip(read, labels)]))
-    return numbers | {"accuracy": right, "unread": float(np.mean([answer is None for answer in read]))}
+    return numbers | {
+        "accuracy": right,
+        "unread": float(np.mean([answer is None for answer in read])),
+    }
 
 # %% ../nbs/api/15_answers.ipynb #3ef3e683
-_UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-          "seventeen eighteen nineteen").split()
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = {word: value for value, word in enumerate(_UNITS)} | {"none": 0}
 NUMBER_WORDS |= {word: 10 * value for value, word in enumerate(_TENS, 2)}
-_NUMBER = re.compile(r"(?<![\w.,])(?:\d+(?:[.,]\d+)*|(?:{tens})[- ]?(?:{units})|{words})(?!\w)".format(
-    tens="|".join(_TENS), units="|".join(_UNITS[1:10]), words="|".join(sorted(NUMBER_WORDS, key=len, reverse=True))))
+_NUMBER = re.compile(
+    r"(?<![\w.,])(?:\d+(?:[.,]\d+)*|(?:{tens})[- ]?(?:{units})|{words})(?!\w)".format(
+        tens="|".join(_TENS),
+        units="|".join(_UNITS[1:10]),
+        words="|".join(sorted(NUMBER_WORDS, key=len, reverse=True)),
+    )
+)
+
 
 def numbers_in(
     text: str,  # what a model generated
 ) -> list[float]:  # in the order of the text
     "Every number that a text names, in digits or in words."
+
     def value(token):
-        if token[0].isdigit(): return float(token.replace(",", ""))
+        if token[0].isdigit():
+            return float(token.replace(",", ""))
         parts = re.findall("|".join(sorted(NUMBER_WORDS, key=len, reverse=True)), token)
         return float(sum(NUMBER_WORDS[part] for part in parts))
+
     return [value(token) for token in _NUMBER.findall(text.lower())]
 
 # %% ../nbs/api/15_answers.ipynb #b085247f
@@ -96,7 +122,8 @@ _UP_TO_TEN = {"none": "0"} | {word: str(value) for value, word in enumerate(_UNI
 def reference_text(
     text: str,  # what a model generated
 ) -> str:
-    "Text as the paper's released code compares it: no punctuation, no articles, number words up to ten as digits."
+    """Text as the paper's released code compares it: no punctuation, no articles, number words up
+    to ten as digits."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
     return " ".join(_UP_TO_TEN.get(word, word) for word in words if word not in ("a", "an", "the"))
 
@@ -105,7 +132,10 @@ COUNT_RULES: dict[str, Callable[[str, int], bool]] = {
     "whole-number": count_correct,
     "reference": lambda text, count: str(count) in reference_text(text),
     "substring": lambda text, count: str(count) in text,
-    "bare": lambda text, count: text.strip().lower() in {str(count), *(word for word, value in NUMBER_WORDS.items() if value == count)},
+    "bare": lambda text, count: (
+        text.strip().lower()
+        in {str(count), *(word for word, value in NUMBER_WORDS.items() if value == count)}
+    ),
     "exact": lambda text, count: text.strip() == str(count),
     "first": lambda text, count: next(iter(re.findall(r"\d+", text)), None) == str(count),
 }
@@ -117,6 +147,13 @@ def count_accuracy(
     rule: str = "whole-number",  # a key of `COUNT_RULES`
 ) -> float:  # share of right answers, 0 to 1
     "Accuracy of generated counts."
-    if rule not in COUNT_RULES: raise ValueError(f"`rule` must be one of {', '.join(COUNT_RULES)}, got {rule!r}.")
-    if len(texts) != len(counts) or not len(texts): raise ValueError(f"`texts` and `counts` must be of the same length, at least one, got {len(texts)} and {len(counts)}.")
-    return float(np.mean([COUNT_RULES[rule](text, int(count)) for text, count in zip(texts, counts)]))
+    if rule not in COUNT_RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(COUNT_RULES)}, got {rule!r}.")
+    if len(texts) != len(counts) or not len(texts):
+        raise ValueError(
+            f"`texts` and `counts` must be of the same length, at least one, got {len(texts)} "
+            f"and {len(counts)}."
+        )
+    return float(
+        np.mean([COUNT_RULES[rule](text, int(count)) for text, count in zip(texts, counts)])
+    )

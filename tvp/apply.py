@@ -30,8 +30,10 @@ def find_fit(
     fit: str | None,  # None: what the prompt says of itself, else "crop"
 ) -> str:  # "crop" or "letterbox"
     "How pictures are brought to the side that the prompt leaves free."
-    if fit is None: return "letterbox" if prompt.provenance.get("fit") == "letterbox" else "crop"
-    if fit not in ("crop", "letterbox"): raise ValueError(f"`fit` must be 'crop' or 'letterbox', got {fit!r}.")
+    if fit is None:
+        return "letterbox" if prompt.provenance.get("fit") == "letterbox" else "crop"
+    if fit not in ("crop", "letterbox"):
+        raise ValueError(f"`fit` must be 'crop' or 'letterbox', got {fit!r}.")
     return fit
 
 # %% ../nbs/api/14_apply.ipynb #57f72fc6
@@ -66,7 +68,9 @@ def inside(
     "The place of a file in a folder; refused if it lies elsewhere, links followed."
     place = folder / name
     if not place.resolve().is_relative_to(folder.resolve()) or place.name in ("", ".."):
-        raise ValueError(f"{str(name)!r} would be written outside of {str(folder)!r}. Nothing was written.")
+        raise ValueError(
+            f"{str(name)!r} would be written outside of {str(folder)!r}. Nothing was written."
+        )
     return place
 
 # %% ../nbs/api/14_apply.ipynb #63684ef1
@@ -75,15 +79,28 @@ def find_pictures(
     out: Path,  # its pictures are not taken, should it lie below source
 ) -> dict[Path, Path]:  # picture -> its name below out, sorted
     "Find the pictures to prompt, and count in a warning what is left out."
-    if source.is_file(): return {source: Path(source.name).with_suffix(".png")}
-    if not source.is_dir(): raise FileNotFoundError(f"there is no picture or folder at {str(source)!r}.")
-    files = [path for path in folder_files(source) if not Path(os.path.realpath(path)).is_relative_to(out.resolve())]
+    if source.is_file():
+        return {source: Path(source.name).with_suffix(".png")}
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no picture or folder at {str(source)!r}.")
+    files = [
+        path
+        for path in folder_files(source)
+        if not Path(os.path.realpath(path)).is_relative_to(out.resolve())
+    ]
     pictures = [path for path in files if path.suffix.lower() in FORMATS]
     other = [path for path in files if path.suffix.lower() not in FORMATS]
-    if not pictures: raise ValueError(f"there is no picture in {str(source)!r}: looked for {', '.join(FORMATS)}.")
+    if not pictures:
+        raise ValueError(
+            f"there is no picture in {str(source)!r}: looked for {', '.join(FORMATS)}."
+        )
     if other:
         endings = some_names(sorted({path.suffix.lower() or path.name for path in other}), 5)
-        warnings.warn(f"{str(source)!r}: {len(other)} files are left out; what is read ends in {', '.join(FORMATS)}, got {endings}.", stacklevel=5)
+        warnings.warn(
+            f"{str(source)!r}: {len(other)} files are left out; what is read ends in "
+            f"{', '.join(FORMATS)}, got {endings}.",
+            stacklevel=5,
+        )
     return {path: path.relative_to(source).with_suffix(".png") for path in pictures}
 
 # %% ../nbs/api/14_apply.ipynb #fc917be1
@@ -94,11 +111,24 @@ def check_targets(
     "Refuse to write one picture over another."
     taken: dict[Path, Path] = {}
     for picture, place in found.items():
-        if place in taken: raise ValueError(f"{str(taken[place])!r} and {str(picture)!r} would both become {place.name!r}. Rename one of them.")
-        if place.resolve() == picture.resolve(): raise ValueError(f"`out` must be another folder than that of the pictures: {str(picture)!r} would be overwritten.")
+        if place in taken:
+            raise ValueError(
+                f"{str(taken[place])!r} and {str(picture)!r} would both become {place.name!r}. "
+                "Rename one of them."
+            )
+        if place.resolve() == picture.resolve():
+            raise ValueError(
+                f"`out` must be another folder than that of the pictures: {str(picture)!r} would "
+                "be overwritten."
+            )
         taken[place] = picture
     there = [place for place in taken if place.exists() or place.is_symlink()]
-    if there and not overwrite: raise FileExistsError(f"{str(there[0])!r} exists" + (f", and {len(there) - 1} more" if there[1:] else "") + ". Choose another `out`, or pass overwrite=True.")
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{str(there[0])!r} exists"
+            + (f", and {len(there) - 1} more" if there[1:] else "")
+            + ". Choose another `out`, or pass overwrite=True."
+        )
 
 # %% ../nbs/api/14_apply.ipynb #dcde75f7
 def check_readable(
@@ -109,10 +139,17 @@ def check_readable(
     "Refuse pictures that cannot be read, before anything is written."
     errors = []
     for picture in tqdm(pictures, desc="check", unit="picture", delay=2):
-        try: _read_limited(picture, side, how, repr(str(picture)))
-        except (ValueError, OSError) as error: errors.append(error)
-    if not errors: return
-    more = f" {len(errors) - 1} more of the {len(pictures)} pictures cannot be read either." if errors[1:] else ""
+        try:
+            _read_limited(picture, side, how, repr(str(picture)))
+        except (ValueError, OSError) as error:
+            errors.append(error)
+    if not errors:
+        return
+    more = (
+        f" {len(errors) - 1} more of the {len(pictures)} pictures cannot be read either."
+        if errors[1:]
+        else ""
+    )
     raise type(errors[0])(f"{errors[0]}{more} Nothing was written.")
 
 
@@ -120,13 +157,17 @@ def apply_to_folder(
     prompt: VisualPrompt,
     source: str | Path,  # a picture, or a folder that is searched with its subfolders
     out: str | Path,  # folder for the prompted pictures; made if missing
-    fit: str | None = None,  # "crop" or "letterbox"; None: what the prompt says of itself, else "crop"
+    # "crop" or "letterbox"; None: what the prompt says of itself, else "crop"
+    fit: str | None = None,
     overwrite: bool = False,  # may files there be replaced?
 ) -> list[Path]:  # the PNG files, in the order of their names
     "Prompt every picture of a folder."
     check_kind("overwrite", overwrite, bool)
-    source, out, how = as_path(source, "picture"), as_path(out, "out"), find_fit(prompt, fit)
-    if out.exists() and not out.is_dir(): raise ValueError(f"`out` must be a folder, {str(out)!r} is a file.")
+    source = as_path(source, "picture")
+    out = as_path(out, "out")
+    how = find_fit(prompt, fit)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` must be a folder, {str(out)!r} is a file.")
     found = {picture: inside(out, name) for picture, name in find_pictures(source, out).items()}
     check_targets(found, overwrite)
     check_readable(list(found), prompt.inner, how)
@@ -141,25 +182,52 @@ def warn_of_clipping(
     prompt: VisualPrompt,
 ) -> None:
     "Say what is lost when a free prompt becomes a picture."
-    if prompt.range != "free": return
+    if prompt.range != "free":
+        return
     outside, kept = clipping(prompt)
-    lost = f"{outside:.0%} of its values lie outside [0, 1], and {kept:.0%} of its energy is left" if prompt.kind == "border" else "what leaves [0, 1] is lost"
+    lost = (
+        f"{outside:.0%} of its values lie outside [0, 1], and {kept:.0%} of its energy is left"
+        if prompt.kind == "border"
+        else "what leaves [0, 1] is lost"
+    )
     recolored = prompt.color is not None and bool(prompt.color.any())
-    if recolored: lost += ", and so may be what its contrast and brightness make of the picture itself"
-    if outside or recolored: warnings.warn(f"a prompt of range='free' is clipped in a picture: {lost}. One trained with range='uint8' loses nothing.", stacklevel=3)
+    if recolored:
+        lost += ", and so may be what its contrast and brightness make of the picture itself"
+    if outside or recolored:
+        warnings.warn(
+            f"a prompt of range='free' is clipped in a picture: {lost}. One trained with "
+            "range='uint8' loses nothing.",
+            stacklevel=3,
+        )
 
 # %% ../nbs/api/14_apply.ipynb #7fe0fa7a
 def apply_prompt(
     prompt: VisualPrompt,
-    picture: Any,  # path, PIL picture, bytes or uint8 array; with `out` the path of a picture or folder
+    # path, PIL picture, bytes or uint8 array; with `out` the path of a picture or folder
+    picture: Any,
     out: str | Path | None = None,  # folder for prompted pictures; None: one picture is returned
-    fit: str | None = None,  # "crop" or "letterbox"; None: what the prompt says of itself, else "crop"
+    # "crop" or "letterbox"; None: what the prompt says of itself, else "crop"
+    fit: str | None = None,
     overwrite: bool = False,  # may files in `out` be replaced?
 ) -> Image.Image | list[Path]:  # the picture, or the files written
     "Pictures with the prompt, for programs that take nothing but pictures."
-    state, how = prompt.generator.get_state(), find_fit(prompt, fit)
-    if out is None and isinstance(picture, (str, os.PathLike)) and as_path(picture, "picture").is_dir():
-        raise ValueError(f"`out` must say where the pictures of the folder {str(picture)!r} go. Try prompt.apply(folder, 'prompted').")
+    state = prompt.generator.get_state()
+    how = find_fit(prompt, fit)
+    if (
+        out is None
+        and isinstance(picture, (str, os.PathLike))
+        and as_path(picture, "picture").is_dir()
+    ):
+        raise ValueError(
+            f"`out` must say where the pictures of the folder {str(picture)!r} go. Try "
+            "prompt.apply(folder, 'prompted')."
+        )
     warn_of_clipping(prompt)
-    try: return prompted_picture(prompt, picture, how) if out is None else apply_to_folder(prompt, picture, out, how, overwrite)
-    finally: prompt.generator.set_state(state)
+    try:
+        return (
+            prompted_picture(prompt, picture, how)
+            if out is None
+            else apply_to_folder(prompt, picture, out, how, overwrite)
+        )
+    finally:
+        prompt.generator.set_state(state)

@@ -20,9 +20,17 @@ def check_whole(
     hint: str = "",  # what to do
 ) -> int:
     "A whole number within its limits. 2.0 and True are none."
-    if isinstance(value, Integral) and not isinstance(value, bool) and low <= value and (high is None or value <= high): return int(value)
+    if (
+        isinstance(value, Integral)
+        and not isinstance(value, bool)
+        and low <= value
+        and (high is None or value <= high)
+    ):
+        return int(value)
     limits = f">= {low}" if high is None else f"in [{low}, {high}]"
-    raise ValueError(f"`{name}` must be a whole number {limits}, got {value!r}.{hint and ' '}{hint}")
+    raise ValueError(
+        f"`{name}` must be a whole number {limits}, got {value!r}.{hint and ' '}{hint}"
+    )
 
 # %% ../nbs/api/03_arguments.ipynb #5ab1588f
 def check_number(
@@ -33,9 +41,18 @@ def check_number(
     hint: str = "",  # what to do
 ) -> float:  # the value
     "A finite number that is large enough."
-    fine = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and (value > low if above else value >= low)
-    if fine: return float(value)
-    raise ValueError(f"`{name}` must be a finite number {'>' if above else '>='} {low:g}, got {value!r}.{hint and ' '}{hint}")
+    fine = (
+        isinstance(value, Real)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (value > low if above else value >= low)
+    )
+    if fine:
+        return float(value)
+    raise ValueError(
+        f"`{name}` must be a finite number {'>' if above else '>='} {low:g}, got "
+        f"{value!r}.{hint and ' '}{hint}"
+    )
 
 # %% ../nbs/api/03_arguments.ipynb #283d7cd0
 def check_choice(
@@ -46,7 +63,8 @@ def check_choice(
 ) -> str:
     "One of a few names."
     allowed = list(allowed)
-    if isinstance(value, str) and value in allowed: return value
+    if isinstance(value, str) and value in allowed:
+        return value
     raise error(f"`{name}` must be one of {', '.join(allowed)}; got {value!r}.")
 
 # %% ../nbs/api/03_arguments.ipynb #65fbd17a
@@ -57,9 +75,16 @@ def check_kind(
     hint: str = "",  # what to do
 ) -> Any:  # the same
     "An object of the right kind."
-    if isinstance(value, kinds): return value
-    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    raise TypeError(f"`{name}` must be {wanted}, got {type(value).__name__} {str(value)[:60]!r}.{hint and ' '}{hint}")
+    if isinstance(value, kinds):
+        return value
+    wanted = " or ".join(
+        "None" if kind is type(None) else kind.__name__
+        for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+    )
+    raise TypeError(
+        f"`{name}` must be {wanted}, got {type(value).__name__} "
+        f"{str(value)[:60]!r}.{hint and ' '}{hint}"
+    )
 
 # %% ../nbs/api/03_arguments.ipynb #d0df4be9
 def check_texts(
@@ -68,22 +93,43 @@ def check_texts(
     count: int | None = None,  # how many there must be; None: at least one
 ) -> list[str]:
     "A list of texts. One text is no list of its letters."
-    fine = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and all(isinstance(text, str) for text in value)
-    if fine and (len(value) == count if count is not None else len(value)): return list(value)
-    raise TypeError(f"`{name}` must be a list of {'one text or more' if count is None else f'{count} texts'}, got {str(value)[:60]!r}.")
+    fine = (
+        isinstance(value, Sequence)
+        and not isinstance(value, (str, bytes))
+        and all(isinstance(text, str) for text in value)
+    )
+    if fine and (len(value) == count if count is not None else len(value)):
+        return list(value)
+    raise TypeError(
+        f"`{name}` must be a list of "
+        f"{'one text or more' if count is None else f'{count} texts'}, got {str(value)[:60]!r}."
+    )
 
 # %% ../nbs/api/03_arguments.ipynb #0260ac26
 def source_names(
     source: str | Sequence[str] | None,  # "a", "a + b", or ["a", "b"]
 ) -> list[str]:  # none where the source is not known
     "The models that a prompt is trained on, by name."
-    return [name.strip() for name in source.split(" + ")] if isinstance(source, str) and source else list(source or [])
+    return (
+        [name.strip() for name in source.split(" + ")]
+        if isinstance(source, str) and source
+        else list(source or [])
+    )
 
 # %% ../nbs/api/03_arguments.ipynb #51a158d2
 def check_row(
     name: str,  # of the parameter
     values: Any,  # what came
 ) -> Any:  # the same
-    "Pictures and labels come in a row: a list, a tensor, or anything else with a length and an [i]."
-    if hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, (str, bytes, Mapping, type)): return values
-    raise TypeError(f"`{name}` must be a list, or anything else with len() and [i], got {type(values).__name__} {str(values)[:60]!r}.")
+    """Pictures and labels come in a row: a list, a tensor, or anything else with a length and an
+    [i]."""
+    if (
+        hasattr(values, "__len__")
+        and hasattr(values, "__getitem__")
+        and not isinstance(values, (str, bytes, Mapping, type))
+    ):
+        return values
+    raise TypeError(
+        f"`{name}` must be a list, or anything else with len() and [i], got "
+        f"{type(values).__name__} {str(values)[:60]!r}."
+    )

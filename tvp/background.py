@@ -12,23 +12,35 @@ from collections.abc import Callable
 # %% ../nbs/api/79_background.ipynb #3158ad20
 def running_loop() -> asyncio.AbstractEventLoop | None:  # None: nothing runs here, as in a plain Python program
     "The event loop of this thread."
-    try: return asyncio.get_running_loop()
-    except RuntimeError: return None
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 # %% ../nbs/api/79_background.ipynb #43028041
 class Background:
     "Pieces of work between the cells; where there is no event loop, all of them at once."
-    def __init__(self, work: Callable[[], bool],  # does one small piece; is there more?
-                 ended: Callable[[Exception | None], None],  # told when the work stops, with what went wrong
-                 rest: float = 0.01):  # seconds between two pieces, for everybody else
-        self.work, self.ended, self.rest = work, ended, rest
-        self.loop, self.task, self.running = running_loop(), None, False
+
+    def __init__(
+        self,
+        work: Callable[[], bool],  # does one small piece; is there more?
+        ended: Callable[[Exception | None], None],  # told when the work stops, with what went wrong
+        rest: float = 0.01,  # seconds between two pieces, for everybody else
+    ):
+        self.work = work
+        self.ended = ended
+        self.rest = rest
+        self.loop = running_loop()
+        self.task = None
+        self.running = False
 
     def start(self) -> asyncio.Task | None:  # the task, to be awaited; None: it is all done
         "Begin, or go on."
         self.running = True
-        if self.loop is None: return all_at_once(self)
-        if self.task is None: self.task = self.loop.create_task(take_turns(self))
+        if self.loop is None:
+            return all_at_once(self)
+        if self.task is None:
+            self.task = self.loop.create_task(take_turns(self))
         return self.task
 
     def stop(self) -> None:
@@ -37,8 +49,10 @@ class Background:
 
     def call(self, action: Callable[[], None]) -> None:
         "Do an action where the work is done: now, or as soon as that thread is free."
-        if self.loop is None or running_loop() is self.loop: action()
-        else: self.loop.call_soon_threadsafe(action)
+        if self.loop is None or running_loop() is self.loop:
+            action()
+        else:
+            self.loop.call_soon_threadsafe(action)
 
 # %% ../nbs/api/79_background.ipynb #73683ea5
 def end(
@@ -46,8 +60,10 @@ def end(
     error: Exception | None = None,  # what went wrong
 ) -> None:
     "The work has stopped, for whatever reason."
-    background.running, background.task = False, None
+    background.running = False
+    background.task = None
     background.ended(error)
+
 
 async def take_turns(
     background: Background,
@@ -55,14 +71,21 @@ async def take_turns(
     "Piece by piece, with a rest after each."
     error = None
     try:
-        while background.running and background.work(): await asyncio.sleep(background.rest)
-    except Exception as problem: error = problem  # a cancelled task is no Exception: it ends, and passes on
-    finally: end(background, error)
+        while background.running and background.work():
+            await asyncio.sleep(background.rest)
+    # a cancelled task is no Exception: it ends, and passes on
+    except Exception as problem:
+        error = problem
+    finally:
+        end(background, error)
+
 
 def all_at_once(
     background: Background,
 ) -> None:
     "Without a loop there is a caller, who waits, and is told what goes wrong."
     try:
-        while background.running and background.work(): pass
-    finally: end(background)
+        while background.running and background.work():
+            pass
+    finally:
+        end(background)

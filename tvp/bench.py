@@ -43,36 +43,78 @@ from .files import write_atomic
 @dataclass(frozen=True)
 class Plan:
     "Which models, and how often."
+
     steps: Sequence[tuple[str, int]]  # model, rounds
     rankings: Sequence[tuple[str, int, int, int]]  # model, candidates, pictures, rounds
     photos: int  # to load
     memory: Sequence[str]  # models
     variants: Sequence[tuple[str, int]] = ()  # model, rounds: other kernels
-    shared: Sequence[tuple[str, int, int, int]] = ()  # model, pictures, questions about each, rounds
+    # model, pictures, questions about each, rounds
+    shared: Sequence[tuple[str, int, int, int]] = ()
 
 
-_ZOO = ("tiny-vpgtrans", "tiny-blip2-opt", "tiny-blip2-t5", "tiny-instructblip", "tiny-llava-siglip")
+_ZOO = (
+    "tiny-vpgtrans",
+    "tiny-blip2-opt",
+    "tiny-blip2-t5",
+    "tiny-instructblip",
+    "tiny-llava-siglip",
+)
 QUICK = Plan(
     steps=[("paper", 7), ("llava", 5), ("tiny-minigpt4", 15), ("tiny-llava", 15)],
-    rankings=[("tiny-minigpt4", 10, 50, 5), ("tiny-minigpt4", 100, 50, 5), ("tiny-minigpt4", 1000, 50, 2), ("tiny-llava", 100, 50, 5),
-              ("llava-58m", 10, 2, 2), ("llava-58m", 100, 2, 3)],
-    photos=16, memory=["paper-32k"], shared=[("tiny-instructblip", 16, 6, 5), ("tiny-llava", 16, 6, 5)])
+    rankings=[
+        ("tiny-minigpt4", 10, 50, 5),
+        ("tiny-minigpt4", 100, 50, 5),
+        ("tiny-minigpt4", 1000, 50, 2),
+        ("tiny-llava", 100, 50, 5),
+        ("llava-58m", 10, 2, 2),
+        ("llava-58m", 100, 2, 3),
+    ],
+    photos=16,
+    memory=["paper-32k"],
+    shared=[("tiny-instructblip", 16, 6, 5), ("tiny-llava", 16, 6, 5)],
+)
 FULL = Plan(
-    steps=[("paper", 15), ("paper-32k", 9), ("llava", 9), ("llava-32k", 5), *((name, 25) for name in ("tiny-minigpt4", "tiny-llava", *_ZOO))],
-    rankings=[*((name, n, 100, rounds) for name in ("tiny-minigpt4", "tiny-llava") for n, rounds in ((10, 7), (100, 7), (1000, 3))),
-              ("llava-58m", 10, 4, 3), ("llava-58m", 100, 4, 5), ("llava-58m", 1000, 1, 1)],
-    photos=64, memory=["paper-32k", "paper", "llava-32k"], variants=[("paper", 5)],
-    shared=[*((name, 16, 6, 9) for name in ("tiny-instructblip", "tiny-minigpt4", "tiny-llava")), ("paper", 8, 6, 3), ("llava-58m", 2, 6, 3)])
+    steps=[
+        ("paper", 15),
+        ("paper-32k", 9),
+        ("llava", 9),
+        ("llava-32k", 5),
+        *((name, 25) for name in ("tiny-minigpt4", "tiny-llava", *_ZOO)),
+    ],
+    rankings=[
+        *(
+            (name, n, 100, rounds)
+            for name in ("tiny-minigpt4", "tiny-llava")
+            for n, rounds in ((10, 7), (100, 7), (1000, 3))
+        ),
+        ("llava-58m", 10, 4, 3),
+        ("llava-58m", 100, 4, 5),
+        ("llava-58m", 1000, 1, 1),
+    ],
+    photos=64,
+    memory=["paper-32k", "paper", "llava-32k"],
+    variants=[("paper", 5)],
+    shared=[
+        *((name, 16, 6, 9) for name in ("tiny-instructblip", "tiny-minigpt4", "tiny-llava")),
+        ("paper", 8, 6, 3),
+        ("llava-58m", 2, 6, 3),
+    ],
+)
 
 # %% ../nbs/api/86_bench.ipynb #53834645
 def resident(
     what: str = "VmRSS",  # VmRSS, now; VmHWM, the highest since it was reset
 ) -> int:  # bytes
     "Memory of this process."
-    try: lines = Path("/proc/self/status").read_text().splitlines()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what + ":"))
 
 # %% ../nbs/api/86_bench.ipynb #f0e38721
@@ -85,11 +127,14 @@ def memory_growth(
     check_choice("contestant", contestant, step)
     run = step[contestant]
     del step
-    for _ in range(2): run()
+    for _ in range(2):
+        run()
     gc.collect()
-    with suppress(OSError, AttributeError): ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     before = resident()
-    with suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     run()
     return resident("VmHWM") - before
 
@@ -99,19 +144,41 @@ def measure_memory(
     contestants: Sequence[str] = ("cached", "uncached", "reference", "floor"),  # who is measured
 ) -> dict:  # for the results: megabytes and ratios
     "The memory's row of the table, one process for each contestant."
-    grown, environment = {}, os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    grown = {}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     for contestant in contestants:
-        code = f"from tvp.bench import memory_growth; print(memory_growth({model!r}, {contestant!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        if done.returncode: raise RuntimeError(f"measuring the memory of {model} ({contestant}) failed: {done.stderr[-500:]}")
+        code = (
+            f"from tvp.bench import memory_growth; print(memory_growth({model!r}, {contestant!r}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"measuring the memory of {model} ({contestant}) failed: {done.stderr[-500:]}"
+            )
         grown[contestant] = int(done.stdout.split()[-1])
-    against = {f"{name}_vs_reference": value / grown["reference"] for name, value in grown.items() if "reference" in grown and name != "reference"}
-    return {"model": model, "megabytes": {name: value / 1e6 for name, value in grown.items()}, "ratios": against}
+    against = {
+        f"{name}_vs_reference": value / grown["reference"]
+        for name, value in grown.items()
+        if "reference" in grown and name != "reference"
+    }
+    return {
+        "model": model,
+        "megabytes": {name: value / 1e6 for name, value in grown.items()},
+        "ratios": against,
+    }
 
 # %% ../nbs/api/86_bench.ipynb #dd98e0fe
 def _autocast(run):  # a function
     def fast():
-        with torch.autocast("cpu", torch.bfloat16): return run()
+        with torch.autocast("cpu", torch.bfloat16):
+            return run()
+
     return fast
 
 
@@ -121,32 +188,47 @@ def time_variants(
     compiled: bool = True,  # with torch.compile, which takes a minute or two?
 ) -> dict:  # for the results: seconds, and ratios to the plain floor
     "The floor with other kernels."
-    last, failed = make_scene(name), {}
+    last = make_scene(name)
+    failed = {}
     last.source.model.to(memory_format=torch.channels_last)
     plain = floor_pass(make_scene(name))
     contestants = {"plain": plain, "channels_last": floor_pass(last), "bfloat16": _autocast(plain)}
     try:
-        if compiled: contestants["compiled"] = compiled_floor(name)
-    except Exception as error: failed["compiled"] = f"{type(error).__name__}: {str(error)[:200]}"  # no C++ compiler, say: a result, too
+        if compiled:
+            contestants["compiled"] = compiled_floor(name)
+    # no C++ compiler, say: a result, too
+    except Exception as error:
+        failed["compiled"] = f"{type(error).__name__}: {str(error)[:200]}"
     times = alternate(contestants, rounds)
-    return {"model": name, "seconds": {n: spread(t) for n, t in times.items()}, "ratios": {n: ratio(times, n, "plain") for n in times if n != "plain"},
-            "failed": failed}
+    return {
+        "model": name,
+        "seconds": {n: spread(t) for n, t in times.items()},
+        "ratios": {n: ratio(times, n, "plain") for n in times if n != "plain"},
+        "failed": failed,
+    }
 
 
 def compiled_floor(
+    # a function without arguments
     name: str,  # as in `make_scene`
-):  # a function without arguments
+):
     "The floor through torch.compile, run twice: compiled, and proven to run."
     scene = make_scene(name)
     scene.source.model.forward = torch.compile(scene.source.model.forward, dynamic=False)
     run = floor_pass(scene)
-    for _ in range(2): run()
+    for _ in range(2):
+        run()
     return run
 
 # %% ../nbs/api/86_bench.ipynb #72eda02c
 SECTIONS = ("step", "ranking", "shared", "loading", "memory", "variants")
 BOUNDS = {  # headline -> at most
-    "step_vs_reference": 0.62, "step_vs_reference_no_cache": 0.75, "step_vs_floor": 1.25, "rank100_vs_reference": 0.5, "memory_vs_reference": 0.6}
+    "step_vs_reference": 0.62,
+    "step_vs_reference_no_cache": 0.75,
+    "step_vs_floor": 1.25,
+    "rank100_vs_reference": 0.5,
+    "memory_vs_reference": 0.6,
+}
 
 
 def machine_facts() -> dict:  # names and values
@@ -154,33 +236,77 @@ def machine_facts() -> dict:  # names and values
     import transformers
 
     from tvp import __version__
+
     cpu = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
-        cpu = next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "tvp": __version__}
-    return {"machine": {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
-            "versions": versions, "commit": source_commit(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None}
+        cpu = next(
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tvp": __version__,
+    }
+    return {
+        "machine": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "card": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": versions,
+        "commit": source_commit(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
 
 
 def source_commit() -> str | None:  # None: not a checkout, or no git
     "Which state of the code this is; + for one with changes."
     import tvp
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(tvp.__file__).parent), *args], capture_output=True, text=True)
-    try: commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ".")
-    except OSError: return None
-    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "") if commit.returncode == 0 else None
+
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", str(Path(tvp.__file__).parent), *args], capture_output=True, text=True
+        )
+
+    try:
+        commit, changes = (
+            git("rev-parse", "--short=12", "HEAD"),
+            git("status", "--porcelain", "--", "."),
+        )
+    except OSError:
+        return None
+    return (
+        commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+        if commit.returncode == 0
+        else None
+    )
 
 # %% ../nbs/api/86_bench.ipynb #fdeecd47
 def headlines(
     results: dict,  # of the sections that ran
 ) -> dict[str, float]:  # ratios, by name
     "The five figures, as far as they were measured."
-    steps = {row["model"]: {name: value["median"] for name, value in row["ratios"].items()} for row in results.get("step", [])}
+    steps = {
+        row["model"]: {name: value["median"] for name, value in row["ratios"].items()}
+        for row in results.get("step", [])
+    }
     first = steps.get("paper", {})
-    named = {"step_vs_reference": "cached_vs_reference", "step_vs_reference_no_cache": "uncached_vs_reference", "step_vs_floor": "cached_vs_floor"}
+    named = {
+        "step_vs_reference": "cached_vs_reference",
+        "step_vs_reference_no_cache": "uncached_vs_reference",
+        "step_vs_floor": "cached_vs_floor",
+    }
     out = {name: first[key] for name, key in named.items() if key in first}
-    hundred = [row["ratio"]["median"] for row in results.get("ranking", []) if row["candidates"] == 100]
-    if hundred: out["rank100_vs_reference"] = max(hundred)  # of the slowest model
+    hundred = [
+        row["ratio"]["median"] for row in results.get("ranking", []) if row["candidates"] == 100
+    ]
+    if hundred:
+        out["rank100_vs_reference"] = max(hundred)  # of the slowest model
     memory = [row["ratios"]["cached_vs_reference"] for row in results.get("memory", [])]
     return out | ({"memory_vs_reference": memory[0]} if memory else {})
 
@@ -191,9 +317,16 @@ def loading_rows(
 ) -> list[dict]:  # one row for each model
     "Photographs, and the part of a step of the paper's proportions that loading them takes."
     from tvp.task_loading import load_task
-    row, small = time_loading(photo_task(plan.photos), 164, 8, 3), time_loading(load_task("shapes"), 36, 16, 2)
+
+    row = time_loading(photo_task(plan.photos), 164, 8, 3)
+    small = time_loading(load_task("shapes"), 36, 16, 2)
     paper = next((r for r in steps if r["model"] == "paper"), None)
-    if paper: row["share_of_a_step"] = paper["batch"] / row["pictures_per_second"]["first"]["median"] / paper["seconds"]["cached"]["median"]
+    if paper:
+        row["share_of_a_step"] = (
+            paper["batch"]
+            / row["pictures_per_second"]["first"]["median"]
+            / paper["seconds"]["cached"]["median"]
+        )
     return [row, small]
 
 # %% ../nbs/api/86_bench.ipynb #19518843
@@ -203,53 +336,104 @@ def run_bench(
     plan: Plan | None = None,  # None: QUICK or FULL
 ) -> dict:  # headlines, facts about the machine, and a list of rows for each section
     "Run the benchmarks; progress goes to standard error."
-    for name in only or (): check_choice("only", name, SECTIONS)
-    plan, wanted, start, results = plan or (QUICK if quick else FULL), only or SECTIONS, time.time(), {}
+    for name in only or ():
+        check_choice("only", name, SECTIONS)
+    plan = plan or (QUICK if quick else FULL)
+    wanted = only or SECTIONS
+    start = time.time()
+    results = {}
+
     def section(name, run, jobs):
         rows = results[name] = []
         for job in jobs:
-            print(f"{time.time() - start:5.0f} s  {name} {' '.join(map(str, job))}", file=sys.stderr, flush=True)
+            print(
+                f"{time.time() - start:5.0f} s  {name} {' '.join(map(str, job))}",
+                file=sys.stderr,
+                flush=True,
+            )
             rows.append(run(*job))
-    if "step" in wanted: section("step", lambda name, rounds: time_steps(make_scene(name), rounds), plan.steps)
-    if "ranking" in wanted: section("ranking", lambda name, *how: time_ranking(make_scene(name), *how), plan.rankings)
-    if "shared" in wanted: section("shared", lambda name, *how: time_shared(make_scene(name), *how), plan.shared)
-    if "loading" in wanted: results["loading"] = loading_rows(plan, results.get("step", []))
-    if "memory" in wanted: section("memory", lambda name: measure_memory(name), [(name,) for name in plan.memory])
-    if "variants" in wanted: section("variants", time_variants, plan.variants)
-    return headlines(results) | machine_facts() | {"plan": asdict(plan), "seconds": time.time() - start} | results
+
+    if "step" in wanted:
+        section("step", lambda name, rounds: time_steps(make_scene(name), rounds), plan.steps)
+    if "ranking" in wanted:
+        section("ranking", lambda name, *how: time_ranking(make_scene(name), *how), plan.rankings)
+    if "shared" in wanted:
+        section("shared", lambda name, *how: time_shared(make_scene(name), *how), plan.shared)
+    if "loading" in wanted:
+        results["loading"] = loading_rows(plan, results.get("step", []))
+    if "memory" in wanted:
+        section("memory", lambda name: measure_memory(name), [(name,) for name in plan.memory])
+    if "variants" in wanted:
+        section("variants", time_variants, plan.variants)
+    return (
+        headlines(results)
+        | machine_facts()
+        | {"plan": asdict(plan), "seconds": time.time() - start}
+        | results
+    )
 
 # %% ../nbs/api/86_bench.ipynb #589d53b8
-def _figure(value: dict) -> str: return f"{value['median']:.2f} ({value['low']:.2f}..{value['high']:.2f})"
+def _figure(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f}..{value['high']:.2f})"
 
 
 def _shared_line(row: dict) -> str:
     counted = row["gflops"]["shared"] / row["gflops"]["different"]
-    return (f"shared   {row['model']:18} {row['seconds']['shared']['median'] * 1000:8.1f} ms  {row['questions']} questions about each of {row['pictures']} "
-            f"pictures: vs different pictures {_figure(row['ratio'])}, in FLOPs {counted:.2f}, scores differ by {row['largest_difference']:.0e}")
+    return (
+        f"shared   {row['model']:18} {row['seconds']['shared']['median'] * 1000:8.1f} ms  "
+        f"{row['questions']} questions about each of {row['pictures']} "
+        f"pictures: vs different pictures {_figure(row['ratio'])}, in FLOPs {counted:.2f}, "
+        f"scores differ by {row['largest_difference']:.0e}"
+    )
 
 # %% ../nbs/api/86_bench.ipynb #d8494e74
 def ratio_table(
     results: dict,  # of `run_bench`
 ) -> str:
     "What `tvp bench` prints."
-    lines = [f"{facts['cpu']}, {results['threads']} threads, torch {results['versions']['torch']}, tvp {results['versions']['tvp']} ({results['commit']})"
-             for facts in [results["machine"]]]
+    lines = [
+        f"{facts['cpu']}, {results['threads']} threads, torch {results['versions']['torch']}, "
+        f"tvp {results['versions']['tvp']} ({results['commit']})"
+        for facts in [results["machine"]]
+    ]
     for name, bound in BOUNDS.items():
-        if name in results: lines.append(f"{name:28} {results[name]:.2f}   at most {bound:.2f}: {'met' if results[name] <= bound else 'MISSED'}")
+        if name in results:
+            lines.append(
+                f"{name:28} {results[name]:.2f}   at most {bound:.2f}: "
+                f"{'met' if results[name] <= bound else 'MISSED'}"
+            )
     for row in results.get("step", []):
         ours = row["seconds"]["cached"]["median"]
-        lines.append(f"step     {row['model']:18} {ours * 1000:8.1f} ms  " + "  ".join(f"{name} {_figure(value)}" for name, value in row["ratios"].items()))
+        lines.append(
+            f"step     {row['model']:18} {ours * 1000:8.1f} ms  "
+            + "  ".join(f"{name} {_figure(value)}" for name, value in row["ratios"].items())
+        )
     for row in results.get("ranking", []):
-        lines.append(f"ranking  {row['model']:18} {row['seconds']['ours']['median'] * 1000:8.1f} ms  {row['candidates']:4} candidates, {row['tokens']:4} tokens, "
-                     f"{row['pictures']} pictures: vs reference {_figure(row['ratio'])}, scores up to {row['largest_score']:.0f} differ by {row['largest_difference']:.0e}")
+        lines.append(
+            f"ranking  {row['model']:18} {row['seconds']['ours']['median'] * 1000:8.1f} ms  "
+            f"{row['candidates']:4} candidates, {row['tokens']:4} tokens, "
+            f"{row['pictures']} pictures: vs reference {_figure(row['ratio'])}, scores up to "
+            f"{row['largest_score']:.0f} differ by {row['largest_difference']:.0e}"
+        )
     lines += [_shared_line(row) for row in results.get("shared", [])]
     for row in results.get("loading", []):
-        rate, share = row["pictures_per_second"], row.get("share_of_a_step")
-        lines.append(f"loading  {row['task']:18} {rate['first']['median']:8.0f} pictures/s, again {rate['again']['median']:.0f}" + (f", {share:.1%} of a step" if share else ""))
+        rate = row["pictures_per_second"]
+        share = row.get("share_of_a_step")
+        lines.append(
+            f"loading  {row['task']:18} {rate['first']['median']:8.0f} pictures/s, again "
+            f"{rate['again']['median']:.0f}" + (f", {share:.1%} of a step" if share else "")
+        )
     for row in results.get("memory", []):
-        lines.append(f"memory   {row['model']:18} " + "  ".join(f"{name} {value:.0f} MB" for name, value in row["megabytes"].items()))
+        lines.append(
+            f"memory   {row['model']:18} "
+            + "  ".join(f"{name} {value:.0f} MB" for name, value in row["megabytes"].items())
+        )
     for row in results.get("variants", []):
-        lines.append(f"floor    {row['model']:18} " + "  ".join(f"{name} {_figure(value)}" for name, value in row["ratios"].items()) + "".join(f"  {n}: {e}" for n, e in row["failed"].items()))
+        lines.append(
+            f"floor    {row['model']:18} "
+            + "  ".join(f"{name} {_figure(value)}" for name, value in row["ratios"].items())
+            + "".join(f"  {n}: {e}" for n, e in row["failed"].items())
+        )
     return "\n".join(lines)
 
 # %% ../nbs/api/86_bench.ipynb #cdd63a83
@@ -261,5 +445,9 @@ def bench(
     "The command: run, print, write."
     results = run_bench(quick, only)
     print(ratio_table(results))
-    if file is not None: print(f"Everything that was measured: {write_atomic(file, json.dumps(results, indent=1) + chr(10))}")
+    if file is not None:
+        print(
+            "Everything that was measured: "
+            f"{write_atomic(file, json.dumps(results, indent=1) + chr(10))}"
+        )
     return results

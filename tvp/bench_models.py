@@ -26,26 +26,49 @@ def made_up_words(
 ) -> list[str]:  # two or three syllables each, no two alike
     "Words that nobody has ever used."
     syllables = ["".join(pair) for pair in product("bdfghklmnprstvwz", "aeiou")]
-    return ["".join(parts) for length in (2, 3) for parts in islice(product(syllables, repeat=length), count)][:count]
+    return [
+        "".join(parts)
+        for length in (2, 3)
+        for parts in islice(product(syllables, repeat=length), count)
+    ][:count]
 
 
 def bench_tokenizer(
     vocabulary: int,  # number of pieces, at least 500
+    # a PreTrainedTokenizerFast
     end: str = "",  # symbol that closes every text, as CLIP wants it
-):  # a PreTrainedTokenizerFast
+):
     "A Unigram tokenizer in which every made-up word is one token."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
     check_whole("vocabulary", vocabulary, 500)
-    pieces = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127)), *(f"▁{word}" for word in dict.fromkeys(WORDS.split()))]
+    pieces = [
+        *SPECIAL,
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *map(chr, range(33, 127)),
+        *(f"▁{word}" for word in dict.fromkeys(WORDS.split())),
+    ]
     pieces += [f"▁{word}" for word in made_up_words(vocabulary - len(pieces))]
-    scores = [0. if p in SPECIAL else -2. if p.startswith("▁") and len(p) > 1 else -6. for p in pieces]
+    scores = [
+        0.0 if p in SPECIAL else -2.0 if p.startswith("▁") and len(p) > 1 else -6.0 for p in pieces
+    ]
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores)), unk_id=3, byte_fallback=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"<s> $A {end}".strip(), special_tokens=[("<s>", 1), ("</Img>", 6)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {end}".strip(), special_tokens=[("<s>", 1), ("</Img>", 6)]
+    )
     tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=end or "</s>", unk_token="<unk>",
-                                   model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token=end or "</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 # %% ../nbs/api/83_bench_models.ipynb #7709861c
 def candidate_names(
@@ -53,17 +76,25 @@ def candidate_names(
     words: list[str] | None = None,  # to draw from; None: the made-up words of a vocabulary of 1360
 ) -> list[str]:  # one, two and three words in turn, no two alike
     "Possible answers of unequal length."
-    words, random, names = words or made_up_words(800), Random(0), {}
+    words = words or made_up_words(800)
+    random = Random(0)
+    names = {}
     limit = 100 * check_whole("count", count)
     for i in range(limit):
-        if len(names) == count: return list(names)
-        names[" ".join(random.choices(words, k=1 + len(names) % 3 if i < limit / 2 else 3))] = None  # enough words for single ones? Else longer
-    raise ValueError(f"`words` must allow {count} different names of up to three words, got {len(words)} words. Give more words.")
+        if len(names) == count:
+            return list(names)
+        # enough words for single ones? Else longer
+        names[" ".join(random.choices(words, k=1 + len(names) % 3 if i < limit / 2 else 3))] = None
+    raise ValueError(
+        f"`words` must allow {count} different names of up to three words, got {len(words)} "
+        "words. Give more words."
+    )
 
 # %% ../nbs/api/83_bench_models.ipynb #bf1f2bb9
 @dataclass(frozen=True)
 class Shape:
     "How large the parts of a model are: (width, layers, heads, width of the MLP) each."
+
     kind: str  # "blip-2", "instructblip" or "llava"
     size: int  # canvas, pixels
     width: int  # border of the prompt, pixels
@@ -79,10 +110,19 @@ class Shape:
     queries = 32  # visual tokens of a Q-Former
 
     @property
-    def picture_tokens(self) -> int: "Visual tokens of a picture."; return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
+    def picture_tokens(self) -> int:
+        "Visual tokens of a picture."
+        return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
 
 # %% ../nbs/api/83_bench_models.ipynb #684a6a47
-_PAPER = dict(size=224, width=30, patch=14, vision=(256, 7, 4, 1120), qformer=(128, 4, 4, 512), text=(512, 11, 8, 1376))
+_PAPER = dict(
+    size=224,
+    width=30,
+    patch=14,
+    vision=(256, 7, 4, 1120),
+    qformer=(128, 4, 4, 512),
+    text=(512, 11, 8, 1376),
+)
 _LLAVA = dict(size=336, width=45, patch=14, vision=(96, 3, 4, 384), text=(384, 4, 6, 1032))
 _VICUNA = (4096, 32, 32, 11008)
 _B32 = (768, 12, 12, 3072)
@@ -91,43 +131,147 @@ SHAPES = {
     "paper-32k": Shape("blip-2", vocabulary=32_000, **_PAPER),
     "llava": Shape("llava", vocabulary=1024, batch=2, **_LLAVA),
     "llava-32k": Shape("llava", vocabulary=32_000, batch=2, **_LLAVA),
-    "llava-58m": Shape("llava", vocabulary=32_000, batch=2, **_LLAVA | dict(text=(512, 12, 8, 1376), vision=(192, 6, 4, 768)), instruction=19),
-    "mini": Shape("blip-2", 48, 6, 8, (64, 4, 4, 128), (64, 3, 4, 128), 1360, qformer=(64, 2, 4, 128), clip=(32, 2, 4, 64)),
-    "mini-instructblip": Shape("instructblip", 48, 6, 8, (64, 4, 4, 128), (64, 3, 4, 128), 1360, qformer=(64, 2, 4, 128), clip=(32, 2, 4, 64)),
-    "mini-llava": Shape("llava", 48, 6, 8, (64, 4, 4, 128), (64, 3, 4, 128), 1360, clip=(32, 2, 4, 64), instruction=19),
-    "instructblip-7b": Shape("instructblip", 224, 30, 14, (1408, 39, 16, 6144), _VICUNA, 32_000, qformer=(768, 12, 12, 3072), clip=_B32, batch=16),
-    "llava-7b": Shape("llava", 336, 45, 14, (1024, 24, 16, 4096), _VICUNA, 32_000, clip=_B32, batch=16),
+    "llava-58m": Shape(
+        "llava",
+        vocabulary=32_000,
+        batch=2,
+        **_LLAVA | dict(text=(512, 12, 8, 1376), vision=(192, 6, 4, 768)),
+        instruction=19,
+    ),
+    "mini": Shape(
+        "blip-2",
+        48,
+        6,
+        8,
+        (64, 4, 4, 128),
+        (64, 3, 4, 128),
+        1360,
+        qformer=(64, 2, 4, 128),
+        clip=(32, 2, 4, 64),
+    ),
+    "mini-instructblip": Shape(
+        "instructblip",
+        48,
+        6,
+        8,
+        (64, 4, 4, 128),
+        (64, 3, 4, 128),
+        1360,
+        qformer=(64, 2, 4, 128),
+        clip=(32, 2, 4, 64),
+    ),
+    "mini-llava": Shape(
+        "llava",
+        48,
+        6,
+        8,
+        (64, 4, 4, 128),
+        (64, 3, 4, 128),
+        1360,
+        clip=(32, 2, 4, 64),
+        instruction=19,
+    ),
+    "instructblip-7b": Shape(
+        "instructblip",
+        224,
+        30,
+        14,
+        (1408, 39, 16, 6144),
+        _VICUNA,
+        32_000,
+        qformer=(768, 12, 12, 3072),
+        clip=_B32,
+        batch=16,
+    ),
+    "llava-7b": Shape(
+        "llava", 336, 45, 14, (1024, 24, 16, 4096), _VICUNA, 32_000, clip=_B32, batch=16
+    ),
 }
 
 # %% ../nbs/api/83_bench_models.ipynb #da152f57
 def bench_config(
+    # a config of transformers
     shape: Shape,
-):  # a config of transformers
+):
     "The model's config."
     from transformers import AutoConfig
-    part = lambda sizes, **more: dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), sizes)) | more
+
+    def part(sizes, **more):
+        return (
+            dict(
+                zip(
+                    (
+                        "hidden_size",
+                        "num_hidden_layers",
+                        "num_attention_heads",
+                        "intermediate_size",
+                    ),
+                    sizes,
+                )
+            )
+            | more
+        )
+
     ids = dict(vocab_size=shape.vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    text = part(shape.text, model_type="llama", max_position_embeddings=2048, tie_word_embeddings=False, **ids)
+    text = part(
+        shape.text,
+        model_type="llama",
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **ids,
+    )
     vision = part(shape.vision, image_size=shape.size, patch_size=shape.patch)
     if shape.kind == "llava":
-        return AutoConfig.for_model("llava", vision_config=vision | {"model_type": "clip_vision_model"}, text_config=text, image_token_index=4,
-                                    image_seq_length=shape.picture_tokens)
-    former = part(shape.qformer, vocab_size=shape.vocabulary, encoder_hidden_size=shape.vision[0], cross_attention_frequency=2)
-    return AutoConfig.for_model(shape.kind, vision_config=vision, qformer_config=former, text_config=text, num_query_tokens=shape.queries, image_token_index=4)
+        return AutoConfig.for_model(
+            "llava",
+            vision_config=vision | {"model_type": "clip_vision_model"},
+            text_config=text,
+            image_token_index=4,
+            image_seq_length=shape.picture_tokens,
+        )
+    former = part(
+        shape.qformer,
+        vocab_size=shape.vocabulary,
+        encoder_hidden_size=shape.vision[0],
+        cross_attention_frequency=2,
+    )
+    return AutoConfig.for_model(
+        shape.kind,
+        vision_config=vision,
+        qformer_config=former,
+        text_config=text,
+        num_query_tokens=shape.queries,
+        image_token_index=4,
+    )
 
 
 def bench_processor(
+    # a processor
     shape: Shape,
-):  # a processor
+):
     "The model's processor: pictures that have the right size already are only normalised."
     import transformers as tf
-    square, tokenizer = dict(height=shape.size, width=shape.size), bench_tokenizer(shape.vocabulary)
+
+    square = dict(height=shape.size, width=shape.size)
+    tokenizer = bench_tokenizer(shape.vocabulary)
     if shape.kind == "llava":
         images = tf.CLIPImageProcessor(size=dict(shortest_edge=shape.size), crop_size=square)
-        return tf.LlavaProcessor(images, tokenizer, patch_size=shape.patch, num_additional_image_tokens=1, vision_feature_select_strategy="default",
-                                 image_token="<image>")
-    if shape.kind == "blip-2": return MarkerProcessor(tf.BlipImageProcessor(size=square), tokenizer, shape.queries)
-    return tf.InstructBlipProcessor(tf.BlipImageProcessor(size=square), tokenizer, bench_tokenizer(shape.vocabulary), num_query_tokens=shape.queries)
+        return tf.LlavaProcessor(
+            images,
+            tokenizer,
+            patch_size=shape.patch,
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+            image_token="<image>",
+        )
+    if shape.kind == "blip-2":
+        return MarkerProcessor(tf.BlipImageProcessor(size=square), tokenizer, shape.queries)
+    return tf.InstructBlipProcessor(
+        tf.BlipImageProcessor(size=square),
+        tokenizer,
+        bench_tokenizer(shape.vocabulary),
+        num_query_tokens=shape.queries,
+    )
 
 # %% ../nbs/api/83_bench_models.ipynb #1ad6896c
 def bench_mllm(
@@ -137,13 +281,19 @@ def bench_mllm(
 ) -> Mllm:
     "A random model of a shape."
     from transformers import AutoModelForImageTextToText
+
     check_choice("name", name, SHAPES)
-    shape, config = SHAPES[name], bench_config(SHAPES[name])
+    shape = SHAPES[name]
+    config = bench_config(SHAPES[name])
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
         model = loud(model.requires_grad_(False))
-    template = {"blip-2": "<Img><image></Img> {}", "instructblip": "{}", "llava": "<image> {}"}[shape.kind]
+    template = {"blip-2": "<Img><image></Img> {}", "instructblip": "{}", "llava": "<image> {}"}[
+        shape.kind
+    ]
     return Mllm(model, bench_processor(shape), template.format, name=name, end="</s>")
 
 # %% ../nbs/api/83_bench_models.ipynb #ea69ea1a
@@ -154,17 +304,37 @@ def bench_clip(
 ) -> Clip:
     "A random CLIP for a shape: patches of 32 pixels, or six to a side where a picture is small."
     import transformers as tf
+
     check_choice("name", name, SHAPES)
-    size, (width, layers, heads, mlp) = SHAPES[name].size, SHAPES[name].clip
+    size = SHAPES[name].size
+    (width, layers, heads, mlp) = SHAPES[name].clip
     size = 224 if size > 224 else size  # the paper's CLIP sees 224 pixels, whatever the model sees
-    part = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp)
+    part = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+    )
     tokenizer = bench_tokenizer(1360, "</Img>")
-    text = dict(part, vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=1, eos_token_id=6, pad_token_id=0)
-    config = tf.CLIPConfig(text_config=text, vision_config=dict(part, image_size=size, patch_size=32 if size >= 224 else size // 6), projection_dim=width)
+    text = dict(
+        part,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=77,
+        bos_token_id=1,
+        eos_token_id=6,
+        pad_token_id=0,
+    )
+    config = tf.CLIPConfig(
+        text_config=text,
+        vision_config=dict(part, image_size=size, patch_size=32 if size >= 224 else size // 6),
+        projection_dim=width,
+    )
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(1)
         model = loud(tf.CLIPModel(config).requires_grad_(False)).to(dtype)
-    images = tf.CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size))
+    images = tf.CLIPImageProcessor(
+        size=dict(shortest_edge=size), crop_size=dict(height=size, width=size)
+    )
     return Clip(model, tf.CLIPProcessor(images, tokenizer), f"{name}-clip")
 
 # %% ../nbs/api/83_bench_models.ipynb #b723584d
@@ -172,7 +342,9 @@ def bench_instruction(
     shape: Shape,
 ) -> str:  # shape.instruction words
     "What is asked."
-    return " ".join(islice(("this is a photo of a " * shape.instruction).split(), shape.instruction))
+    return " ".join(
+        islice(("this is a photo of a " * shape.instruction).split(), shape.instruction)
+    )
 
 
 def bench_task(
@@ -181,11 +353,18 @@ def bench_task(
     classes: int = 10,  # names, so candidates
 ) -> Task:
     "Noise with names."
-    shape, words = SHAPES[check_choice("name", name, SHAPES)], made_up_words(2 * check_whole("classes", classes))
-    generator, side = torch.Generator().manual_seed(0), shape.size - 2 * shape.width
-    names, labels = [f"{a} {b}" for a, b in zip(words[::2], words[1::2])], [i % classes for i in range(pictures)]
-    images = torch.randint(0, 256, (pictures, 3, side, side), dtype=torch.uint8, generator=generator)
-    split = Split(images, [bench_instruction(shape)] * pictures, labels, [names[label] for label in labels])
+    shape = SHAPES[check_choice("name", name, SHAPES)]
+    words = made_up_words(2 * check_whole("classes", classes))
+    generator = torch.Generator().manual_seed(0)
+    side = shape.size - 2 * shape.width
+    names = [f"{a} {b}" for a, b in zip(words[::2], words[1::2])]
+    labels = [i % classes for i in range(pictures)]
+    images = torch.randint(
+        0, 256, (pictures, 3, side, side), dtype=torch.uint8, generator=generator
+    )
+    split = Split(
+        images, [bench_instruction(shape)] * pictures, labels, [names[label] for label in labels]
+    )
     return Task(f"bench-{name}", split, split, split, names)
 
 # %% ../nbs/api/83_bench_models.ipynb #ff610112
@@ -194,7 +373,9 @@ def count_flops(
 ) -> int:
     "Floating-point operations of matrix products, convolutions and attention."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: run()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops()
 
 
@@ -206,5 +387,6 @@ def forward_flops(
     answers: list[str],  # likewise
 ) -> tuple[int, int]:  # of the whole pass; of pictures to visual tokens alone
     "What one pass with answer-only logits costs."
-    whole, seen = count_flops(lambda: mllm(images, instructions, answers)), count_flops(lambda: mllm.visual_tokens(images, instructions))
+    whole = count_flops(lambda: mllm(images, instructions, answers))
+    seen = count_flops(lambda: mllm.visual_tokens(images, instructions))
     return whole, seen

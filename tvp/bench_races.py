@@ -40,11 +40,13 @@ def alternate(
     contestants: dict[str, Callable],  # name -> function without arguments
     rounds: int,  # measured, each contestant once in each
     warmup: int = 1,  # rounds before that
-    wait: Callable | None = None,  # called before the clock is read; on a graphics card torch.cuda.synchronize
+    # called before the clock is read; on a graphics card torch.cuda.synchronize
+    wait: Callable | None = None,
 ) -> dict[str, list[float]]:  # seconds, `rounds` for each name
     "Take turns."
     check_whole("rounds", rounds)
-    times, wait = {name: [] for name in contestants}, wait or (lambda: None)
+    times = {name: [] for name in contestants}
+    wait = wait or (lambda: None)
     for turn in range(warmup + rounds):
         gc.collect()
         for name, run in contestants.items():
@@ -52,7 +54,8 @@ def alternate(
             start = time.perf_counter()
             run()
             wait()
-            if turn >= warmup: times[name].append(time.perf_counter() - start)
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
     return times
 
 # %% ../nbs/api/85_bench_races.ipynb #67a8eca5
@@ -60,7 +63,9 @@ def spread(
     values: list[float],  # at least one
 ) -> dict[str, float]:  # median, low and high: the middle half of the values
     "The middle and how far it can be trusted."
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"median": middle, "low": low, "high": high, "runs": len(values)}
 
 # %% ../nbs/api/85_bench_races.ipynb #a2016f3d
@@ -76,6 +81,7 @@ def ratio(
 @dataclass
 class Scene:
     "Models, pictures and geometry."
+
     name: str  # of the shape
     source: Mllm
     clip: Clip
@@ -86,14 +92,25 @@ class Scene:
 
     def learner(self) -> Learner:
         "Ours, with the paper's losses and update."
-        return Learner(VisualPrompt(self.size, self.width), self.source, self.task, tvp_losses(clip=self.clip), batch_size=self.batch)
+        return Learner(
+            VisualPrompt(self.size, self.width),
+            self.source,
+            self.task,
+            tvp_losses(clip=self.clip),
+            batch_size=self.batch,
+        )
 
-    def reference(self) -> ReferenceLoop: "The released algorithm."; return ReferenceLoop(self.size, self.width, self.source, self.clip)
+    def reference(self) -> ReferenceLoop:
+        "The released algorithm."
+        return ReferenceLoop(self.size, self.width, self.source, self.clip)
 
     def batches(self) -> Iterator[Batch]:
         "Training pictures without end."
         generator = torch.Generator().manual_seed(0)
-        while True: yield from self.task.batches("train", self.size - 2 * self.width, self.batch, shuffle=True, generator=generator)
+        while True:
+            yield from self.task.batches(
+                "train", self.size - 2 * self.width, self.batch, shuffle=True, generator=generator
+            )
 
 # %% ../nbs/api/85_bench_races.ipynb #1bca3b67
 def make_scene(
@@ -103,12 +120,22 @@ def make_scene(
 ) -> Scene:
     "Build or load what belongs to a name."
     from tvp.zoo import load_zoo
+
     zoo = load_zoo("tiny")
     check_choice("name", name, [*SHAPES, *zoo])
     if name in SHAPES:
         shape = SHAPES[name]
-        return Scene(name, bench_mllm(name, device, dtype), bench_clip(name, device), bench_task(name, 2 * shape.batch), shape.size, shape.width, shape.batch)
+        return Scene(
+            name,
+            bench_mllm(name, device, dtype),
+            bench_clip(name, device),
+            bench_task(name, 2 * shape.batch),
+            shape.size,
+            shape.width,
+            shape.batch,
+        )
     from tvp.task_loading import load_task
+
     task = load_task("shapes")
     some = task.train.select(range(32))  # two steps: cached tokens come back soon
     return Scene(name, zoo[name], zoo.clip, replace(task, train=some), zoo.size, zoo.width, 16)
@@ -118,25 +145,35 @@ def floor_pass(
     scene: Scene,
 ) -> Callable:  # runs it; returns the gradients of both models' pixels
     "Forward and input gradient of the source, and one of CLIP's picture tower."
-    source, batch = scene.source, next(scene.batches())
+    source = scene.source
+    batch = next(scene.batches())
     images = F.pad(batch.images, [scene.width] * 4).to(source.device)
     pixels = normalised(source.processor, images).to(source.dtype)
     side = scene.clip.model.config.vision_config.image_size
     seen = normalised(scene.clip.processor, F.interpolate(images, (side, side))).requires_grad_()
-    ids, mask = (t.to(source.device) for t in answer_batch(source.text, batch.instructions, batch.answers, source.end))
+    ids, mask = (
+        t.to(source.device)
+        for t in answer_batch(source.text, batch.instructions, batch.answers, source.end)
+    )
     inputs = source_inputs(source, pixels, batch.instructions)
-    if source.text.seq2seq: inputs["decoder_input_ids"] = torch.cat([ids.new_full((len(ids), 1), decoder_start(source.model)), ids[:, :-1]], 1)
-    else: inputs = append_ids(source.model, inputs, ids, mask) | {"logits_to_keep": ids.shape[1] + 1}
-    inputs["pixel_values"], labels = pixels.detach().requires_grad_(), ids.masked_fill(mask == 0, -100).flatten()
+    if source.text.seq2seq:
+        inputs["decoder_input_ids"] = torch.cat(
+            [ids.new_full((len(ids), 1), decoder_start(source.model)), ids[:, :-1]], 1
+        )
+    else:
+        inputs = append_ids(source.model, inputs, ids, mask) | {"logits_to_keep": ids.shape[1] + 1}
+    inputs["pixel_values"] = pixels.detach().requires_grad_()
+    labels = ids.masked_fill(mask == 0, -100).flatten()
 
     def run():
         logits = source.model(**inputs, use_cache=False).logits
-        logits = logits if source.text.seq2seq else logits[:, -ids.shape[1] - 1:-1]
+        logits = logits if source.text.seq2seq else logits[:, -ids.shape[1] - 1 : -1]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels)
         features = scene.clip.model.get_image_features(pixel_values=seen).pooler_output
         inputs["pixel_values"].grad = seen.grad = None
         (loss + features.sum()).backward()
         return inputs["pixel_values"].grad, seen.grad
+
     return run
 
 # %% ../nbs/api/85_bench_races.ipynb #7e72895c
@@ -144,9 +181,12 @@ def step_contestants(
     scene: Scene,
 ) -> dict[str, Callable]:  # cached, uncached, reference, floor
     "Functions that make one step each."
-    cached, uncached, reference = scene.learner(), scene.learner(), scene.reference()
+    cached = scene.learner()
+    uncached = scene.learner()
+    reference = scene.reference()
     uncached.clean_tokens = None
-    batches, steps = scene.batches(), {"cached": cached.steps(10**6), "uncached": uncached.steps(10**6)}
+    batches = scene.batches()
+    steps = {"cached": cached.steps(10**6), "uncached": uncached.steps(10**6)}
     ours = {name: lambda step=step: next(step) for name, step in steps.items()}
     return ours | {"reference": lambda: reference.step(next(batches)), "floor": floor_pass(scene)}
 
@@ -158,20 +198,35 @@ def time_steps(
 ) -> dict:  # for the results: medians, spreads and ratios
     "The step's row of the table."
     contestants = step_contestants(scene)
-    for _ in range(2): contestants["cached"]()  # an epoch: now all clean tokens are known
+    for _ in range(2):
+        contestants["cached"]()  # an epoch: now all clean tokens are known
     flops = {name: count_flops(run) for name, run in contestants.items()}
     times = alternate(contestants, rounds, wait=wait)
-    pairs = {"cached_vs_reference": ("cached", "reference"), "uncached_vs_reference": ("uncached", "reference"),
-             "cached_vs_floor": ("cached", "floor"), "uncached_vs_floor": ("uncached", "floor")}
-    return {"model": scene.name, "parameters": scene.source.model.num_parameters(), "batch": scene.batch, "gflops": {n: f / 1e9 for n, f in flops.items()},
-            "seconds": {name: spread(t) for name, t in times.items()}, "ratios": {name: ratio(times, *pair) for name, pair in pairs.items()}}
+    pairs = {
+        "cached_vs_reference": ("cached", "reference"),
+        "uncached_vs_reference": ("uncached", "reference"),
+        "cached_vs_floor": ("cached", "floor"),
+        "uncached_vs_floor": ("uncached", "floor"),
+    }
+    return {
+        "model": scene.name,
+        "parameters": scene.source.model.num_parameters(),
+        "batch": scene.batch,
+        "gflops": {n: f / 1e9 for n, f in flops.items()},
+        "seconds": {name: spread(t) for name, t in times.items()},
+        "ratios": {name: ratio(times, *pair) for name, pair in pairs.items()},
+    }
 
 # %% ../nbs/api/85_bench_races.ipynb #94bc6d40
 def known_words(
     scene: Scene,
 ) -> list[str]:  # sorted
     "Words that are one token of the source."
-    return sorted(w[1:] for w in scene.source.processor.tokenizer.get_vocab() if len(w) > 2 and w[0] == "▁" and w[1:].isalpha())
+    return sorted(
+        w[1:]
+        for w in scene.source.processor.tokenizer.get_vocab()
+        if len(w) > 2 and w[0] == "▁" and w[1:].isalpha()
+    )
 
 
 def time_ranking(
@@ -183,15 +238,29 @@ def time_ranking(
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The ranking's row of the table."
     names = candidate_names(candidates, known_words(scene))
-    images, instructions = torch.rand(pictures, 3, scene.size, scene.size, device=scene.source.device), [scene.task.train.instructions[0]] * pictures
+    images = torch.rand(pictures, 3, scene.size, scene.size, device=scene.source.device)
+    instructions = [scene.task.train.instructions[0]] * pictures
     tokens = sum(len(scene.source.text.answer_ids(instructions[0], name)) for name in names)
-    contestants = {"ours": lambda: scene.source.rank(images, instructions, names),
-                   "reference": lambda: reference_rank(scene.source, images, instructions, names)}
-    ours, theirs = contestants["ours"](), contestants["reference"]()
-    gap, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    contestants = {
+        "ours": lambda: scene.source.rank(images, instructions, names),
+        "reference": lambda: reference_rank(scene.source, images, instructions, names),
+    }
+    ours = contestants["ours"]()
+    theirs = contestants["reference"]()
+    gap = (ours - theirs).abs().max().item()
+    size = theirs.abs().max().item()
     times = alternate(contestants, rounds, warmup=0, wait=wait)
-    return {"model": scene.name, "parameters": scene.source.model.num_parameters(), "pictures": pictures, "candidates": candidates, "tokens": tokens,
-            "largest_difference": gap, "largest_score": size, "seconds": {name: spread(t) for name, t in times.items()}, "ratio": ratio(times, "ours", "reference")}
+    return {
+        "model": scene.name,
+        "parameters": scene.source.model.num_parameters(),
+        "pictures": pictures,
+        "candidates": candidates,
+        "tokens": tokens,
+        "largest_difference": gap,
+        "largest_score": size,
+        "seconds": {name: spread(t) for name, t in times.items()},
+        "ratio": ratio(times, "ours", "reference"),
+    }
 
 # %% ../nbs/api/85_bench_races.ipynb #7dd1ec52
 def time_shared(
@@ -202,18 +271,37 @@ def time_shared(
     wait: Callable | None = None,  # as in `alternate`
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The shared pictures' row of the table."
-    source, rows = scene.source, check_whole("pictures", pictures) * check_whole("questions", questions)
-    asked = [f"is there a {name} in the image" for name in candidate_names(questions, known_words(scene))] * pictures
+    source = scene.source
+    rows = check_whole("pictures", pictures) * check_whole("questions", questions)
+    asked = [
+        f"is there a {name} in the image" for name in candidate_names(questions, known_words(scene))
+    ] * pictures
     different = torch.rand(rows, 3, scene.size, scene.size, device=source.device)
     shared = different[:pictures].repeat_interleave(questions, 0)
-    contestants = {name: lambda images=images: source.rank(images, asked, ["no", "yes"]) for name, images in (("shared", shared), ("different", different))}
-    alone = torch.cat([source.rank(shared[row:row + 1], asked[row:row + 1], ["no", "yes"]) for row in range(questions)])
+    contestants = {
+        name: lambda images=images: source.rank(images, asked, ["no", "yes"])
+        for name, images in (("shared", shared), ("different", different))
+    }
+    alone = torch.cat(
+        [
+            source.rank(shared[row : row + 1], asked[row : row + 1], ["no", "yes"])
+            for row in range(questions)
+        ]
+    )
     contestants["shared"]()  # the first time the tower is compared with itself
     gap = (contestants["shared"]()[:questions] - alone).abs().max().item()
     flops = {name: count_flops(run) / 1e9 for name, run in contestants.items()}
     times = alternate(contestants, rounds, warmup=0, wait=wait)
-    return {"model": scene.name, "parameters": source.model.num_parameters(), "pictures": pictures, "questions": questions, "largest_difference": gap,
-            "gflops": flops, "seconds": {name: spread(t) for name, t in times.items()}, "ratio": ratio(times, "shared", "different")}
+    return {
+        "model": scene.name,
+        "parameters": source.model.num_parameters(),
+        "pictures": pictures,
+        "questions": questions,
+        "largest_difference": gap,
+        "gflops": flops,
+        "seconds": {name: spread(t) for name, t in times.items()},
+        "ratio": ratio(times, "shared", "different"),
+    }
 
 # %% ../nbs/api/85_bench_races.ipynb #e74fe5f1
 def photo_task(
@@ -223,14 +311,22 @@ def photo_task(
 ) -> Task:
     "JPEGs of soft noise, which compress about as photographs do."
     from PIL import Image
-    generator, files = torch.Generator().manual_seed(0), []
+
+    generator = torch.Generator().manual_seed(0)
+    files = []
     for _ in range(pictures):
         rough = torch.rand(1, 3, height // 25, width // 25, generator=generator)
-        smooth = F.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1)[0] + .04 * torch.randn(3, height, width, generator=generator)
+        smooth = F.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1)[
+            0
+        ] + 0.04 * torch.randn(3, height, width, generator=generator)
         file = io.BytesIO()
-        Image.fromarray((smooth.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(file, "jpeg", quality=90)
+        Image.fromarray((smooth.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()).save(
+            file, "jpeg", quality=90
+        )
         files.append({"bytes": file.getvalue()})
-    split = Split(Pictures(files), ["this is a photo of a"] * pictures, [0] * pictures, ["cat"] * pictures)
+    split = Split(
+        Pictures(files), ["this is a photo of a"] * pictures, [0] * pictures, ["cat"] * pictures
+    )
     return Task("photos", split, split, split, ["cat", "dog"])
 
 # %% ../nbs/api/85_bench_races.ipynb #0f59eb5b
@@ -246,7 +342,16 @@ def time_loading(
         fresh = replace(task, train=task.train.select(range(len(task.train))))
         for times in passes.values():
             start = time.perf_counter()
-            for _ in fresh.batches("train", size, batch): pass
+            for _ in fresh.batches("train", size, batch):
+                pass
             times.append(time.perf_counter() - start)
-    rate = {name: spread([len(task.train) / seconds for seconds in times[1:]]) for name, times in passes.items()}
-    return {"task": task.name, "size": size, "pictures": len(task.train), "pictures_per_second": rate}
+    rate = {
+        name: spread([len(task.train) / seconds for seconds in times[1:]])
+        for name, times in passes.items()
+    }
+    return {
+        "task": task.name,
+        "size": size,
+        "pictures": len(task.train),
+        "pictures_per_second": rate,
+    }

@@ -27,27 +27,53 @@ def changed_answers(
     method: str,  # whose prompt
     target: str,  # whose answers
     candidates: list[str],  # of the task
-) -> pd.DataFrame:  # a row for each picture whose answer became right or wrong: row (in the split), right, before, after, change
+    # a row for each picture whose answer became right or wrong: row (in the split), right, before,
+    # after, change
+) -> pd.DataFrame:
     "The pictures that a prompt fixed and broke for one model."
     for name, value, known in (("method", method, run.methods), ("target", target, run.targets)):
-        if value not in known: raise KeyError(f"`{name}` must be one of {', '.join(known)}; got {value!r}.")
-    clean, prompted = run.scores["none", target], run.scores[method, target]
-    was, now = correct(clean, run.labels), correct(prompted, run.labels)
-    at, words = np.flatnonzero(was != now), np.asarray(candidates, dtype=object)
+        if value not in known:
+            raise KeyError(f"`{name}` must be one of {', '.join(known)}; got {value!r}.")
+    clean = run.scores["none", target]
+    prompted = run.scores[method, target]
+    was = correct(clean, run.labels)
+    now = correct(prompted, run.labels)
+    at = np.flatnonzero(was != now)
+    words = np.asarray(candidates, dtype=object)
     rows = at if run.index is None else np.asarray(run.index)[at]
-    return pd.DataFrame({"row": rows, "right": words[run.labels[at]], "before": words[predictions(clean)[at]], "after": words[predictions(prompted)[at]],
-                         "change": np.where(now[at], "fixed", "broken")})
+    return pd.DataFrame(
+        {
+            "row": rows,
+            "right": words[run.labels[at]],
+            "before": words[predictions(clean)[at]],
+            "after": words[predictions(prompted)[at]],
+            "change": np.where(now[at], "fixed", "broken"),
+        }
+    )
 
 # %% ../nbs/api/81_cases.ipynb #a4f93aa8
 def find_prompts(
-    prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt],  # one, several, or by method
+    # one, several, or by method
+    prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt],
 ) -> dict[tuple, VisualPrompt]:  # (method, source, seed) -> prompt
     "Prompts by what they say of themselves."
-    if isinstance(prompts, VisualPrompt): prompts = [prompts]
-    prompts = prompts if isinstance(prompts, Mapping) else list(check_kind("prompts", prompts, Iterable))
-    for prompt in prompts.values() if isinstance(prompts, Mapping) else prompts: check_kind("prompts", prompt, VisualPrompt)
-    named = prompts.items() if isinstance(prompts, Mapping) else ((prompt.provenance.get("method"), prompt) for prompt in prompts)
-    return {(method, prompt.provenance.get("source"), prompt.provenance.get("seed")): prompt for method, prompt in named}
+    if isinstance(prompts, VisualPrompt):
+        prompts = [prompts]
+    prompts = (
+        prompts if isinstance(prompts, Mapping) else list(check_kind("prompts", prompts, Iterable))
+    )
+    for prompt in prompts.values() if isinstance(prompts, Mapping) else prompts:
+        check_kind("prompts", prompt, VisualPrompt)
+    named = (
+        prompts.items()
+        if isinstance(prompts, Mapping)
+        else ((prompt.provenance.get("method"), prompt) for prompt in prompts)
+    )
+    return {
+        (method, prompt.provenance.get("source"), prompt.provenance.get("seed")): prompt
+        for method, prompt in named
+    }
+
 
 def prompt_of(
     found: Mapping[tuple, VisualPrompt],  # from `find_prompts`
@@ -55,8 +81,18 @@ def prompt_of(
     run: TransferRun,
 ) -> VisualPrompt | None:  # None: not among them
     "The prompt behind a result; one that does not say its source or seed is taken for any."
-    fits = lambda known, wanted: known is None or known == wanted
-    return next((p for (m, source, seed), p in found.items() if m == method and fits(source, run.source) and fits(seed, run.seed)), None)
+
+    def fits(known, wanted):
+        return known is None or known == wanted
+
+    return next(
+        (
+            p
+            for (m, source, seed), p in found.items()
+            if m == method and fits(source, run.source) and fits(seed, run.seed)
+        ),
+        None,
+    )
 
 # %% ../nbs/api/81_cases.ipynb #3e40c308
 def case_picture(
@@ -67,17 +103,43 @@ def case_picture(
     prompt: VisualPrompt | None = None,
 ) -> Tensor:  # (3, size, size), clipped to [0, 1] to be looked at
     "One picture as a model sees it."
-    image = fit([task.split(split).images[int(row)]], size if prompt is None else prompt.inner, task.fit)
-    if prompt is None: return image[0]
-    with torch.no_grad(): return prompt(image.to(prompt.delta.device))[0].float().cpu().clamp(0, 1)
+    image = fit(
+        [task.split(split).images[int(row)]], size if prompt is None else prompt.inner, task.fit
+    )
+    if prompt is None:
+        return image[0]
+    with torch.no_grad():
+        return prompt(image.to(prompt.delta.device))[0].float().cpu().clamp(0, 1)
+
 
 def _draw_case(ax, image: Tensor, case) -> None:
     "One picture with its answers."
     ax.imshow(image.permute(1, 2, 0), interpolation="nearest")
-    word = lambda text: textwrap.shorten(text, 14, placeholder="…")
+
+    def word(text):
+        return textwrap.shorten(text, 14, placeholder="…")
+
     ax.set_title(f"[{word(case.right)}]", fontsize=8)
-    ax.text(0.5, -0.04, word(case.before), transform=ax.transAxes, ha="center", va="top", fontsize=8, color="#888888")
-    ax.text(0.5, -0.19, f"→ {word(case.after)}", transform=ax.transAxes, ha="center", va="top", fontsize=8, color="#00664a" if case.change == "fixed" else "#b00020")
+    ax.text(
+        0.5,
+        -0.04,
+        word(case.before),
+        transform=ax.transAxes,
+        ha="center",
+        va="top",
+        fontsize=8,
+        color="#888888",
+    )
+    ax.text(
+        0.5,
+        -0.19,
+        f"→ {word(case.after)}",
+        transform=ax.transAxes,
+        ha="center",
+        va="top",
+        fontsize=8,
+        color="#00664a" if case.change == "fixed" else "#b00020",
+    )
 
 # %% ../nbs/api/81_cases.ipynb #461039f1
 def draw_cases(
@@ -91,9 +153,28 @@ def draw_cases(
     first: int = 0,  # so many of each kind are left out
 ) -> None:
     "A row of fixed pictures and a row of broken ones."
-    axes = figure.subplots(2, n, squeeze=False, gridspec_kw=dict(left=0.4 / (1.1 * n + 0.4), right=0.995, top=0.93, bottom=0.13, wspace=0.12, hspace=0.5))
-    for ax in axes.flat: ax.set_axis_off()
+    axes = figure.subplots(
+        2,
+        n,
+        squeeze=False,
+        gridspec_kw=dict(
+            left=0.4 / (1.1 * n + 0.4), right=0.995, top=0.93, bottom=0.13, wspace=0.12, hspace=0.5
+        ),
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
     for row, change in zip(axes, ("fixed", "broken")):
         some = cases[cases.change == change]
-        row[0].text(-0.25, 0.5, f"{change}: {len(some)}", transform=row[0].transAxes, rotation=90, va="center", ha="center", fontsize=10, fontweight="bold")
-        for ax, case in zip(row, some[first:].itertuples()): _draw_case(ax, case_picture(task, split, case.row, size, prompt), case)
+        row[0].text(
+            -0.25,
+            0.5,
+            f"{change}: {len(some)}",
+            transform=row[0].transAxes,
+            rotation=90,
+            va="center",
+            ha="center",
+            fontsize=10,
+            fontweight="bold",
+        )
+        for ax, case in zip(row, some[first:].itertuples()):
+            _draw_case(ax, case_picture(task, split, case.row, size, prompt), case)

@@ -25,7 +25,9 @@ from .transformers_compat import OwnPositions, cache_name, declare_model
 
 # %% ../nbs/api/26_chatglm.ipynb #24653ae0
 class ChatGLMConfig(PreTrainedConfig):
-    "ChatGLM-6B's geometry under the names that transformers uses; the defaults are the published model."
+    """ChatGLM-6B's geometry under the names that transformers uses; the defaults are the published
+    model."""
+
     model_type = "tvp_chatglm"
     vocab_size: int = 130528
     hidden_size: int = 4096
@@ -34,8 +36,9 @@ class ChatGLMConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     max_position_embeddings: int = 2048
     layer_norm_eps: float = 1e-5
-    initializer_range: float = .02
-    residual_layers: int = 28  # the residual's factor counts these, however many layers there are: see `ChatGLMBlock`
+    initializer_range: float = 0.02
+    # the residual's factor counts these, however many layers there are: see `ChatGLMBlock`
+    residual_layers: int = 28
     mask_token_id: int = 130000  # [MASK], a gap inside the prompt
     gmask_token_id: int = 130001  # [gMASK], a gap at its end
     bos_token_id: int | None = 130004  # <sop>
@@ -51,15 +54,25 @@ def gap_positions(
     config: ChatGLMConfig,  # which tokens are the gap and `<sop>`
 ) -> Tensor:  # (2, B, L): position + step, and step (0 in the prompt, counting from 1 at `<sop>`)
     "Where each token stands and how far its answer has come (Du et al. 2022, sec. 2.1)."
-    begins, gaps = input_ids == config.bos_token_id, input_ids == config.gmask_token_id
+    begins = input_ids == config.bos_token_id
+    gaps = input_ids == config.gmask_token_id
     gaps = torch.where(gaps.any(1, keepdim=True), gaps, input_ids == config.mask_token_id)
     if not (begins.any(1) & gaps.any(1)).all():
-        raise ValueError(f"`input_ids` must contain [gMASK] ({config.gmask_token_id}) and <sop> ({config.bos_token_id}) in every row, got "
-                         f"{input_ids[~(begins.any(1) & gaps.any(1))][0].tolist()}. End the prompt with both, or give `position_ids`.")
+        raise ValueError(
+            f"`input_ids` must contain [gMASK] ({config.gmask_token_id}) and <sop> "
+            f"({config.bos_token_id}) in every row, got "
+            f"{input_ids[~(begins.any(1) & gaps.any(1))][0].tolist()}. End the prompt with both, "
+            "or give `position_ids`."
+        )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     index = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
-    first = lambda where: where.int().argmax(1, keepdim=True)
-    step = (torch.arange(input_ids.shape[1], device=input_ids.device) - first(begins) + 1).clamp(min=0)
+
+    def first(where):
+        return where.int().argmax(1, keepdim=True)
+
+    step = (torch.arange(input_ids.shape[1], device=input_ids.device) - first(begins) + 1).clamp(
+        min=0
+    )
     return torch.stack([torch.where(step > 0, index.gather(1, first(gaps)) + step, index), step])
 
 # %% ../nbs/api/26_chatglm.ipynb #0d2d9729
@@ -83,45 +96,60 @@ def rotate(
     sine: Tensor,  # from `gap_rotary`
 ) -> Tensor:  # (B, heads, L, head_dim)
     "Rotate both halves of every head."
-    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # per half: its first and its second channels
+    # per half: its first and its second channels
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)
     return x * cosine + torch.stack([-second, first], -2).flatten(-3) * sine
 
 # %% ../nbs/api/26_chatglm.ipynb #613f9f3b
 def gap_mask(
     position_ids: Tensor,  # (2, B, Q) of the tokens to read now
-    attention_mask: Tensor | None,  # (B, P + Q), 0 for padding, the P cached tokens first; or ready: (B, 1, Q, P + Q), additive
+    # (B, P + Q), 0 for padding, the P cached tokens first; or ready: (B, 1, Q, P + Q), additive
+    attention_mask: Tensor | None,
     past: int,  # P
     dtype: torch.dtype,  # of the model
 ) -> Tensor:  # (B, 1, Q, P + Q), 0 where a token may look, the lowest number elsewhere
     "Prompt in both directions, answer from left to right."
-    if attention_mask is not None and attention_mask.ndim == 4: return attention_mask
-    prompt, total = position_ids[1] == 0, past + position_ids.shape[-1]
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
+    prompt = position_ids[1] == 0
+    total = past + position_ids.shape[-1]
     index = torch.arange(total, device=prompt.device)
     see = (index <= index[past:, None]) | F.pad(prompt, (past, 0))[:, None]
-    if attention_mask is not None: see = see & attention_mask.bool()[:, None]
-    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
+    if attention_mask is not None:
+        see = see & attention_mask.bool()[:, None]
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(
+        ~see, torch.finfo(dtype).min
+    )[:, None]
 
 # %% ../nbs/api/26_chatglm.ipynb #cf2313db
 class ChatGLMAttention(nn.Module):
     "Attention with two rotary positions per token."
+
     def __init__(self, config: ChatGLMConfig, layer: int):  # its number, from 0
         super().__init__()
-        self.layer, self.heads = layer, config.num_attention_heads
+        self.layer = layer
+        self.heads = config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None
+    ) -> Tensor:
         "(B, L, D) to (B, L, D)"
-        fused = self.query_key_value(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, 3 head_dim)
+        # (B, heads, L, 3 head_dim)
+        fused = self.query_key_value(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, key, value = fused.chunk(3, -1)
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if cache is not None: key, value = cache.update(key, value, self.layer)
+        query = rotate(query, *rotary)
+        key = rotate(key, *rotary)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
         seen = F.scaled_dot_product_attention(query, key, value, mask)
         return self.dense(seen.transpose(1, 2).flatten(2))
 
 # %% ../nbs/api/26_chatglm.ipynb #c9c2712f
 class ChatGLMMLP(nn.Module):
     "Two projections with a tanh-shaped GELU between them, no gate."
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -134,15 +162,18 @@ class ChatGLMMLP(nn.Module):
 # %% ../nbs/api/26_chatglm.ipynb #3056e394
 class ChatGLMBlock(GradientCheckpointingLayer):
     "Attention and MLP whose residuals are the normalised inputs, amplified."
+
     def __init__(self, config: ChatGLMConfig, layer: int):  # its number, from 0
         super().__init__()
-        self.alpha = (2 * config.residual_layers) ** .5
+        self.alpha = (2 * config.residual_layers) ** 0.5
         self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.attention = ChatGLMAttention(config, layer)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = ChatGLMMLP(config)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache=None
+    ) -> Tensor:
         "(B, L, D) to (B, L, D)"
         hidden = self.input_layernorm(hidden)
         hidden = self.alpha * hidden + self.attention(hidden, mask, rotary, cache)
@@ -152,6 +183,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 # %% ../nbs/api/26_chatglm.ipynb #7e03f468
 class ChatGLMPreTrainedModel(PreTrainedModel):
     "What both classes below share with the rest of transformers."
+
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -173,45 +205,87 @@ declare_model(ChatGLMPreTrainedModel, blocks=["ChatGLMBlock"])
 # %% ../nbs/api/26_chatglm.ipynb #bb82e555
 class ChatGLMModel(ChatGLMPreTrainedModel):
     "Blocks between word embeddings and a last layer norm."
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            ChatGLMBlock(config, i) for i in range(config.num_hidden_layers)
+        )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        use_cache=None,
+    ):
         "Hidden states, (B, L, D), of tokens or of embeddings; embeddings need `position_ids`."
         if position_ids is None:
             if input_ids is None:
-                raise ValueError("`position_ids` must be given with `inputs_embeds`, got None. Make them from the tokens with `gap_positions`.")
+                raise ValueError(
+                    "`position_ids` must be given with `inputs_embeds`, got None. Make them from "
+                    "the tokens with `gap_positions`."
+                )
             position_ids = gap_positions(input_ids, attention_mask, self.config)
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None: use_cache = self.config.use_cache
-        if cache is None and use_cache: cache = DynamicCache(config=self.config)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
         past = 0 if cache is None else cache.get_seq_length()
         mask = gap_mask(position_ids, attention_mask, past, hidden.dtype)
-        rotary = gap_rotary(position_ids, self.config.hidden_size // self.config.num_attention_heads, hidden.dtype)
-        for layer in self.layers: hidden = layer(hidden, mask, rotary, cache=cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden), **{cache_name(): cache})
+        rotary = gap_rotary(
+            position_ids, self.config.hidden_size // self.config.num_attention_heads, hidden.dtype
+        )
+        for layer in self.layers:
+            hidden = layer(hidden, mask, rotary, cache=cache)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden), **{cache_name(): cache}
+        )
 
 # %% ../nbs/api/26_chatglm.ipynb #abc6b686
 class ChatGLMForCausalLM(OwnPositions, ChatGLMPreTrainedModel, GenerationMixin):
-    "ChatGLM-6B v1: a prompt that ends with `[gMASK]` and `<sop>` in, the words that fill the gap out."
+    """ChatGLM-6B v1: a prompt that ends with `[gMASK]` and `<sop>` in, the words that fill the gap
+    out."""
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, labels=None,
-                use_cache=None, logits_to_keep=0, past_key_values=None, return_dict=True):
-        "Logits (B, L, V) of all tokens or the last `logits_to_keep`; with `labels` (-100: not counted) the mean loss over all counted tokens."
-        if cache is None: cache = past_key_values  # its name before transformers 5.24
-        out = self.transformer(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache)
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        cache=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        past_key_values=None,
+        return_dict=True,
+    ):
+        """Logits (B, L, V) of all tokens or the last `logits_to_keep`; with `labels` (-100: not
+        counted) the mean loss over all counted tokens."""
+        if cache is None:
+            cache = past_key_values  # its name before transformers 5.24
+        out = self.transformer(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
+        )
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{cache_name(): out.get(cache_name())})
+        loss = (
+            None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, **{cache_name(): out.get(cache_name())}
+        )
 
     def text_positions(
         self,
@@ -222,5 +296,6 @@ class ChatGLMForCausalLM(OwnPositions, ChatGLMPreTrainedModel, GenerationMixin):
         return gap_positions(input_ids, attention_mask, self.config)
 
 # %% ../nbs/api/26_chatglm.ipynb #6d89a3a6
-AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)  # so that saved models load through transformers
+# so that saved models load through transformers
+AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForCausalLM, exist_ok=True)

@@ -25,6 +25,7 @@ from .transformers_compat import known_fault
 @dataclass(frozen=True)
 class Finding:
     "One thing that was tried."
+
     name: str  # "gradient", "loss", ...
     ok: bool | None  # None: to know, neither good nor bad
     text: str  # what came out
@@ -34,6 +35,7 @@ class Finding:
 @dataclass(frozen=True)
 class Check:
     "What `check_mllm` found out about a model."
+
     title: str  # model and geometry
     findings: tuple[Finding, ...]
 
@@ -46,24 +48,36 @@ class Check:
     def verdict(self) -> str:
         "One sentence."
         bad = [finding.name for finding in self.findings if finding.ok is False]
-        if not bad: return "A prompt can be trained through this model and measured on it."
-        if bad == ["gradient"]: return "No prompt can be trained through this model; it can be measured as a target."
+        if not bad:
+            return "A prompt can be trained through this model and measured on it."
+        if bad == ["gradient"]:
+            return "No prompt can be trained through this model; it can be measured as a target."
         return f"Do not use this model: {', '.join(bad)} failed."
 
     @property
     def df(self):
         "The findings as a pandas DataFrame."
         import pandas as pd
+
         return pd.DataFrame([vars(finding) for finding in self.findings])
 
     def __str__(self) -> str:
         mark = {True: "ok", False: "FAILED", None: ""}
-        return "\n".join([self.title, *(f"  {mark[f.ok]:6}  {f.name:9} {f.text}" for f in self.findings), self.verdict])
+        return "\n".join(
+            [
+                self.title,
+                *(f"  {mark[f.ok]:6}  {f.name:9} {f.text}" for f in self.findings),
+                self.verdict,
+            ]
+        )
 
     __repr__ = __str__
 
 # %% ../nbs/api/24_check.ipynb #7b217e8b
-INSTRUCTIONS = ["This is a photo of a", "What is the main thing that can be seen in this photo? Answer with a word or two."]
+INSTRUCTIONS = [
+    "This is a photo of a",
+    "What is the main thing that can be seen in this photo? Answer with a word or two.",
+]
 ANSWERS = ["cat", "red circle"]
 CANDIDATES = ["cat", "red circle", "dark blue square", "dog", "no"]
 
@@ -73,7 +87,8 @@ def canvas_size(
 ) -> int:  # pixels
     "The side of the pictures that a model's vision encoder was made for, at most 224."
     side = getattr(getattr(mllm.model.config, "vision_config", None), "image_size", None)
-    if isinstance(side, (list, tuple)): side = side[0]
+    if isinstance(side, (list, tuple)):
+        side = side[0]
     return min(side if isinstance(side, int) and side > 0 else 224, 224)
 
 
@@ -81,9 +96,13 @@ def random_pictures(
     size: int,  # side of the canvas, pixels
 ) -> Tensor:  # (2, 3, size, size), multiples of 1/255
     "Two pictures that nobody has seen before: noise of every scale on top of one another."
-    generator, scales = torch.Generator().manual_seed(0), [2**k for k in range(1, size.bit_length())]
-    layers = [F.interpolate(torch.randn(2, 3, s, s, generator=generator), (size, size), mode="bilinear") for s in scales]
-    return ((torch.stack(layers).sum(0) * .12 + .5).clamp(0, 1) * 255).round() / 255
+    generator = torch.Generator().manual_seed(0)
+    scales = [2**k for k in range(1, size.bit_length())]
+    layers = [
+        F.interpolate(torch.randn(2, 3, s, s, generator=generator), (size, size), mode="bilinear")
+        for s in scales
+    ]
+    return ((torch.stack(layers).sum(0) * 0.12 + 0.5).clamp(0, 1) * 255).round() / 255
 
 
 def agrees(
@@ -91,8 +110,9 @@ def agrees(
     gap: float,  # between log-probabilities that should be equal
 ) -> bool | None:  # None: too large for comfort, but rounding in half precision can do that
     "Whether a gap is rounding."
-    if mllm.dtype == torch.float32: return gap <= 1e-4
-    return True if gap <= .05 else None if gap <= .5 else False
+    if mllm.dtype == torch.float32:
+        return gap <= 1e-4
+    return True if gap <= 0.05 else None if gap <= 0.5 else False
 
 # %% ../nbs/api/24_check.ipynb #dee86e1e
 def gradient_finding(
@@ -100,19 +120,37 @@ def gradient_finding(
     images: Tensor,  # (2, 3, S, S)
 ) -> Finding:
     "Does the loss reach every pixel of the border?"
-    size, pixels = images.shape[-1], images.clone().requires_grad_()
+    size = images.shape[-1]
+    pixels = images.clone().requires_grad_()
     width = round(size * 30 / 224)
     mllm(pixels, INSTRUCTIONS, ANSWERS).loss.backward()
-    if pixels.grad is None: return Finding("gradient", False, "does not reach the pixels: a part of the model has no backward pass")
-    if not torch.isfinite(pixels.grad).all(): return Finding("gradient", False, "is not finite")
-    reached, inner = (pixels.grad != 0).any(1).any(0), slice(width, -width)
+    if pixels.grad is None:
+        return Finding(
+            "gradient", False, "does not reach the pixels: a part of the model has no backward pass"
+        )
+    if not torch.isfinite(pixels.grad).all():
+        return Finding("gradient", False, "is not finite")
+    reached = (pixels.grad != 0).any(1).any(0)
+    inner = slice(width, -width)
     border = reached.sum() - reached[inner, inner].sum()
-    share, whole = border.item() / (size**2 - (size - 2 * width)**2), reached.float().mean().item()
-    if not share: return Finding("gradient", False, "does not reach the border: the model crops it away", 0.)
-    if mllm.dtype == torch.float32 and (gap := slope_gap(mllm, images, pixels.grad)) > .3:
-        return Finding("gradient", False, f"is {gap:.0%} away from the slope of the loss: a part of the model has no backward pass, or chance plays a part")
+    share = border.item() / (size**2 - (size - 2 * width) ** 2)
+    whole = reached.float().mean().item()
+    if not share:
+        return Finding("gradient", False, "does not reach the border: the model crops it away", 0.0)
+    if mllm.dtype == torch.float32 and (gap := slope_gap(mllm, images, pixels.grad)) > 0.3:
+        return Finding(
+            "gradient",
+            False,
+            f"is {gap:.0%} away from the slope of the loss: a part of the model has no backward "
+            "pass, or chance plays a part",
+        )
     lost = "" if share == 1 else f" ({1 - share:.1%} of the border is cropped away)"
-    return Finding("gradient", True, f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}", share)
+    return Finding(
+        "gradient",
+        True,
+        f"reaches {share:.1%} of the border and {whole:.1%} of the canvas{lost}",
+        share,
+    )
 
 # %% ../nbs/api/24_check.ipynb #2b406300
 @torch.no_grad()
@@ -122,12 +160,17 @@ def slope_gap(
     gradient: Tensor,  # of the loss, of the same shape
 ) -> float:  # 0: equal; 1: the loss does not move, or twice as far
     "Compare a gradient with what the loss does along it, in ever smaller steps until they agree."
-    gaps, norm = [], gradient.norm()
-    for change in (1e-2, 1e-3, 1e-4):  # of the loss; rounding spoils small ones, curvature large ones
+    gaps = []
+    norm = gradient.norm()
+    # of the loss; rounding spoils small ones, curvature large ones
+    for change in (1e-2, 1e-3, 1e-4):
         step = gradient * (change / norm**2)
-        up, down = (mllm(images + sign * step, INSTRUCTIONS, ANSWERS).loss.item() for sign in (1, -1))
+        up, down = (
+            mllm(images + sign * step, INSTRUCTIONS, ANSWERS).loss.item() for sign in (1, -1)
+        )
         gaps.append(abs((up - down) / (2 * change) - 1))
-        if gaps[-1] < .1: break
+        if gaps[-1] < 0.1:
+            break
     return min(gaps)
 
 # %% ../nbs/api/24_check.ipynb #0ecbae7f
@@ -137,20 +180,28 @@ def loss_finding(
 ) -> Finding:
     "Is the loss the model's own, given `labels`?"
     inputs = model_inputs(mllm, images[1:], INSTRUCTIONS[1:])
-    ids, mask = (t.to(mllm.device) for t in answer_batch(mllm.text, INSTRUCTIONS[1:], ANSWERS[1:], mllm.end))
-    if mllm.text.seq2seq: own = mllm.model(**inputs, labels=ids).loss
+    ids, mask = (
+        t.to(mllm.device) for t in answer_batch(mllm.text, INSTRUCTIONS[1:], ANSWERS[1:], mllm.end)
+    )
+    if mllm.text.seq2seq:
+        own = mllm.model(**inputs, labels=ids).loss
     else:
         longer = append_ids(mllm.model, inputs, ids, mask)
         labels = longer["input_ids"].clone()
-        labels[:, :-ids.shape[1]] = -100
+        labels[:, : -ids.shape[1]] = -100
         longer.pop("position_ids", None)  # the model's own
         own = mllm.model(**longer, labels=labels).loss
     first, second = (mllm(images[1:], INSTRUCTIONS[1:], ANSWERS[1:]).loss for _ in range(2))
     if agrees(mllm, gap := (first - second).abs().item()) is False:
-        training = sorted({type(module).__name__ for module in mllm.model.modules() if module.training})
-        hint = f"; in training mode: {', '.join(training[:4])}. Call model.eval()" if training else ""
+        training = sorted(
+            {type(module).__name__ for module in mllm.model.modules() if module.training}
+        )
+        hint = (
+            f"; in training mode: {', '.join(training[:4])}. Call model.eval()" if training else ""
+        )
         return Finding("loss", False, f"changes by {gap:.0e} when it is computed again{hint}", gap)
-    if own is None: return Finding("loss", None, "cannot be compared: the model has none of its own")
+    if own is None:
+        return Finding("loss", None, "cannot be compared: the model has none of its own")
     gap = (own - second).abs().item()
     return Finding("loss", agrees(mllm, gap), f"is {gap:.0e} from the model's own", gap)
 
@@ -163,8 +214,15 @@ def tokens_finding(
     tokens = mllm(images, INSTRUCTIONS, ANSWERS).visual_tokens
     gap = (tokens - mllm.visual_tokens(images, INSTRUCTIONS)).abs().max().item()
     apart = (tokens[0] - tokens[1]).abs().max().item()
-    text = f"{tokens.shape[1]} per picture, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
-    return Finding("tokens", agrees(mllm, gap) if apart else False, text + ("" if apart else "; they do not depend on the picture"), gap)
+    text = (
+        f"{tokens.shape[1]} per picture, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
+    )
+    return Finding(
+        "tokens",
+        agrees(mllm, gap) if apart else False,
+        text + ("" if apart else "; they do not depend on the picture"),
+        gap,
+    )
 
 # %% ../nbs/api/24_check.ipynb #25e27abf
 def batch_finding(
@@ -172,10 +230,17 @@ def batch_finding(
     images: Tensor,  # (2, 3, S, S)
 ) -> Finding:
     "Do a picture's scores depend on its neighbour?"
-    scores = [score_plainly(mllm, images[rows], INSTRUCTIONS[rows], rows.start or 0) for rows in (slice(0, 1), slice(1, 2))]
-    beside = torch.cat([score_plainly(mllm, images, INSTRUCTIONS, row)[row:row + 1] for row in (0, 1)])
+    scores = [
+        score_plainly(mllm, images[rows], INSTRUCTIONS[rows], rows.start or 0)
+        for rows in (slice(0, 1), slice(1, 2))
+    ]
+    beside = torch.cat(
+        [score_plainly(mllm, images, INSTRUCTIONS, row)[row : row + 1] for row in (0, 1)]
+    )
     gap = (torch.cat(scores) - beside).abs().max().item()
-    return Finding("batch", agrees(mllm, gap), f"a picture's scores move by {gap:.0e} beside another one", gap)
+    return Finding(
+        "batch", agrees(mllm, gap), f"a picture's scores move by {gap:.0e} beside another one", gap
+    )
 
 
 def score_plainly(
@@ -198,8 +263,15 @@ def ranking_finding(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding says it
         scores = mllm.rank(images, INSTRUCTIONS, CANDIDATES)
-    plain = torch.cat([score_plainly(mllm, images, INSTRUCTIONS, row)[row:row + 1] for row in (0, 1)])
-    way, gap = "one pass per candidate (packing is not exact here)" if mllm.scorer.packed is False else "packed", (scores - plain).abs().max().item()
+    plain = torch.cat(
+        [score_plainly(mllm, images, INSTRUCTIONS, row)[row : row + 1] for row in (0, 1)]
+    )
+    way = (
+        "one pass per candidate (packing is not exact here)"
+        if mllm.scorer.packed is False
+        else "packed"
+    )
+    gap = (scores - plain).abs().max().item()
     return Finding("ranking", agrees(mllm, gap), f"{way}; {gap:.0e} from the plain way", gap)
 
 # %% ../nbs/api/24_check.ipynb #13955774
@@ -210,10 +282,16 @@ def level_gaps(
 ) -> Tensor:  # absolute differences of all pixel values, in 8-bit levels
     "How far the differentiable path is from the processor's ordinary result on bytes."
     pixels = pixel_inputs(mllm.text, images, INSTRUCTIONS[0])
-    name = next(name for name, value in pixels.items() if value.is_floating_point())  # "pixel_values", nearly always
-    made = lambda pictures: pixel_inputs(mllm.text, pictures, INSTRUCTIONS[0], straight_through)[name]
+    # "pixel_values", nearly always
+    name = next(name for name, value in pixels.items() if value.is_floating_point())
+
+    def made(pictures):
+        return pixel_inputs(mllm.text, pictures, INSTRUCTIONS[0], straight_through)[name]
+
     texts = [mllm.text.render(INSTRUCTIONS[0])] * len(images)
-    ordinary = call_processor(mllm.processor, texts, as_saved(mllm.processor.image_processor, images))[name]
+    ordinary = call_processor(
+        mllm.processor, texts, as_saved(mllm.processor.image_processor, images)
+    )[name]
     level = (made(torch.ones_like(images)) - made(torch.zeros_like(images))) / 255
     return ((made(images) - ordinary) / level)[level.abs() > 1e-9].abs()
 
@@ -225,11 +303,20 @@ def pixels_finding(
     "How far are floats from bytes?"
     gaps, exact = (level_gaps(mllm, images, way) for way in (False, True))
     text = f"{gaps.mean():.1f} levels of 255 from bytes on average, at most {gaps.max():.0f}"
-    if gaps.max() >= .5: text += f"; with straight_through=True at most {exact.max():.1f}"
+    if gaps.max() >= 0.5:
+        text += f"; with straight_through=True at most {exact.max():.1f}"
     pixels = pixel_inputs(mllm.text, images, INSTRUCTIONS[0]).get("pixel_values")
-    if pixels is None or (reach := pixels.abs().max().item()) < 30: return Finding("pixels", None, text, gaps.max().item())
-    wrong = getattr(mllm.processor.image_processor, "do_normalize", False)  # without it, a model may want 0..255
-    return Finding("pixels", False if wrong else None, f"reach {reach:.0f}: look at do_rescale, rescale_factor and image_mean of the image processor", reach)
+    if pixels is None or (reach := pixels.abs().max().item()) < 30:
+        return Finding("pixels", None, text, gaps.max().item())
+    # without it, a model may want 0..255
+    wrong = getattr(mllm.processor.image_processor, "do_normalize", False)
+    return Finding(
+        "pixels",
+        False if wrong else None,
+        f"reach {reach:.0f}: look at do_rescale, rescale_factor and image_mean of the image "
+        "processor",
+        reach,
+    )
 
 
 def text_finding(
@@ -239,11 +326,22 @@ def text_finding(
     "Is the text one that an answer follows?"
     for text in {mllm.text, mllm.scorer.text}:
         first, second = (text.render(instruction) for instruction in INSTRUCTIONS)
-        if first == second or "{'type'" in first: return Finding("text", False, f"does not hold the instruction as it is: {first[-80:]!r}")
+        if first == second or "{'type'" in first:
+            return Finding(
+                "text", False, f"does not hold the instruction as it is: {first[-80:]!r}"
+            )
         if symbol := opened_thought(second, INSTRUCTIONS[1]):
-            return Finding("text", False, f"opens a thought ({symbol}) before the answer. Give a `template` that closes it")
-        ids, begin = text.row(INSTRUCTIONS[0], tuple(images.shape[-2:]))["input_ids"][0].tolist(), text.tokenizer.bos_token_id
-        if begin is not None and ids[:2] == [begin, begin]: return Finding("text", False, "begins twice. Give a `template` without the begin symbol")
+            return Finding(
+                "text",
+                False,
+                f"opens a thought ({symbol}) before the answer. Give a `template` that closes it",
+            )
+        ids = text.row(INSTRUCTIONS[0], tuple(images.shape[-2:]))["input_ids"][0].tolist()
+        begin = text.tokenizer.bos_token_id
+        if begin is not None and ids[:2] == [begin, begin]:
+            return Finding(
+                "text", False, "begins twice. Give a `template` without the begin symbol"
+            )
     return None
 
 # %% ../nbs/api/24_check.ipynb #bd788db7
@@ -252,9 +350,13 @@ def tried(
     find: Callable[[], Finding | None],
 ) -> Finding | None:
     "A finding, whatever happens."
-    try: return find()
-    except NoGradientError as error: return Finding(name, False, str(error))
-    except Exception as error: return Finding(name, False, f"stopped with {type(error).__name__}: {error}")  # a bug of the model is a finding, too
+    try:
+        return find()
+    except NoGradientError as error:
+        return Finding(name, False, str(error))
+    # a bug of the model is a finding, too
+    except Exception as error:
+        return Finding(name, False, f"stopped with {type(error).__name__}: {error}")
 
 
 def check_mllm(
@@ -265,10 +367,22 @@ def check_mllm(
     fault = known_fault(mllm.model.config.model_type)
     findings = [Finding("version", False, fault)] if fault else []
     findings.append(tried("gradient", lambda: gradient_finding(mllm, images)))
-    rest = dict(loss=loss_finding, tokens=tokens_finding, batch=batch_finding, ranking=ranking_finding, pixels=pixels_finding,
-                text=text_finding)
-    with torch.no_grad(): findings += [tried(name, lambda find=find: find(mllm, images)) for name, find in rest.items()]
+    rest = dict(
+        loss=loss_finding,
+        tokens=tokens_finding,
+        batch=batch_finding,
+        ranking=ranking_finding,
+        pixels=pixels_finding,
+        text=text_finding,
+    )
+    with torch.no_grad():
+        findings += [
+            tried(name, lambda find=find: find(mllm, images)) for name, find in rest.items()
+        ]
     findings = [finding for finding in findings if finding is not None]
     size = images.shape[-1]
-    title = f"{mllm.name} ({type(mllm.model).__name__}, {mllm.model.num_parameters() / 1e6:.1f} M parameters, {str(mllm.dtype)[6:]})"
+    title = (
+        f"{mllm.name} ({type(mllm.model).__name__}, {mllm.model.num_parameters() / 1e6:.1f} M "
+        f"parameters, {str(mllm.dtype)[6:]})"
+    )
     return Check(f"{title}, canvas {size} px, border {round(size * 30 / 224)} px", tuple(findings))

@@ -33,20 +33,31 @@ def pack(
     name: str = "state",  # of this value, for its tensors and for messages
 ) -> Any:  # the same for JSON
     "A state without its tensors, which are put aside under their names."
-    if value is None or isinstance(value, (bool, int, float, str)): return value
-    inside = lambda pairs: [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+
+    def inside(pairs):
+        return [[key, pack(item, tensors, f"{name}.{key}")] for key, item in pairs]
+
     if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        while name in tensors: name += "'"  # {"a.b": x, "a": {"b": y}}
+        while name in tensors:
+            name += "'"  # {"a.b": x, "a": {"b": y}}
         tensors[name] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
         return {"$tensor" if isinstance(value, Tensor) else "$array": name}
-    if isinstance(value, dict) and all(key is None or isinstance(key, (bool, int, float, str)) for key in value):
+    if isinstance(value, dict) and all(
+        key is None or isinstance(key, (bool, int, float, str)) for key in value
+    ):
         plain = all(isinstance(key, str) and key[:1] != "$" for key in value)
         return dict(inside(value.items())) if plain else {"$items": inside(value.items())}
     if isinstance(value, (list, tuple)):
         items = [item for _, item in inside(enumerate(value))]
         return items if isinstance(value, list) else {"$tuple": items}
-    raise TypeError(f"`{name}` is {type(value).__name__} {value!r}, which a checkpoint cannot hold: only numbers, texts, tensors, and dicts, "
-                    "lists and tuples of these. Use an optimizer and a scheduler whose state_dict() holds nothing else.")
+    raise TypeError(
+        f"`{name}` is {type(value).__name__} {value!r}, which a checkpoint cannot hold: only "
+        "numbers, texts, tensors, and dicts, "
+        "lists and tuples of these. Use an optimizer and a scheduler whose state_dict() holds "
+        "nothing else."
+    )
 
 # %% ../nbs/api/48_checkpoints.ipynb #8c218d1d
 def unpack(
@@ -54,16 +65,24 @@ def unpack(
     tensors: dict[str, Tensor],  # the tensors put aside
 ) -> Any:  # the state
     "The state again."
-    if isinstance(value, list): return [unpack(item, tensors) for item in value]
-    if not isinstance(value, dict): return value
-    if "$tensor" in value: return tensors[value["$tensor"]]
-    if "$array" in value: return tensors[value["$array"]].numpy()
-    if "$tuple" in value: return tuple(unpack(item, tensors) for item in value["$tuple"])
-    if "$items" in value: return {key: unpack(item, tensors) for key, item in value["$items"]}
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$array" in value:
+        return tensors[value["$array"]].numpy()
+    if "$tuple" in value:
+        return tuple(unpack(item, tensors) for item in value["$tuple"])
+    if "$items" in value:
+        return {key: unpack(item, tensors) for key, item in value["$items"]}
     return {key: unpack(item, tensors) for key, item in value.items()}
 
 # %% ../nbs/api/48_checkpoints.ipynb #6f737140
-FORMAT, VERSION = "tvp-checkpoint", "1"
+FORMAT = "tvp-checkpoint"
+VERSION = "1"
+
 
 def digest(
     tensors: dict[str, Tensor],  # on the CPU
@@ -84,7 +103,13 @@ def write_checkpoint(
     "Write a state, all or nothing."
     tensors = {}
     text = json.dumps(pack(state, tensors))
-    return write_atomic(path, save(tensors, {"format": FORMAT, "version": VERSION, "state": text, "sha256": digest(tensors, text)}))
+    return write_atomic(
+        path,
+        save(
+            tensors,
+            {"format": FORMAT, "version": VERSION, "state": text, "sha256": digest(tensors, text)},
+        ),
+    )
 
 # %% ../nbs/api/48_checkpoints.ipynb #bd89c65e
 def read_checkpoint(
@@ -94,11 +119,17 @@ def read_checkpoint(
     tensors, facts = read_tensors(path, FORMAT, VERSION)
     text = facts.get("state", "")
     if facts.get("sha256") != digest(tensors, text):
-        raise ValueError(f"the checkpoint {Path(path).name!r} is damaged: its content does not match its digest. Use a copy of it, or remove it "
-                         "to start again.")
-    try: return dict(unpack(json.loads(text), tensors))
+        raise ValueError(
+            f"the checkpoint {Path(path).name!r} is damaged: its content does not match its "
+            "digest. Use a copy of it, or remove it "
+            "to start again."
+        )
+    try:
+        return dict(unpack(json.loads(text), tensors))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{Path(path).name!r} is no checkpoint of this tvp. ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{Path(path).name!r} is no checkpoint of this tvp. ({type(error).__name__}: {error})"
+        ) from None
 
 # %% ../nbs/api/48_checkpoints.ipynb #0e1e4103
 def checkpoint_file(
@@ -106,9 +137,16 @@ def checkpoint_file(
 ) -> Path:
     "The file of a checkpoint."
     if not isinstance(place, (str, Path)) or not str(place).strip() or "\0" in str(place):
-        raise TypeError(f"`checkpoint` must be a folder or a file that ends in .safetensors, as str or pathlib.Path; got {place!r}.")
+        raise TypeError(
+            "`checkpoint` must be a folder or a file that ends in .safetensors, as str or "
+            f"pathlib.Path; got {place!r}."
+        )
     place = Path(place)
-    return place if place.suffix == ".safetensors" and not os.path.isdir(place) else place / "checkpoint.safetensors"
+    return (
+        place
+        if place.suffix == ".safetensors" and not os.path.isdir(place)
+        else place / "checkpoint.safetensors"
+    )
 
 # %% ../nbs/api/48_checkpoints.ipynb #c85c0c26
 def differences(
@@ -116,30 +154,45 @@ def differences(
     here: Any,  # another one
     name: str = "",  # of what is compared
 ) -> list[str]:  # one line for each difference
-    "Where two descriptions differ. Things of different names (key `name`) are not compared any further."
+    """Where two descriptions differ. Things of different names (key `name`) are not compared any
+    further."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = ["name"] if there.get("name") != here.get("name") else {**there, **here}
-        return [line for key in keys for line in differences(there.get(key), here.get(key), f"{name} {key}".strip())]
-    say = lambda value: "nothing" if value is None else repr(value)
+        return [
+            line
+            for key in keys
+            for line in differences(there.get(key), here.get(key), f"{name} {key}".strip())
+        ]
+
+    def say(value):
+        return "nothing" if value is None else repr(value)
+
     return [] if there == here else [f"{name} is {say(there)} there and {say(here)} here"]
 
 # %% ../nbs/api/48_checkpoints.ipynb #fe02467e
 def random_states() -> dict:  # generator -> its state
     "The states of the random generators of Python, numpy and torch."
-    (version, numbers, gauss), (name, keys, *rest) = random.getstate(), np.random.get_state()
-    return {"python": [version, torch.tensor(numbers), gauss], "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+    (version, numbers, gauss) = random.getstate()
+    (name, keys, *rest) = np.random.get_state()
+    return {
+        "python": [version, torch.tensor(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
 
 # %% ../nbs/api/48_checkpoints.ipynb #84d58879
 def set_random_states(
     states: dict,  # made by `random_states`
 ) -> None:
     "Put the random generators back."
-    (version, numbers, gauss), (name, keys, *rest) = states["python"], states["numpy"]
+    (version, numbers, gauss) = states["python"]
+    (name, keys, *rest) = states["numpy"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
     np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     torch.set_rng_state(states["torch"])
-    for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]): torch.cuda.set_rng_state(state, device)
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
 
 # %% ../nbs/api/48_checkpoints.ipynb #255b0218
 PARTS = "tvp-parts"  # name of their folder, below an output folder
@@ -159,33 +212,44 @@ class Parts:
     ):
         self.folder = Path(folder).expanduser()
         self.prefix = ""  # of the names
-        self.taken: list[str] = []  # names of the parts that an earlier call had finished, as they are asked for
+        # names of the parts that an earlier call had finished, as they are asked for
+        self.taken: list[str] = []
         self._new: dict[str, Any] = {}
         file = self.folder / "settings.safetensors"
         own = settings | {"versions": {"tvp": __version__, "torch": str(torch.__version__)}}
         if not file.exists():
             write_checkpoint(file, own)
         elif unlike := differences(read_checkpoint(file), own):
-            raise OtherSettings(f"{str(self.folder)!r} holds parts of a run with other settings: {'; '.join(unlike)}. Go on with the settings of that "
-                             "run, choose another place for this one, or start anew (--force; in Python remove the folder).")
+            raise OtherSettings(
+                f"{str(self.folder)!r} holds parts of a run with other settings: "
+                f"{'; '.join(unlike)}. Go on with the settings of that "
+                "run, choose another place for this one, or start anew (--force; in Python "
+                "remove the folder)."
+            )
 
     def _file(self, name: str) -> Path:
         "Where a part is; names that are no good as names of files are told apart by a number."
         name = self.prefix + name
         plain = re.sub(r"[^\w.-]", "_", name)[:80]
-        return self.folder / f"part-{plain}{'' if plain == name else '-' + hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
+        return (
+            self.folder
+            / f"part-{plain}{'' if plain == name else '-' + hashlib.sha256(name.encode()).hexdigest()[:8]}.safetensors"
+        )
 
     def __contains__(self, name: str) -> bool:
         return self.prefix + name in self._new or self._file(name).exists()
 
     def __getitem__(self, name: str) -> Any:
         "A finished part."
-        if self.prefix + name in self._new: return self._new[self.prefix + name]
-        if self.prefix + name not in self.taken: self.taken.append(self.prefix + name)
+        if self.prefix + name in self._new:
+            return self._new[self.prefix + name]
+        if self.prefix + name not in self.taken:
+            self.taken.append(self.prefix + name)
         return read_checkpoint(self._file(name))["value"]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        "Keep a part. Where it cannot be written, the run goes on with what it has in memory, and says so."
+        """Keep a part. Where it cannot be written, the run goes on with what it has in memory, and
+        says so."""
         try:
             write_checkpoint(self._file(name), {"name": self.prefix + name, "value": value})
         except OSError as error:
@@ -203,7 +267,9 @@ class Parts:
 
     def names(self) -> list[str]:
         "Names of the parts that lie in the folder."
-        return [read_checkpoint(file)["name"] for file in sorted(self.folder.glob("part-*.safetensors"))]
+        return [
+            read_checkpoint(file)["name"] for file in sorted(self.folder.glob("part-*.safetensors"))
+        ]
 
     def clear(self) -> None:
         "Remove the parts, when the results are written."
@@ -215,7 +281,10 @@ def clear_parts(
 ) -> None:
     "Remove the parts of a run, and nothing else that may lie in their folder."
     folder = Path(folder).expanduser()
-    for file in sorted(folder.glob("*.safetensors"), key=lambda file: file.name == "settings.safetensors"):  # the settings go last
+    # the settings go last
+    for file in sorted(
+        folder.glob("*.safetensors"), key=lambda file: file.name == "settings.safetensors"
+    ):
         file.unlink(missing_ok=True)
     remove_leftovers(folder)
     with suppress(OSError):

@@ -27,6 +27,7 @@ from .signals import stop_signals
 class UsageError(Exception):
     "Something the user can mend: printed as one line, exit code 2."
 
+
 def known_name(
     kind: str,  # what it is, for the message
     name: str,  # as typed
@@ -34,19 +35,29 @@ def known_name(
 ) -> str:  # the name, if it is known
     "A name that exists, or a list of those that do."
     known = list(known)
-    if name in known: return name
+    if name in known:
+        return name
     import difflib
+
     lower = {other.lower(): other for other in known}
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=1)]
-    raise UsageError(f"there is no {kind} {name!r}." + (f" Did you mean {close[0]!r}?" if close else "") + f" There are: {', '.join(known)}.")
+    raise UsageError(
+        f"there is no {kind} {name!r}."
+        + (f" Did you mean {close[0]!r}?" if close else "")
+        + f" There are: {', '.join(known)}."
+    )
 
 # %% ../nbs/api/90_cli.ipynb #0f4c3cba
 def _try_writing(folder: Path) -> None:
     "Make the folder and a file in it, or say why not."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise UsageError(f"cannot write to {folder}: {error.strerror or error}. Choose another place with --out.") from None
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror or error}. Choose another place with --out."
+        ) from None
 
 # %% ../nbs/api/90_cli.ipynb #69da0f9c
 def parts_folder(
@@ -67,9 +78,18 @@ def output_folder(
 ) -> Path:  # exists and can be written to
     "An output folder that harms nobody."
     folder = Path(path)
-    if folder.exists() and not folder.is_dir(): raise UsageError(f"{folder} is a file. Choose a folder with --out.")
-    if not force and folder.is_dir() and not _has_parts(folder) and any(file.name != ".tvp.lock" for file in folder.iterdir()):
-        raise UsageError(f"the folder {folder} is in use. Choose another with --out, or replace its files with --force.")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file. Choose a folder with --out.")
+    if (
+        not force
+        and folder.is_dir()
+        and not _has_parts(folder)
+        and any(file.name != ".tvp.lock" for file in folder.iterdir())
+    ):
+        raise UsageError(
+            f"the folder {folder} is in use. Choose another with --out, or replace its files "
+            "with --force."
+        )
     _try_writing(folder)
     return folder
 
@@ -81,9 +101,13 @@ def output_file(
 ) -> Path:  # in a folder that exists and can be written to
     "An output file that harms nobody."
     file = Path(path)
-    if file.suffix != suffix: raise UsageError(f"--out must end in {suffix}, got {file}.")
+    if file.suffix != suffix:
+        raise UsageError(f"--out must end in {suffix}, got {file}.")
     if file.is_dir() or (file.exists() and not force and not _has_parts(file)):
-        raise UsageError(f"{file} exists. Choose another name with --out" + ("." if file.is_dir() else ", or replace it with --force."))
+        raise UsageError(
+            f"{file} exists. Choose another name with --out"
+            + ("." if file.is_dir() else ", or replace it with --force.")
+        )
     _try_writing(file.parent)
     return file
 
@@ -97,6 +121,7 @@ def alone(
     "Hold the output of a run, and remember where its parts are kept, in case that it is stopped."
     from tvp.checkpoints import OtherSettings, clear_parts
     from tvp.files import RunLock, remove_leftovers
+
     output = check(args.out, *how, args.force)
     args.kept = parts_folder(output)
     first = started_as()[0] == 0  # the first of several processes holds the output for all
@@ -104,14 +129,19 @@ def alone(
         if first:
             check(args.out, *how, args.force)
             remove_leftovers(output)
-            if args.force: clear_parts(args.kept)
+            if args.force:
+                clear_parts(args.kept)
         end = time.monotonic() + 60
-        while args.force and _has_parts(output) and time.monotonic() < end:  # until the first process has removed them
+        # until the first process has removed them
+        while args.force and _has_parts(output) and time.monotonic() < end:
             time.sleep(0.1)
-        try: yield output
-        except OtherSettings as error: raise UsageError(str(error)) from None
+        try:
+            yield output
+        except OtherSettings as error:
+            raise UsageError(str(error)) from None
         finally:
-            with suppress(OSError): args.kept.rmdir()  # if nothing is kept
+            with suppress(OSError):
+                args.kept.rmdir()  # if nothing is kept
 
 
 def go_on(
@@ -119,10 +149,15 @@ def go_on(
 ) -> str:  # a sentence, or nothing if nothing is kept
     "How a stopped run goes on."
     kept = getattr(args, "kept", None)
-    if kept is None or not any(kept.glob("*.safetensors")): return ""
+    if kept is None or not any(kept.glob("*.safetensors")):
+        return ""
     words = [word for word in args.typed if word != "--force"]
-    if getattr(args, "checkpoint", None) and "--resume" not in words: words.append("--resume")
-    return f" What is finished is kept in {kept}; this goes on from there: {shlex.join(['tvp', *words])}"
+    if getattr(args, "checkpoint", None) and "--resume" not in words:
+        words.append("--resume")
+    return (
+        f" What is finished is kept in {kept}; this goes on from there: "
+        f"{shlex.join(['tvp', *words])}"
+    )
 
 # %% ../nbs/api/90_cli.ipynb #2f714881
 def columns(
@@ -130,67 +165,125 @@ def columns(
 ) -> str:
     "Rows as aligned text."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
 
 def command_tasks(args: argparse.Namespace) -> None:
     "List the tasks that come with the package."
     from tvp.task_loading import load_task, task_names
+
     tasks = [load_task(name) for name in task_names()]
-    print(columns([("task", "train/valid/test", "candidates", "what")] + [
-        (task.name, "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")), ", ".join(task.candidates), task.description)
-        for task in tasks]))
+    print(
+        columns(
+            [("task", "train/valid/test", "candidates", "what")]
+            + [
+                (
+                    task.name,
+                    "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")),
+                    ", ".join(task.candidates),
+                    task.description,
+                )
+                for task in tasks
+            ]
+        )
+    )
 
 # %% ../nbs/api/90_cli.ipynb #53718a9e
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
     from tvp.zoo import load_zoo
+
     zoo = load_zoo("tiny")
-    for name in names: known_name("model", name, zoo)
+    for name in names:
+        known_name("model", name, zoo)
     return zoo
 
+
 def _task(name: str, data_dir: str | None = None, public: bool = False):
-    "A task by its name: one that comes with the package, or a public one, from a folder or the hub."
+    """A task by its name: one that comes with the package, or a public one, from a folder or the
+    hub."""
     from tvp.experiment import MENDABLE, say_error
     from tvp.public_tasks import public_task_names
     from tvp.task_loading import load_task, task_names
+
     names = task_names() + public_task_names() * public
-    if not (public and name.startswith("pope-")): known_name("task", name, names)
-    try: return load_task(name, data_dir=data_dir)
-    except MENDABLE as error: raise UsageError(say_error(error)) from None
+    if not (public and name.startswith("pope-")):
+        known_name("task", name, names)
+    try:
+        return load_task(name, data_dir=data_dir)
+    except MENDABLE as error:
+        raise UsageError(say_error(error)) from None
 
 # %% ../nbs/api/90_cli.ipynb #7f686b14
 def command_models(args: argparse.Namespace) -> None:
     "List the models that have a name: the small zoo, the registry, the paper's."
     from tvp.paper_models import PAPER
     from tvp.registry import registry_text
+
     zoo = _zoo()
-    print(columns([("model", "vision tower", "class of transformers", "parameters")] + [
-        (name, zoo.tower(name), type(zoo[name].model).__name__, f"{sum(p.numel() for p in zoo[name].model.parameters()):,}") for name in zoo]))
-    print("\nThe small zoo, above, ships with the package. The models below come from the hub: tvp.load_mllm(NAME), `tvp check NAME`.\n")
-    print(registry_text(), "\nThe models of the paper, wrapped as its reference does: tvp.load_mllm(NAME, weights=...) says which files it needs.\n", sep="\n")
-    print(columns([("model", "what", "from the hub as a whole")] + [(name, paper.title, paper.whole or "no") for name, paper in PAPER.items()]))
+    print(
+        columns(
+            [("model", "vision tower", "class of transformers", "parameters")]
+            + [
+                (
+                    name,
+                    zoo.tower(name),
+                    type(zoo[name].model).__name__,
+                    f"{sum(p.numel() for p in zoo[name].model.parameters()):,}",
+                )
+                for name in zoo
+            ]
+        )
+    )
+    print(
+        "\nThe small zoo, above, ships with the package. The models below come from the hub: "
+        "tvp.load_mllm(NAME), `tvp check NAME`.\n"
+    )
+    print(
+        registry_text(),
+        "\nThe models of the paper, wrapped as its reference does: tvp.load_mllm(NAME, "
+        "weights=...) says which files it needs.\n",
+        sep="\n",
+    )
+    print(
+        columns(
+            [("model", "what", "from the hub as a whole")]
+            + [(name, paper.title, paper.whole or "no") for name, paper in PAPER.items()]
+        )
+    )
 
 
 def command_check(args: argparse.Namespace) -> int:
     "Try whether a prompt can be trained through a model. Exit code 1: it cannot."
     from tvp.zoo import load_mllm
-    try: mllm = load_mllm(args.model)
+
+    try:
+        mllm = load_mllm(args.model)
     except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
-        raise UsageError(f"cannot load {args.model}: {error.args[0] if isinstance(error, KeyError) else error}") from None
+        raise UsageError(
+            f"cannot load {args.model}: {error.args[0] if isinstance(error, KeyError) else error}"
+        ) from None
     check = mllm.check()
     print(check)
     return 0 if check.ok else 1
 
 # %% ../nbs/api/90_cli.ipynb #8f7ddb49
 def command_bench(args: argparse.Namespace) -> None:
-    "Measure speed and memory beside the released code's loop and the bare arithmetic: a quarter of an hour, with --quick some minutes."
+    """Measure speed and memory beside the released code's loop and the bare arithmetic: a quarter
+    of an hour, with --quick some minutes."""
     from tvp.bench import SECTIONS, bench
+
     only = args.only and [known_name("section", name, SECTIONS) for name in args.only.split(",")]
     file = None if args.json is None else Path(args.json)
     try:
-        if file is not None: _try_writing(file.parent)
-    except UsageError as error: raise UsageError(str(error).replace("--out", "--json")) from None
-    if file is not None and file.is_dir(): raise UsageError(f"{file} is a folder. Name a file with --json.")
+        if file is not None:
+            _try_writing(file.parent)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--out", "--json")) from None
+    if file is not None and file.is_dir():
+        raise UsageError(f"{file} is a folder. Name a file with --json.")
     bench(args.quick, file, only)
 
 # %% ../nbs/api/90_cli.ipynb #6e063535
@@ -200,12 +293,23 @@ def training_checkpoint(
 ) -> Path | None:  # the file; None: the usual place
     "Where a training is kept, if that harms nobody."
     from tvp.checkpoints import checkpoint_file
-    if place is None and resume: raise UsageError("--resume needs --checkpoint FOLDER: the place from which to go on. Without both, the same command goes on by itself.")
-    if place is None: return None
-    try: file = checkpoint_file(place)
-    except TypeError as error: raise UsageError(str(error)) from None
+
+    if place is None and resume:
+        raise UsageError(
+            "--resume needs --checkpoint FOLDER: the place from which to go on. Without both, "
+            "the same command goes on by itself."
+        )
+    if place is None:
+        return None
+    try:
+        file = checkpoint_file(place)
+    except TypeError as error:
+        raise UsageError(str(error)) from None
     if file.exists() and not resume:
-        raise UsageError(f"there is a checkpoint at {file}. Go on from it with --resume, choose another place with --checkpoint, or remove it to start again.")
+        raise UsageError(
+            f"there is a checkpoint at {file}. Go on from it with --resume, choose another place "
+            "with --checkpoint, or remove it to start again."
+        )
     return file
 
 # %% ../nbs/api/90_cli.ipynb #c7bb5b97
@@ -218,14 +322,18 @@ def fit_or_explain(
     "Train; what the user can mend becomes one line."
     from tvp.checkpoints import read_checkpoint
     from tvp.processes import ProcessLost
+
     try:
         done = read_checkpoint(file).get("position", {}).get("done", 0) if file.exists() else 0
         learner.fit(epochs, file, resume=resume)
     except OSError as error:
-        if error.errno is not None: raise  # the system's: `main` says how to go on
+        if error.errno is not None:
+            raise  # the system's: `main` says how to go on
         raise UsageError(str(error)) from None
-    except ValueError as error: raise UsageError(str(error)) from None
-    except ProcessLost as error: raise UsageError(str(error).replace("resume=True", "--resume")) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except ProcessLost as error:
+        raise UsageError(str(error).replace("resume=True", "--resume")) from None
     return done
 
 # %% ../nbs/api/90_cli.ipynb #0b6a4fb5
@@ -234,9 +342,11 @@ def fit_here(
     file: Path,  # for checkpoints, beside the output
 ) -> int:  # updates made earlier
     "Train, or go on where the same command was stopped."
-    try: return fit_or_explain(learner, learner.epochs, file, resume=True)
+    try:
+        return fit_or_explain(learner, learner.epochs, file, resume=True)
     except UsageError as error:
-        if not file.exists(): raise
+        if not file.exists():
+            raise
         told = str(error).replace("go on with --resume", "the same command goes on")
         raise UsageError(f"{told} Start anew with --force.") from None
 
@@ -246,21 +356,32 @@ def command_train(args: argparse.Namespace) -> None:
     from tvp.checkpoints import clear_parts
     from tvp.files import write_all
     from tvp.recipes import RECIPES, make_learner
+
     known_name("method", args.method, RECIPES["tiny"])
-    task, zoo = _task(args.task, args.data_dir, public=True), _zoo(*args.source)
-    changes = {name: value for name, value in (("range", args.range), ("epochs", args.epochs)) if value}
+    task = _task(args.task, args.data_dir, public=True)
+    zoo = _zoo(*args.source)
+    changes = {
+        name: value for name, value in (("range", args.range), ("epochs", args.epochs)) if value
+    }
     own_place = training_checkpoint(args.checkpoint, args.resume)
     with alone(args, output_file, ".safetensors") as file:
-        try: learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
-        except ValueError as error: raise UsageError(str(error)) from None
+        try:
+            learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if own_place is None:
             done = fit_here(learner, args.kept / "checkpoint.safetensors")
         else:
             args.kept = own_place.parent
             done = fit_or_explain(learner, args.epochs, own_place, args.resume)
         earlier = f", {done} of them made earlier" if done else ""
-        print(f"{args.method} on {' + '.join(args.source)}, {task.name}: {len(learner.history)} steps{earlier}, task loss "
-              f"{learner.history.task.iloc[0]:.3f} at first, {learner.history.task.iloc[-10:].mean():.3f} at last.", flush=True)
+        print(
+            f"{args.method} on {' + '.join(args.source)}, {task.name}: {len(learner.history)} "
+            f"steps{earlier}, task loss "
+            f"{learner.history.task.iloc[0]:.3f} at first, "
+            f"{learner.history.task.iloc[-10:].mean():.3f} at last.",
+            flush=True,
+        )
         if learner.accelerator.is_main_process:
             write_all(file.parent, {file.name: learner.prompt.save})
             clear_parts(parts_folder(file))
@@ -268,64 +389,96 @@ def command_train(args: argparse.Namespace) -> None:
 
 # %% ../nbs/api/90_cli.ipynb #817d7bc0
 def load_prompt_file(
+    # the prompt
     path: str,  # as typed
-):  # the prompt
+):
     "A saved prompt, or a line that says why not."
     from tvp.ship import load_prompt
-    try: return load_prompt(path)
-    except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
+
+    try:
+        return load_prompt(path)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
 
 # %% ../nbs/api/90_cli.ipynb #11994132
 def command_apply(args: argparse.Namespace) -> None:
     "Make prompted pictures, for any other program to look at."
     prompt = load_prompt_file(args.prompt)
-    try: written = prompt.apply(args.pictures, args.out, fit=args.fit, overwrite=args.force)
-    except (ValueError, KeyError, TypeError, OSError) as error: raise UsageError(str(error)) from None
+    try:
+        written = prompt.apply(args.pictures, args.out, fit=args.fit, overwrite=args.force)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from None
     print(f"{len(written)} prompted in {args.out}")
 
 # %% ../nbs/api/90_cli.ipynb #421774fb
 def named_corruption(
+    # a Corruption
     text: str,  # NAME or NAME:SEVERITY
-):  # a Corruption
+):
     "What happens to the pictures, as it is typed."
     from tvp.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+
     name, colon, severity = text.partition(":")
     known_name("corruption", name, CORRUPTIONS)
-    if not colon: return Corruption(name)
-    if severity not in map(str, SEVERITIES): raise UsageError(f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got {text!r}. Try {name}:3.")
+    if not colon:
+        return Corruption(name)
+    if severity not in map(str, SEVERITIES):
+        raise UsageError(
+            f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got "
+            f"{text!r}. Try {name}:3."
+        )
     return Corruption(name, int(severity))
 
 # %% ../nbs/api/90_cli.ipynb #2f75b30b
 def _evaluate(prompt, task, zoo, **how):
     "The results of `evaluate_transfer`, by all processes together, or a line that says why not."
     from tvp.transfer import evaluate_transfer
+
     join_processes()
-    try: return evaluate_transfer(prompt, task, zoo, **how)
-    except (ValueError, ImportError) as error: raise UsageError(str(error)) from None
+    try:
+        return evaluate_transfer(prompt, task, zoo, **how)
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from None
 
 
 def command_evaluate(args: argparse.Namespace) -> None:
     "Evaluate a saved prompt on every model, with and without it."
     prompt = load_prompt_file(args.prompt)
     name = args.task or prompt.provenance.get("task")
-    if not name: raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
+    if not name:
+        raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
     corruption = [named_corruption(text) for text in args.corruption or []]
-    task, zoo = _task(name, args.data_dir, public=True), _zoo(*args.models or [])
-    asked = dict(targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None)
+    task = _task(name, args.data_dir, public=True)
+    zoo = _zoo(*args.models or [])
+    asked = dict(
+        targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None
+    )
     if args.out is None:
         print(_evaluate(prompt, task, zoo, **asked).table())
         return
     from tvp.checkpoints import Parts, digest
     from tvp.files import write_all
     from tvp.resume import task_settings
-    pixels = digest({name: value.detach() for name, value in prompt.state_dict().items()}, str(prompt.provenance))
-    settings = {"task": task_settings(task), "data_dir": args.data_dir, "prompt": pixels, "models": args.models or list(zoo), "corruption": args.corruption}
+
+    pixels = digest(
+        {name: value.detach() for name, value in prompt.state_dict().items()},
+        str(prompt.provenance),
+    )
+    settings = {
+        "task": task_settings(task),
+        "data_dir": args.data_dir,
+        "prompt": pixels,
+        "models": args.models or list(zoo),
+        "corruption": args.corruption,
+    }
     with alone(args, output_file, ".csv") as file:
         parts = Parts(args.kept, settings)
-        if names := parts.names(): print(f"taken over from {args.kept}: {', '.join(names)}", flush=True)
+        if names := parts.names():
+            print(f"taken over from {args.kept}: {', '.join(names)}", flush=True)
         results = _evaluate(prompt, task, zoo, parts=parts, **asked)
         print(results.table(), flush=True)
-        if started_as()[0]: return
+        if started_as()[0]:
+            return
         write_all(file.parent, {file.name: results.save_csv})
         parts.clear()
         print(f"\nsaved as {file}")
@@ -333,17 +486,23 @@ def command_evaluate(args: argparse.Namespace) -> None:
 # %% ../nbs/api/90_cli.ipynb #a665ea01
 def peak_memory() -> str | None:  # in GB, or None where the system does not say
     "The most memory this process has held."
-    try: import resource
-    except ImportError: return None  # Windows
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
 
+
 def command_demo(args: argparse.Namespace) -> None:
-    "Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a report."
-    task, zoo = _task(args.task), _zoo(args.source)
+    """Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a
+    report."""
+    task = _task(args.task)
+    zoo = _zoo(args.source)
     from tvp.demo import run_demo, write_demo
     from tvp.formatting import duration
     from tvp.report import notes
+
     command = f"tvp demo --task {task.name} --source {args.source} --seeds {args.seeds}"
     with alone(args, output_folder) as folder:
         print(f"{task.name}: {task.description}")
@@ -351,7 +510,10 @@ def command_demo(args: argparse.Namespace) -> None:
         print("", demo.results.table(), "", *notes(demo.results), "", sep="\n", flush=True)
         facts = {"command": command} | ({"peak memory": peak} if (peak := peak_memory()) else {})
         files = write_demo(demo, folder, facts)
-        print(f"{duration(demo.seconds['all together'])}. Written to {folder}: {', '.join(file.name for file in files)}")
+        print(
+            f"{duration(demo.seconds['all together'])}. Written to {folder}: "
+            f"{', '.join(file.name for file in files)}"
+        )
         print(f"Open {files[-1]} in a browser.")
 
 
@@ -365,34 +527,59 @@ def named_model(
 ) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
     "A model as it is typed."
     from tvp.paper_models import PAPER
+
     name, _, place = text.partition("=")
-    if not name: raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
+    if not name:
+        raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
     parts = {"model", *(part.name for part in PAPER[name].parts)} if name in PAPER else set()
-    if place.partition("=")[0] not in parts or "=" not in place: return name, place or None
+    if place.partition("=")[0] not in parts or "=" not in place:
+        return name, place or None
     pairs = [item.partition("=") for item in place.split(",")]
     if wrong := [part for part, _, where in pairs if part not in parts or not where]:
-        raise UsageError(f"the parts of {name} are {', '.join(sorted(parts))}, each as PART=PLACE; got {', '.join(map(repr, wrong))}.")
+        raise UsageError(
+            f"the parts of {name} are {', '.join(sorted(parts))}, each as PART=PLACE; got "
+            f"{', '.join(map(repr, wrong))}."
+        )
     return name, {part: where for part, _, where in pairs}
 
 # %% ../nbs/api/90_cli.ipynb #916456ae
 def command_reproduce(args: argparse.Namespace) -> None:
-    "Repeat the paper's experiment: train a prompt on one model, ask all, put the published numbers beside it."
+    """Repeat the paper's experiment: train a prompt on one model, ask all, put the published
+    numbers beside it."""
     from tvp.checkpoints import OtherSettings
     from tvp.experiment import MENDABLE, plan_reproduction, say_error
     from tvp.reproduce import run_plan
+
     models = dict(named_model(text) for text in args.models) if args.models else None
-    how = dict(clip=args.clip, data_dir=args.data_dir, epochs=args.epochs, limit=args.limit, seeds=args.seed or 42, prompt=args.prompt)
+    how = dict(
+        clip=args.clip,
+        data_dir=args.data_dir,
+        epochs=args.epochs,
+        limit=args.limit,
+        seeds=args.seed or 42,
+        prompt=args.prompt,
+    )
     with alone(args, output_folder) as folder:
-        try: plan = plan_reproduction(args.task, args.source, args.method, models, say=_say, **how)
-        except MENDABLE as error: raise UsageError(say_error(error)) from None
+        try:
+            plan = plan_reproduction(args.task, args.source, args.method, models, say=_say, **how)
+        except MENDABLE as error:
+            raise UsageError(say_error(error)) from None
         print(plan)
-        try: reproduction = run_plan(plan, folder, _say)
-        except OtherSettings: raise
-        except ValueError as error: raise UsageError(f"{error} What is done so far is in {args.kept}.") from None
+        try:
+            reproduction = run_plan(plan, folder, _say)
+        except OtherSettings:
+            raise
+        except ValueError as error:
+            raise UsageError(f"{error} What is done so far is in {args.kept}.") from None
         print("", reproduction.table(), "", sep="\n", flush=True)
-        facts = {"command": shlex.join(["tvp", *args.typed])} | ({"peak memory": peak} if (peak := peak_memory()) else {})
+        facts = {"command": shlex.join(["tvp", *args.typed])} | (
+            {"peak memory": peak} if (peak := peak_memory()) else {}
+        )
         files = reproduction.save(folder, facts)
-        print(f"Written to {folder}: {', '.join(file.name for file in files)}\nOpen {files[-1]} in a browser.")
+        print(
+            f"Written to {folder}: {', '.join(file.name for file in files)}\nOpen {files[-1]} in "
+            "a browser."
+        )
 
 # %% ../nbs/api/90_cli.ipynb #dfb4b855
 def command_train_zoo(args: argparse.Namespace) -> None:
@@ -400,27 +587,35 @@ def command_train_zoo(args: argparse.Namespace) -> None:
     import logging
 
     from tvp.tiny_train import LANGUAGE, TOWERS, train_zoo
-    for name in args.parts or []: known_name("part", name, [*TOWERS, *LANGUAGE])
+
+    for name in args.parts or []:
+        known_name("part", name, [*TOWERS, *LANGUAGE])
     folder = output_folder(args.out, force=True)  # what is finished there is kept
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.kept = folder
-    try: train_zoo(folder, args.parts, args.seed)
-    except ValueError as error: raise UsageError(str(error).replace("`seed`", "--seed")) from None
+    try:
+        train_zoo(folder, args.parts, args.seed)
+    except ValueError as error:
+        raise UsageError(str(error).replace("`seed`", "--seed")) from None
 
 # %% ../nbs/api/90_cli.ipynb #9898db5f
 def whole(
     text: str,  # as typed
 ) -> int:
     "A whole number of at least 1."
-    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
     return int(text)
+
 
 def natural(
     text: str,  # as typed
 ) -> int:
     "A whole number of at least 0."
-    if not text.isdecimal(): raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
     return int(text)
+
 
 def _add_command(commands, run, arguments: dict[str, dict]) -> None:
     "A subcommand from its function: name and help text come from there."
@@ -428,69 +623,248 @@ def _add_command(commands, run, arguments: dict[str, dict]) -> None:
     parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
     for flag, options in arguments.items():
         default = options.get("default")
-        told = "" if default is None else f" (default: {' '.join(default) if isinstance(default, list) else default})"
+        told = (
+            ""
+            if default is None
+            else f" (default: {' '.join(default) if isinstance(default, list) else default})"
+        )
         parser.add_argument(flag, **options | dict(help=options["help"] + told))
     parser.set_defaults(run=run)
 
 # %% ../nbs/api/90_cli.ipynb #b9181ab9
 def _add_reproduce(commands, output: dict[str, dict]) -> None:
     "The arguments of `tvp reproduce`."
-    _add_command(commands, command_reproduce, {
-        "task": dict(metavar="TASK", help="cifar10, cifar100, svhn, pets, clevr, pope, ...; see `tvp tasks` for those that need no download"),
-        "--source": dict(default="minigpt4-7b", metavar="NAME", help="model to train on"),
-        "--models": dict(nargs="+", metavar="NAME=PLACE", help="models to ask, each with its folder, hub id or parts (NAME=PART=PLACE,PART=PLACE); the paper's six if not given"),
-        "--clip": dict(default="openai/clip-vit-base-patch32", metavar="PLACE", help="folder or hub id of the CLIP"),
-        "--data-dir": dict(metavar="DIR", help="where the pictures lie; the hub if not given"),
-        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP, or all"),
-        "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given"),
-        "--limit": dict(type=whole, metavar="N", help="test pictures at most; all if not given"),
-        "--seed": dict(nargs="+", type=int, metavar="N", help="of the prompts, one prompt for each; 42 if not given, as in the paper"),
-        "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained")} | output)
+    _add_command(
+        commands,
+        command_reproduce,
+        {
+            "task": dict(
+                metavar="TASK",
+                help="cifar10, cifar100, svhn, pets, clevr, pope, "
+                "...; see `tvp tasks` for those that "
+                "need no download",
+            ),
+            "--source": dict(default="minigpt4-7b", metavar="NAME", help="model to train on"),
+            "--models": dict(
+                nargs="+",
+                metavar="NAME=PLACE",
+                help="models to ask, each with its folder, hub id or parts "
+                "(NAME=PART=PLACE,PART=PLACE); the paper's six if not given",
+            ),
+            "--clip": dict(
+                default="openai/clip-vit-base-patch32",
+                metavar="PLACE",
+                help="folder or hub id of the CLIP",
+            ),
+            "--data-dir": dict(metavar="DIR", help="where the pictures lie; the hub if not given"),
+            "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP, or all"),
+            "--epochs": dict(
+                type=whole,
+                metavar="N",
+                help="passes over the training pictures; the recipe's if not given",
+            ),
+            "--limit": dict(
+                type=whole, metavar="N", help="test pictures at most; all if not given"
+            ),
+            "--seed": dict(
+                nargs="+",
+                type=int,
+                metavar="N",
+                help="of the prompts, one prompt for each; 42 if not given, as in the paper",
+            ),
+            "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained"),
+        }
+        | output,
+    )
 
 # %% ../nbs/api/90_cli.ipynb #d9e4d0f2
 def _add_train_and_evaluate(commands, out, force: dict[str, dict]) -> None:
     "The arguments of `tvp train` and `tvp evaluate`."
-    data = {"--data-dir": dict(metavar="FOLDER", help="where the pictures of a public task (cifar10, ...) lie; the hub if not given")}
-    source = {"--source": dict(nargs="+", default=["tiny-minigpt4"], metavar="NAME", help="model to train on, or several: one prompt for all of them; see `tvp models`")}
-    _add_command(commands, command_train, {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`, or a public one: cifar10, svhn, ...")} | data | source | {
-        "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens"), "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
-        "--range": dict(choices=("free", "unit", "uint8"), help="of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly; the recipe's if not given"),
-        "--epochs": dict(type=whole, metavar="N", help="passes over the training pictures; the recipe's if not given, the checkpoint's with --resume"),
-        "--checkpoint": dict(metavar="FOLDER", help="keep the training there, every 100 updates and when it is stopped; beside the output, until it is written, if not given"),
-        "--resume": dict(action="store_true", help="go on from --checkpoint, if there is one: the same prompt as if nothing had happened")}
-        | out("prompt.safetensors", "file for the prompt") | force)
-    _add_command(commands, command_evaluate, {"prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the reference's .pth")} | {
-        "--task": dict(metavar="NAME", help="the one it was trained for if not given")} | data | {
-        "--models": dict(nargs="+", metavar="NAME", help="all if not given"),
-        "--corruption": dict(nargs="+", metavar="NAME[:SEVERITY]", help="evaluate on pictures with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if not given")}
-        | out(None, "file for the results, .csv") | force)
+    data = {
+        "--data-dir": dict(
+            metavar="FOLDER",
+            help="where the pictures of a public task (cifar10, ...) lie; the hub if not given",
+        )
+    }
+    source = {
+        "--source": dict(
+            nargs="+",
+            default=["tiny-minigpt4"],
+            metavar="NAME",
+            help="model to train on, or several: one prompt for all of them; see `tvp models`",
+        )
+    }
+    _add_command(
+        commands,
+        command_train,
+        {
+            "--task": dict(
+                default="shapes",
+                metavar="NAME",
+                help="see `tvp tasks`, or a public one: cifar10, svhn, ...",
+            )
+        }
+        | data
+        | source
+        | {
+            "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens"),
+            "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
+            "--range": dict(
+                choices=("free", "unit", "uint8"),
+                help="of the prompt's pixels: any number, [0, 1], or "
+                "8-bit levels, which a PNG holds "
+                "exactly; the recipe's if not given",
+            ),
+            "--epochs": dict(
+                type=whole,
+                metavar="N",
+                help="passes over the training pictures; the "
+                "recipe's if not given, the checkpoint's "
+                "with --resume",
+            ),
+            "--checkpoint": dict(
+                metavar="FOLDER",
+                help="keep the training there, every 100 updates "
+                "and when it is stopped; beside the "
+                "output, until it is written, if not given",
+            ),
+            "--resume": dict(
+                action="store_true",
+                help="go on from --checkpoint, if there is one: the "
+                "same prompt as if nothing had happened",
+            ),
+        }
+        | out("prompt.safetensors", "file for the prompt")
+        | force,
+    )
+    _add_command(
+        commands,
+        command_evaluate,
+        {
+            "prompt": dict(
+                metavar="PROMPT",
+                help="a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the "
+                "reference's .pth",
+            )
+        }
+        | {"--task": dict(metavar="NAME", help="the one it was trained for if not given")}
+        | data
+        | {
+            "--models": dict(nargs="+", metavar="NAME", help="all if not given"),
+            "--corruption": dict(
+                nargs="+",
+                metavar="NAME[:SEVERITY]",
+                help="evaluate on pictures with fog, motion_blur, "
+                "jpeg_compression, ...; severity 1 "
+                "to 5, 3 if not given",
+            ),
+        }
+        | out(None, "file for the results, .csv")
+        | force,
+    )
 
 # %% ../nbs/api/90_cli.ipynb #270b1e31
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     from tvp import __version__
-    top = argparse.ArgumentParser("tvp", description="Transferable visual prompting: a frame of pixels, learned on one model, that helps the others.")
+
+    top = argparse.ArgumentParser(
+        "tvp",
+        description="Transferable visual prompting: a frame of pixels, "
+        "learned on one model, that helps the others.",
+    )
     top.add_argument("--version", action="version", version=f"tvp {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     task = {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`")}
-    source = {"--source": dict(default="tiny-minigpt4", metavar="NAME", help="model to train on, see `tvp models`")}
-    force = {"--force": dict(action="store_true", help="start anew, and replace the files of an earlier run; others are left alone")}
-    out = lambda default, text: {"--out": dict(default=default, metavar="PATH", help=text)}
-    _add_command(commands, command_demo, task | source | {"--seeds": dict(type=whole, default=1, metavar="N", help="prompts of each method")}
-                 | out("tvp-demo", "folder for the results") | force)
+    source = {
+        "--source": dict(
+            default="tiny-minigpt4", metavar="NAME", help="model to train on, see `tvp models`"
+        )
+    }
+    force = {
+        "--force": dict(
+            action="store_true",
+            help="start anew, and replace the files of an earlier run; others are left alone",
+        )
+    }
+
+    def out(default, text):
+        return {"--out": dict(default=default, metavar="PATH", help=text)}
+
+    _add_command(
+        commands,
+        command_demo,
+        task
+        | source
+        | {"--seeds": dict(type=whole, default=1, metavar="N", help="prompts of each method")}
+        | out("tvp-demo", "folder for the results")
+        | force,
+    )
     _add_train_and_evaluate(commands, out, force)
-    _add_command(commands, command_apply, {
-        "prompt": dict(metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"), "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
-        "out": dict(metavar="OUT", help="folder for the prompted ones"), "--fit": dict(choices=("crop", "letterbox"), help="how pictures that are not square are fitted")} | force)
-    _add_reproduce(commands, out("tvp-reproduce", "folder for prompts, results and report; a run that was stopped goes on there") | force)
-    for run in (command_models, command_tasks): _add_command(commands, run, {})
-    _add_command(commands, command_check, {"model": dict(metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub")})
-    _add_command(commands, command_train_zoo, out("tvp-zoo", "folder for scenes, checkpoints and weights")
-                 | {"--parts": dict(nargs="+", metavar="NAME", help="only these towers and models; all that are missing if not given"),
-                    "--seed": dict(type=natural, default=0, metavar="N", help="added to every seed: another zoo of the same make")})
-    _add_command(commands, command_bench, {
-        "--quick": dict(action="store_true", help="fewer models and rounds"), "--json": dict(metavar="FILE", help="where to write everything that was measured"),
-        "--only": dict(metavar="NAMES", help="some of step,ranking,shared,loading,memory,variants; all if not given")})
+    _add_command(
+        commands,
+        command_apply,
+        {
+            "prompt": dict(
+                metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"
+            ),
+            "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
+            "out": dict(metavar="OUT", help="folder for the prompted ones"),
+            "--fit": dict(
+                choices=("crop", "letterbox"), help="how pictures that are not square are fitted"
+            ),
+        }
+        | force,
+    )
+    _add_reproduce(
+        commands,
+        out(
+            "tvp-reproduce",
+            "folder for prompts, results and report; a run that was stopped goes on there",
+        )
+        | force,
+    )
+    for run in (command_models, command_tasks):
+        _add_command(commands, run, {})
+    _add_command(
+        commands,
+        command_check,
+        {
+            "model": dict(
+                metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub"
+            )
+        },
+    )
+    _add_command(
+        commands,
+        command_train_zoo,
+        out("tvp-zoo", "folder for scenes, checkpoints and weights")
+        | {
+            "--parts": dict(
+                nargs="+",
+                metavar="NAME",
+                help="only these towers and models; all that are missing if not given",
+            ),
+            "--seed": dict(
+                type=natural,
+                default=0,
+                metavar="N",
+                help="added to every seed: another zoo of the same make",
+            ),
+        },
+    )
+    _add_command(
+        commands,
+        command_bench,
+        {
+            "--quick": dict(action="store_true", help="fewer models and rounds"),
+            "--json": dict(metavar="FILE", help="where to write everything that was measured"),
+            "--only": dict(
+                metavar="NAMES",
+                help="some of step,ranking,shared,loading,memory,variants; all if not given",
+            ),
+        },
+    )
     return top
 
 # %% ../nbs/api/90_cli.ipynb #ceb14595
@@ -501,9 +875,11 @@ def started_as() -> tuple[int, int]:  # number of this process, and of all
 
 def join_processes() -> None:
     "Let the processes that were started together know of each other."
-    if started_as()[1] == 1: return
+    if started_as()[1] == 1:
+        return
     import torch
     from accelerate import PartialState
+
     PartialState(cpu=not torch.cuda.is_available())
 
 # %% ../nbs/api/90_cli.ipynb #76d7cc56
@@ -528,24 +904,28 @@ def _run(
     try:
         with stop_signals():
             code = args.run(args) or 0
-            if sys.stdout is not None: sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return code
     except UsageError as error:
         complain(str(error))
         return 2
     except KeyboardInterrupt as stop:
-        with suppress(OSError): print(file=sys.stderr)
+        with suppress(OSError):
+            print(file=sys.stderr)
         complain(f"stopped before it was done.{go_on(args)}")
         return 128 + getattr(stop, "kind", signal.SIGINT)
     except BrokenPipeError:  # `tvp tasks | head -1`: who reads us has heard enough
         _nobody_reads()
-        if hint := go_on(args): complain(f"nobody reads the output any more.{hint}")
+        if hint := go_on(args):
+            complain(f"nobody reads the output any more.{hint}")
         return 141 if hint else 0  # as SIGPIPE would
     except BlockingIOError as error:  # another run is at work here
         complain(str(error.strerror))
         return 2
     except OSError as error:
-        if error.errno is None: raise  # not the system's
+        if error.errno is None:
+            raise  # not the system's
         told = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
         if error.filename is None and "cannot write" not in told:
             told = f"cannot write to the standard output: {told}."
@@ -558,11 +938,16 @@ def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
     "The command `tvp`."
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace")  # a terminal without arrows still gets its table
-    if started_as()[0]: sys.stdout = open(os.devnull, "w")
+    # a terminal without arrows still gets its table
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    if started_as()[0]:
+        sys.stdout = open(os.devnull, "w")
     args = parser().parse_args(argv)
     args.typed = list(sys.argv[1:] if argv is None else argv)
     return _run(args)
 
 # %% ../nbs/api/90_cli.ipynb #b8f7e8d8
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # python -m tvp.cli, but not in this notebook
+# python -m tvp.cli, but not in this notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -32,9 +32,14 @@ from .tasks import Split, Task
 # %% ../nbs/api/14_corruptions.ipynb #0e129340
 class _Numpy:
     "numpy as the library knows it: with `float_`, and with random numbers of our own."
+
     float_ = np.float64
-    def __init__(self): self.random = np.random.RandomState(0)
-    def __getattr__(self, name): return getattr(np, name)
+
+    def __init__(self):
+        self.random = np.random.RandomState(0)
+
+    def __getattr__(self, name):
+        return getattr(np, name)
 
 
 @contextlib.contextmanager
@@ -43,27 +48,41 @@ def _pkg_resources():
     missing = "pkg_resources" not in sys.modules and find_spec("pkg_resources") is None
     if missing:
         from importlib.resources import files
+
         sys.modules["pkg_resources"] = ModuleType("pkg_resources")
-        sys.modules["pkg_resources"].resource_filename = lambda module, path: str(files(module.rpartition(".")[0]) / path)
-    try: yield
+        sys.modules["pkg_resources"].resource_filename = lambda module, path: str(
+            files(module.rpartition(".")[0]) / path
+        )
+    try:
+        yield
     finally:
-        if missing: del sys.modules["pkg_resources"]
+        if missing:
+            del sys.modules["pkg_resources"]
 
 # %% ../nbs/api/14_corruptions.ipynb #9f9d816c
 @lru_cache(maxsize=1)
 def _library() -> ModuleType:  # imagecorruptions.corruptions
     "The library, made to work with current numpy and scikit-image, and seeded."
     if find_spec("imagecorruptions") is None:
-        raise ImportError("corruptions need the package imagecorruptions: pip install imagecorruptions. (CIFAR-10-C files need nothing: Corruption(..., files='CIFAR-10-C').)")
+        raise ImportError(
+            "corruptions need the package imagecorruptions: pip install imagecorruptions. "
+            "(CIFAR-10-C files need nothing: Corruption(..., files='CIFAR-10-C').)"
+        )
     with _pkg_resources(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated names
         from imagecorruptions import corruptions
     from skimage import color
     from skimage.filters import gaussian
     from skimage.util import random_noise
+
     corruptions.np = _Numpy()
-    corruptions.gaussian = lambda image, sigma, multichannel=False, **how: gaussian(image, sigma, channel_axis=-1 if multichannel else None, **how)
-    seeded = lambda image, **how: random_noise(image, rng=corruptions.np.random.randint(2**31), **how)
+    corruptions.gaussian = lambda image, sigma, multichannel=False, **how: gaussian(
+        image, sigma, channel_axis=-1 if multichannel else None, **how
+    )
+
+    def seeded(image, **how):
+        return random_noise(image, rng=corruptions.np.random.randint(2**31), **how)
+
     corruptions.sk = SimpleNamespace(color=color, util=SimpleNamespace(random_noise=seeded))
     return corruptions
 
@@ -99,14 +118,24 @@ def corrupt(
 ) -> Image.Image | Tensor:  # of the same kind; its shorter side is 224 pixels at most
     "A corrupted picture (Hendrycks & Dietterich 2019, by imagecorruptions)."
     _check(name, severity), check_kind("image", image, (Image.Image, Tensor))
-    for number in seed if isinstance(seed, (list, tuple)) else [seed]: check_whole("seed", number, 0)
+    for number in seed if isinstance(seed, (list, tuple)) else [seed]:
+        check_whole("seed", number, 0)
     if isinstance(image, Tensor):
         to_tensor(image)  # refuses what is no RGB picture of bytes
-        changed = corrupt(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), name, severity, seed)
+        changed = corrupt(
+            Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), name, severity, seed
+        )
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
     side = min(image.size)
-    if side < 32: raise ValueError(f"`image` must be 32 pixels high and wide at least to be corrupted, got {image.width} x {image.height}.")
-    if side > LARGEST: image = image.resize([round(length * LARGEST / side) for length in image.size], Image.Resampling.BICUBIC)
+    if side < 32:
+        raise ValueError(
+            "`image` must be 32 pixels high and wide at least to be corrupted, got "
+            f"{image.width} x {image.height}."
+        )
+    if side > LARGEST:
+        image = image.resize(
+            [round(length * LARGEST / side) for length in image.size], Image.Resampling.BICUBIC
+        )
     library = _library()
     library.np.random = np.random.RandomState(np.random.SeedSequence(seed).generate_state(1))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it works around
@@ -115,6 +144,7 @@ def corrupt(
 # %% ../nbs/api/14_corruptions.ipynb #0a9805dc
 class Corrupted(Sequence):
     "Pictures that are corrupted when asked for, each in its own way, always the same."
+
     def __init__(
         self,
         images: Sequence,  # RGB pictures or (3, H, W) uint8 tensors
@@ -125,20 +155,45 @@ class Corrupted(Sequence):
         keep: int = 2**28,  # bytes of corrupted pictures that are kept
     ):
         _check(name, severity)
-        self.images, self.name, self.severity, self.seed, self.keep = images, name, severity, seed, keep
-        self.rows, self.kept, self.held = range(len(images)) if rows is None else rows, {}, 0
+        self.images = images
+        self.name = name
+        self.severity = severity
+        self.seed = seed
+        self.keep = keep
+        self.rows = range(len(images)) if rows is None else rows
+        self.kept = {}
+        self.held = 0
 
-    def __len__(self): return len(self.rows)
-    def __repr__(self): return f"Corrupted({self.name} {self.severity}: {len(self)} pictures, corrupted when asked for)"
-    def select(self, rows: Sequence[int]) -> "Corrupted": "The pictures of some rows."; return Corrupted(self.images, self.name, self.severity, self.seed, [self.rows[i] for i in rows], self.keep)
+    def __len__(self):
+        return len(self.rows)
+
+    def __repr__(self):
+        return (
+            f"Corrupted({self.name} {self.severity}: {len(self)} "
+            "pictures, corrupted when asked for)"
+        )
+
+    def select(self, rows: Sequence[int]) -> "Corrupted":
+        "The pictures of some rows."
+        return Corrupted(
+            self.images,
+            self.name,
+            self.severity,
+            self.seed,
+            [self.rows[i] for i in rows],
+            self.keep,
+        )
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return self.select(range(len(self))[i])
+        if isinstance(i, slice):
+            return self.select(range(len(self))[i])
         row = int(self.rows[i])
-        if row in self.kept: return self.kept[row]
+        if row in self.kept:
+            return self.kept[row]
         image = corrupt(self.images[row], self.name, self.severity, [self.seed, row])
         self.held += int(np.prod(image.size if isinstance(image, Image.Image) else image.shape)) * 3
-        if self.held <= self.keep: self.kept[row] = image
+        if self.held <= self.keep:
+            self.kept[row] = image
         return image
 
 # %% ../nbs/api/14_corruptions.ipynb #5e171b24
@@ -150,35 +205,79 @@ def cifar10_c(
     candidates: Sequence[str],  # of CIFAR-10
 ) -> Split:
     "One corruption at one severity from the CIFAR-10-C files; read from disk picture by picture."
-    classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    if sorted(candidates) != classes: raise ValueError(f"`files`: CIFAR-10-C belongs to the task cifar10, with the candidates {', '.join(classes)}; got {', '.join(candidates)}.")
-    file, folder = Path(folder).expanduser() / f"{name}.npy", Path(folder).expanduser()
-    if not file.exists() or not (folder / "labels.npy").exists(): raise ValueError(f"`files` must be the folder of CIFAR-10-C, with {name}.npy and labels.npy; {folder} is not.")
-    pictures, labels = np.load(file, mmap_mode="r", allow_pickle=False), np.load(folder / "labels.npy", allow_pickle=False)
+    classes = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    if sorted(candidates) != classes:
+        raise ValueError(
+            "`files`: CIFAR-10-C belongs to the task cifar10, with the candidates "
+            f"{', '.join(classes)}; got {', '.join(candidates)}."
+        )
+    file = Path(folder).expanduser() / f"{name}.npy"
+    folder = Path(folder).expanduser()
+    if not file.exists() or not (folder / "labels.npy").exists():
+        raise ValueError(
+            "`files` must be the folder of CIFAR-10-C, with "
+            f"{name}.npy and labels.npy; {folder} is not."
+        )
+    pictures = np.load(file, mmap_mode="r", allow_pickle=False)
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
     n, rest = divmod(len(pictures), 5)
     if rest or len(labels) != len(pictures) or pictures.shape[1:] != (32, 32, 3):
-        raise ValueError(f"{file.name} must hold five times as many pictures of 32 x 32 as there are in the test set, with as many labels; got {pictures.shape} and {len(labels)} labels.")
+        raise ValueError(
+            f"{file.name} must hold five times as many pictures of 32 x 32 as there are in the "
+            f"test set, with as many labels; got {pictures.shape} and {len(labels)} labels."
+        )
     rows = slice((severity - 1) * n, severity * n)
     labels = [list(candidates).index(classes[label]) for label in labels[rows]]
-    return Split(Pictures(pictures[rows], name=f"{file.name}, severity {severity}"), [like.instructions[0]] * n, labels, [candidates[label] for label in labels])
+    return Split(
+        Pictures(pictures[rows], name=f"{file.name}, severity {severity}"),
+        [like.instructions[0]] * n,
+        labels,
+        [candidates[label] for label in labels],
+    )
 
 # %% ../nbs/api/14_corruptions.ipynb #5e6a5101
 @dataclass(frozen=True)
 class Corruption:
-    "What happens to the pictures that are evaluated: `Corruption('fog', 3)(task)` is the task with foggy test pictures."
+    """What happens to the pictures that are evaluated: `Corruption('fog', 3)(task)` is the task
+    with foggy test pictures."""
+
     name: str  # one of CORRUPTIONS
     severity: int = 3  # 1 to 5
     seed: int = 0  # of everything that is random
     files: str | Path | None = None  # a folder of CIFAR-10-C files, to use instead
 
-    def __post_init__(self): _check(self.name, self.severity), check_whole("seed", self.seed, 0)
-    def __str__(self): return f"{self.name} {self.severity}"
+    def __post_init__(self):
+        _check(self.name, self.severity), check_whole("seed", self.seed, 0)
+
+    def __str__(self):
+        return f"{self.name} {self.severity}"
 
     def __call__(self, task: Task, split: str = "test") -> Task:
         clean = task.split(split)
-        if self.files is not None: bad = shuffled(cifar10_c(self.files, self.name, self.severity, clean, task.candidates), self.seed)
-        else: bad = replace(clean, images=Corrupted(clean.images, self.name, self.severity, self.seed))
-        return replace(task, **{split: bad}, description=f"{task.description} {split.capitalize()} pictures: {self}.".strip())
+        if self.files is not None:
+            bad = shuffled(
+                cifar10_c(self.files, self.name, self.severity, clean, task.candidates), self.seed
+            )
+        else:
+            bad = replace(
+                clean, images=Corrupted(clean.images, self.name, self.severity, self.seed)
+            )
+        return replace(
+            task,
+            **{split: bad},
+            description=f"{task.description} {split.capitalize()} pictures: {self}.".strip(),
+        )
 
 
 def every_corruption(
@@ -187,9 +286,18 @@ def every_corruption(
     **more: Any,  # other fields of Corruption: seed, files
 ) -> list[Corruption]:
     "Several corruptions at several severities."
-    names = FAMILIES.get(names, (names,)) if isinstance(names, str) else list(check_kind("names", names, Iterable))
+    names = (
+        FAMILIES.get(names, (names,))
+        if isinstance(names, str)
+        else list(check_kind("names", names, Iterable))
+    )
     severities = list(check_kind("severities", severities, Iterable))
-    if not names or not severities: raise ValueError(f"`names` and `severities` must hold at least one each, got {names} and {severities}.")
-    for name in names: check_choice("names", name, CORRUPTIONS)
-    for severity in severities: check_whole("severities", severity, 1, 5)
+    if not names or not severities:
+        raise ValueError(
+            f"`names` and `severities` must hold at least one each, got {names} and {severities}."
+        )
+    for name in names:
+        check_choice("names", name, CORRUPTIONS)
+    for severity in severities:
+        check_whole("severities", severity, 1, 5)
     return [Corruption(name, severity, **more) for name in names for severity in severities]

@@ -34,16 +34,21 @@ from .transfer import TransferResults, evaluate_transfer
 @dataclass
 class Demo:
     "What a demo has made: prompts, how they were trained, and what they do to every model."
+
     task: Task
     zoo: Mapping[str, Mllm]
     source: str  # trained on this model
-    prompts: dict[int, dict[str, VisualPrompt]] = field(default_factory=dict)  # seed -> method -> prompt
-    histories: dict[int, dict[str, pd.DataFrame]] = field(default_factory=dict)  # seed -> method -> one row for each step
+    # seed -> method -> prompt
+    prompts: dict[int, dict[str, VisualPrompt]] = field(default_factory=dict)
+    # seed -> method -> one row for each step
+    histories: dict[int, dict[str, pd.DataFrame]] = field(default_factory=dict)
     parts: list[TransferResults] = field(default_factory=list)  # one for each seed
     seconds: dict[str, float] = field(default_factory=dict)  # what took how long
 
     @property
-    def results(self) -> TransferResults: "All parts together."; return TransferResults.concat(self.parts)
+    def results(self) -> TransferResults:
+        "All parts together."
+        return TransferResults.concat(self.parts)
 
     @property
     def first(self) -> VisualPrompt:
@@ -60,7 +65,14 @@ def demo_settings(
 ) -> dict:  # names and numbers, nested
     "What decides the results of a demo, for its `Parts`."
     recipes = {name: asdict(recipe) for name, recipe in RECIPES["tiny"].items()}
-    return {"task": task_settings(task), "source": source, "seeds": list(seeds), "limit": limit, "models": list(zoo), "recipes": recipes}
+    return {
+        "task": task_settings(task),
+        "source": source,
+        "seeds": list(seeds),
+        "limit": limit,
+        "models": list(zoo),
+        "recipes": recipes,
+    }
 
 
 def _train_prompt(
@@ -74,11 +86,15 @@ def _train_prompt(
     began = time.monotonic()
     if parts is None:
         learner = make()
-        prompt, history = learner.fit(), learner.history
+        prompt = learner.fit()
+        history = learner.history
     else:
         prompt, history = fit_part(parts, f"{method}-seed{seed}", make)
-    demo.prompts[seed][method], demo.histories[seed][method] = prompt, history
-    demo.seconds[f"training {method}"] = demo.seconds.get(f"training {method}", 0) + time.monotonic() - began
+    demo.prompts[seed][method] = prompt
+    demo.histories[seed][method] = history
+    demo.seconds[f"training {method}"] = (
+        demo.seconds.get(f"training {method}", 0) + time.monotonic() - began
+    )
 
 # %% ../nbs/api/77_demo.ipynb #a780cfb3
 def run_demo(
@@ -89,21 +105,37 @@ def run_demo(
     limit: int | None = None,  # test pictures at most; None: all
     say: Callable[[str], Any] = print,  # told what happens, line by line
     make: Callable[..., Learner] = make_learner,  # (method, zoo, source, task, seed) -> Learner
-    parts: str | Path | None = None,  # folder for what is finished, and for what an earlier call had finished; None: nothing is kept
+    # folder for what is finished, and for what an earlier call had finished; None: nothing is kept
+    parts: str | Path | None = None,
 ) -> Demo:
     "Train VP, EVP, TVP and TVP-lens on the source, then evaluate them on every model."
-    demo, start, methods = Demo(task, zoo, source), time.monotonic(), list(RECIPES["tiny"])
+    demo = Demo(task, zoo, source)
+    start = time.monotonic()
+    methods = list(RECIPES["tiny"])
     kept = None if parts is None else Parts(parts, demo_settings(zoo, task, source, seeds, limit))
     for seed in seeds:
-        demo.prompts[seed], demo.histories[seed] = {}, {}
+        demo.prompts[seed] = {}
+        demo.histories[seed] = {}
         for method in methods:
             taken = kept is not None and f"{method}-seed{seed}" in kept
             say(f"{'take over' if taken else 'train'} {method} on {source}, seed {seed}")
             _train_prompt(demo, method, seed, kept, partial(make, method, zoo, source, task, seed))
-        began, asked = time.monotonic(), None if kept is None else kept.section(f"seed{seed}")
-        known = f" ({count} of them taken over)" if asked is not None and (count := sum(name in asked for name in zoo)) else ""
-        say(f"ask {len(list(zoo))} models{known} about the test pictures, without a prompt and with each of {len(methods)}")
-        demo.parts.append(evaluate_transfer(demo.prompts[seed], task, zoo, source=source, seed=seed, limit=limit, parts=asked))
+        began = time.monotonic()
+        asked = None if kept is None else kept.section(f"seed{seed}")
+        known = (
+            f" ({count} of them taken over)"
+            if asked is not None and (count := sum(name in asked for name in zoo))
+            else ""
+        )
+        say(
+            f"ask {len(list(zoo))} models{known} about the test pictures, without a prompt and "
+            f"with each of {len(methods)}"
+        )
+        demo.parts.append(
+            evaluate_transfer(
+                demo.prompts[seed], task, zoo, source=source, seed=seed, limit=limit, parts=asked
+            )
+        )
         demo.seconds["evaluation"] = demo.seconds.get("evaluation", 0) + time.monotonic() - began
     demo.seconds["all together"] = time.monotonic() - start
     return demo
@@ -111,12 +143,15 @@ def run_demo(
 # %% ../nbs/api/77_demo.ipynb #9c20d945
 FILES = ("results.csv", "prompt.safetensors", "prompt.png", "transfer.png", "report.html")
 
+
 def sample_models(
     demo: Demo,
 ) -> list[str]:  # at most three names
     "The source and the first model of each other group: whose answers the report shows."
-    run, chosen = demo.results.runs[0], {}
-    for target in [*source_names(demo.source), *run.targets]: chosen.setdefault(target_group(run, target), target)
+    run = demo.results.runs[0]
+    chosen = {}
+    for target in [*source_names(demo.source), *run.targets]:
+        chosen.setdefault(target_group(run, target), target)
     return list(chosen.values())
 
 # %% ../nbs/api/77_demo.ipynb #3ac06a8e
@@ -124,7 +159,16 @@ def in_words(
     facts: Mapping[str, Any],  # name -> value, or more facts
 ) -> str:
     "Facts as one line of text."
-    say = lambda value: f"({in_words(value)})" if isinstance(value, Mapping) else f"{value:g}" if isinstance(value, float) else str(value)
+
+    def say(value):
+        return (
+            f"({in_words(value)})"
+            if isinstance(value, Mapping)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
     return ", ".join(f"{name} {say(value)}" for name, value in facts.items())
 
 # %% ../nbs/api/77_demo.ipynb #fc857004
@@ -132,15 +176,29 @@ def demo_facts(
     demo: Demo,
 ) -> dict[str, str]:  # what -> in words
     "What was run, for the report."
-    run, hidden = demo.results.runs[0], {"task", "source", "seed", "method"}
-    facts = {"task": f"{demo.task.name}: {len(demo.task.split('train')):,} training and {len(run.labels):,} test pictures",
-             "trained on": demo.source, "evaluated on": ", ".join(run.targets),
-             "prompt seeds": ", ".join(str(seed) for seed in demo.prompts)}
+    run = demo.results.runs[0]
+    hidden = {"task", "source", "seed", "method"}
+    facts = {
+        "task": f"{demo.task.name}: "
+        f"{len(demo.task.split('train')):,} training and {len(run.labels):,} "
+        "test pictures",
+        "trained on": demo.source,
+        "evaluated on": ", ".join(run.targets),
+        "prompt seeds": ", ".join(str(seed) for seed in demo.prompts),
+    }
     for method, prompt in next(iter(demo.prompts.values())).items():
-        lens = {f"learned {name}": "/".join(f"{value:.2f}" for value in values) for name, values in adjustments(prompt).items()}
-        facts[method] = in_words({name: value for name, value in prompt.provenance.items() if name not in hidden} | lens)
+        lens = {
+            f"learned {name}": "/".join(f"{value:.2f}" for value in values)
+            for name, values in adjustments(prompt).items()
+        }
+        facts[method] = in_words(
+            {name: value for name, value in prompt.provenance.items() if name not in hidden} | lens
+        )
     facts["score"] = "candidates ranked by mean log-likelihood per token"
-    return facts | {"time": ", ".join(f"{name} {duration(s)}" for name, s in demo.seconds.items()) + f" on {os.cpu_count()} cores"}
+    return facts | {
+        "time": ", ".join(f"{name} {duration(s)}" for name, s in demo.seconds.items())
+        + f" on {os.cpu_count()} cores"
+    }
 
 # %% ../nbs/api/77_demo.ipynb #b25f7a30
 def demo_pictures(
@@ -148,12 +206,19 @@ def demo_pictures(
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:  # name -> PNG, and caption -> PNG of samples
     "The pictures of the report."
     from tvp.plots import plot_history, plot_prompt, plot_samples, plot_transfer
-    pictures = {"transfer": png(plot_transfer(demo.results.mean())), "prompt": png(plot_prompt(demo.first)),
-                "history": png(plot_history(next(iter(demo.histories.values()))), dpi=120)}
+
+    pictures = {
+        "transfer": png(plot_transfer(demo.results.mean())),
+        "prompt": png(plot_prompt(demo.first)),
+        "history": png(plot_history(next(iter(demo.histories.values()))), dpi=120),
+    }
     samples = {}
     for name in sample_models(demo):
         group = target_group(demo.results.runs[0], name)
-        caption = f"{name} ({group}): test pictures drawn at random, without and with TVP's prompt, the right answer in brackets, and what the model answers."
+        caption = (
+            f"{name} ({group}): test pictures drawn at random, without and with TVP's prompt, the "
+            "right answer in brackets, and what the model answers."
+        )
         samples[caption] = png(plot_samples(demo.first, demo.task, demo.zoo[name]), dpi=110)
     return pictures, samples
 
@@ -166,9 +231,19 @@ def write_demo(
     "Write the five files of a demo, and remove its parts."
     results = demo.results
     pictures, samples = demo_pictures(demo)
-    report = report_html(results, pictures, samples, {**facts, **demo_facts(demo)}, demo.task.description)
-    contents = {"prompt.png": pictures["prompt"], "transfer.png": pictures["transfer"], "report.html": report}
+    report = report_html(
+        results, pictures, samples, {**facts, **demo_facts(demo)}, demo.task.description
+    )
+    contents = {
+        "prompt.png": pictures["prompt"],
+        "transfer.png": pictures["transfer"],
+        "report.html": report,
+    }
     writers = {"results.csv": results.save_csv, "prompt.safetensors": demo.first.save}
-    files = write_all(folder, writers | {name: partial(write_atomic, content=content) for name, content in contents.items()})
+    files = write_all(
+        folder,
+        writers
+        | {name: partial(write_atomic, content=content) for name, content in contents.items()},
+    )
     clear_parts(Path(folder) / PARTS)
     return files

@@ -24,10 +24,15 @@ def feature_shift(
     mllm: Mllm,  # any model, trained on or not
     images: Tensor,  # (B, 3, s, s) in [0, 1]; s is `prompt.inner`
     instructions: list[str],  # one per picture
-) -> tuple[Tensor, Tensor]:  # clean visual tokens (B, T, D), and what the prompt adds to them (B, T, D); float32
-    "How a prompt moves the visual tokens of a model: what FCA keeps small on the source (Zhang et al. 2024, sec. 3)."
+    # clean visual tokens (B, T, D), and what the prompt adds to them (B, T, D); float32
+) -> tuple[Tensor, Tensor]:
+    """How a prompt moves the visual tokens of a model: what FCA keeps small on the source (Zhang et
+    al. 2024, sec. 3)."""
     images = images.to(prompt.delta.device)
-    clean, prompted = (mllm.visual_tokens(x.to(mllm.device), instructions).float() for x in (prompt.canvas(images), prompt(images)))
+    clean, prompted = (
+        mllm.visual_tokens(x.to(mllm.device), instructions).float()
+        for x in (prompt.canvas(images), prompt(images))
+    )
     return clean, prompted - clean
 
 # %% ../nbs/api/68_drift.ipynb #e9a297e9
@@ -35,16 +40,28 @@ def measure_drift(
     prompts: Mapping[str, VisualPrompt],  # method -> prompt
     batch: Batch,  # pictures of side `prompt.inner`
     zoo: Mapping[str, Mllm],  # name -> model; name the ones to measure in a smaller dictionary
-) -> pd.DataFrame:  # method, target, distance (mean length of the shift: FCA), length (of clean tokens), relative (their ratio)
+    # method, target, distance (mean length of the shift: FCA), length (of clean tokens), relative
+    # (their ratio)
+) -> pd.DataFrame:
     "How far each prompt moves the visual tokens of each model."
-    if not prompts: raise ValueError("`prompts` must hold at least one prompt, got none. Try {'TVP': prompt}.")
+    if not prompts:
+        raise ValueError("`prompts` must hold at least one prompt, got none. Try {'TVP': prompt}.")
     rows = []
     for target in zoo:
         mllm = zoo[target]
         for method, prompt in prompts.items():
             clean, shift = feature_shift(prompt, mllm, batch.images, batch.instructions)
-            distance, length = shift.norm(dim=-1).mean().item(), clean.norm(dim=-1).mean().item()
-            rows.append({"method": method, "target": target, "distance": distance, "length": length, "relative": distance / length})
+            distance = shift.norm(dim=-1).mean().item()
+            length = clean.norm(dim=-1).mean().item()
+            rows.append(
+                {
+                    "method": method,
+                    "target": target,
+                    "distance": distance,
+                    "length": length,
+                    "relative": distance / length,
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/api/68_drift.ipynb #e99e8fdf
@@ -55,25 +72,50 @@ def translate(
     ridge: float = 0.01,  # times the mean squared length of the centred features, > 0
 ) -> Tensor:  # (m, Q) where the second model should move if it moved like the first
     "A shift in the words of another model: ridge regression on clean pictures, in its dual form."
-    if len(clean) != len(other): raise ValueError(f"`clean` and `other` must be of the same pictures, got {len(clean)} and {len(other)} rows.")
-    x, y = clean - clean.mean(0), other - other.mean(0)
+    if len(clean) != len(other):
+        raise ValueError(
+            f"`clean` and `other` must be of the same pictures, got {len(clean)} and "
+            f"{len(other)} rows."
+        )
+    x = clean - clean.mean(0)
+    y = other - other.mean(0)
     kernel = x @ x.T
     kernel.diagonal().add_(ridge * kernel.diagonal().mean())
     return shift @ x.T @ torch.linalg.solve(kernel, y)
+
 
 def shift_agreement(
     prompt: VisualPrompt,
     learn: Batch,  # pictures to learn the translations from: training pictures, several hundred
     batch: Batch,  # pictures to compare the shifts on: others
     zoo: Mapping[str, Mllm],  # name -> model
-) -> pd.DataFrame:  # from (rows) x to (columns): mean cosine of the translated and the real shift, in [-1, 1]
+    # from (rows) x to (columns): mean cosine of the translated and the real shift, in [-1, 1]
+) -> pd.DataFrame:
     "Whether a prompt moves two models alike."
-    clean, shift = {}, {}
+    clean = {}
+    shift = {}
     for name in zoo:
         mllm = zoo[name]
-        with torch.no_grad(): clean[name] = mllm.visual_tokens(prompt.canvas(learn.images.to(prompt.delta.device)).to(mllm.device), learn.instructions).float().flatten(1).cpu()
-        shift[name] = feature_shift(prompt, mllm, batch.images, batch.instructions)[1].flatten(1).cpu()
-    rows = {a: {b: F.cosine_similarity(translate(shift[a], clean[a], clean[b]), shift[b]).mean().item() for b in clean} for a in clean}
+        with torch.no_grad():
+            clean[name] = (
+                mllm.visual_tokens(
+                    prompt.canvas(learn.images.to(prompt.delta.device)).to(mllm.device),
+                    learn.instructions,
+                )
+                .float()
+                .flatten(1)
+                .cpu()
+            )
+        shift[name] = (
+            feature_shift(prompt, mllm, batch.images, batch.instructions)[1].flatten(1).cpu()
+        )
+    rows = {
+        a: {
+            b: F.cosine_similarity(translate(shift[a], clean[a], clean[b]), shift[b]).mean().item()
+            for b in clean
+        }
+        for a in clean
+    }
     return pd.DataFrame(rows).T
 
 # %% ../nbs/api/68_drift.ipynb #75f1208f
@@ -83,10 +125,15 @@ def pixel_gradient(
     batch: Batch,  # pictures of side `prompt.inner`, with their answers
 ) -> Tensor:  # (3, size, size), 0 where the prompt has no pixels
     "Gradient of a model's task loss with respect to the pixels of a prompt, summed over pictures."
-    if prompt.kind == "random-patch": raise ValueError("`prompt` must have a fixed place, got kind 'random-patch', which moves each time.")
-    with torch.no_grad(): images = prompt(batch.images.to(prompt.delta.device)).to(mllm.device)
+    if prompt.kind == "random-patch":
+        raise ValueError(
+            "`prompt` must have a fixed place, got kind 'random-patch', which moves each time."
+        )
+    with torch.no_grad():
+        images = prompt(batch.images.to(prompt.delta.device)).to(mllm.device)
     loss = mllm(images.requires_grad_(), batch.instructions, batch.answers).loss
     return torch.autograd.grad(loss, images)[0].sum(0).float().cpu() * prompt.mask.cpu()
+
 
 def gradient_agreement(
     prompt: VisualPrompt,
@@ -95,5 +142,10 @@ def gradient_agreement(
     zoo: Mapping[str, Mllm],  # name -> model
 ) -> pd.DataFrame:  # model x model, symmetric: cosine of their gradients, in [-1, 1]
     "Whether two models want the pixels of a prompt to move the same way."
-    a, b = (F.normalize(torch.stack([pixel_gradient(prompt, zoo[name], batch).flatten() for name in zoo]), dim=1) for batch in (first, second))
+    a, b = (
+        F.normalize(
+            torch.stack([pixel_gradient(prompt, zoo[name], batch).flatten() for name in zoo]), dim=1
+        )
+        for batch in (first, second)
+    )
     return pd.DataFrame(((a @ b.T + b @ a.T) / 2).numpy(), list(zoo), list(zoo))

@@ -47,10 +47,18 @@ def worse_camera(
     blotches: float,  # standard deviation of coarse coloured noise, four pixels wide
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, h, w) uint8
-    "Less contrast, coloured blotches, a little noise. Blotches survive shrinking, so that a border's smaller picture is not a cleaner one."
+    """Less contrast, coloured blotches, a little noise. Blotches survive shrinking, so that a
+    border's smaller picture is not a cleaner one."""
     n, _, h, w = images.shape
-    coarse = F.interpolate(torch.randn(n, 3, h // 4, w // 4, generator=g), (h, w), mode="bicubic", align_corners=False)
-    images = .5 + (images - .5) * contrast + coarse * blotches + torch.randn(images.shape, generator=g) * .04
+    coarse = F.interpolate(
+        torch.randn(n, 3, h // 4, w // 4, generator=g), (h, w), mode="bicubic", align_corners=False
+    )
+    images = (
+        0.5
+        + (images - 0.5) * contrast
+        + coarse * blotches
+        + torch.randn(images.shape, generator=g) * 0.04
+    )
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #d13ce22f
@@ -59,24 +67,34 @@ def _draw_shapes_task(
     g: Generator,  # random state
 ) -> Split:
     "One shape per picture."
-    shape, color = _integers((n, 1), len(SHAPES), g), _integers((n, 1), len(COLORS), g)
+    shape = _integers((n, 1), len(SHAPES), g)
+    color = _integers((n, 1), len(COLORS), g)
     images, _ = draw_backgrounds(n, SIDE, g)
-    draw_objects(images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g)
+    draw_objects(
+        images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g
+    )
     labels = shape[:, 0].tolist()
-    return Split(worse_camera(images, .5, .055, g), [PHOTO] * n, labels, [SHAPES[i] for i in labels])
+    return Split(
+        worse_camera(images, 0.5, 0.055, g), [PHOTO] * n, labels, [SHAPES[i] for i in labels]
+    )
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #4eb61c55
 def _draw_groups(
     n: int,  # pictures
     fewest: int,  # objects in a picture, at least
     g: Generator,  # random state
-) -> tuple[Tensor, list[list[tuple[str, str]]]]:  # pictures around [0, 1]; (colour, shape) of the objects in each
+    # pictures around [0, 1]; (colour, shape) of the objects in each
+) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     "Up to four small objects per picture."
     count = fewest + _integers((n,), MAX_OBJECTS + 1 - fewest, g)
-    shape, color = _integers((n, MAX_OBJECTS), len(SHAPES), g), _integers((n, MAX_OBJECTS), len(COLORS), g)
+    shape = _integers((n, MAX_OBJECTS), len(SHAPES), g)
+    color = _integers((n, MAX_OBJECTS), len(COLORS), g)
     images, _ = draw_backgrounds(n, SIDE, g)
     draw_objects(images, count, shape, color, _uniform((n, MAX_OBJECTS), 4.5, 6.7, g), g)
-    return images, [[(COLORS[c], SHAPES[s]) for c, s in zip(cs[:k], ss[:k])] for cs, ss, k in zip(color.tolist(), shape.tolist(), count.tolist())]
+    return images, [
+        [(COLORS[c], SHAPES[s]) for c, s in zip(cs[:k], ss[:k])]
+        for cs, ss, k in zip(color.tolist(), shape.tolist(), count.tolist())
+    ]
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #88759365
 def _draw_counting(
@@ -85,7 +103,12 @@ def _draw_counting(
 ) -> Split:
     "One to four objects."
     images, objects = _draw_groups(n, 1, g)
-    return Split(worse_camera(images, .5, .035, g), [COUNT] * n, [len(o) - 1 for o in objects], [group_of(len(o)) for o in objects])
+    return Split(
+        worse_camera(images, 0.5, 0.035, g),
+        [COUNT] * n,
+        [len(o) - 1 for o in objects],
+        [group_of(len(o)) for o in objects],
+    )
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #ba0fd2e4
 def _draw_presence(
@@ -94,10 +117,19 @@ def _draw_presence(
 ) -> Split:
     "Two to four objects and a question about one that is there, or that is not."
     images, objects = _draw_groups(n, 2, g)
-    rng, labels = random.Random(int(_integers((), 2 ** 31, g))), [i % 2 for i in range(n)]
-    asked = [rng.choice(there) if label else absent_object(there, rng) for there, label in zip(objects, labels)]
+    rng = random.Random(int(_integers((), 2**31, g)))
+    labels = [i % 2 for i in range(n)]
+    asked = [
+        rng.choice(there) if label else absent_object(there, rng)
+        for there, label in zip(objects, labels)
+    ]
     semantics = [" and a ".join(" ".join(o) for o in there) for there in objects]
-    return Split(worse_camera(images, .5, .05, g), [PRESENCE.format(" ".join(o)) for o in asked], labels, semantics)
+    return Split(
+        worse_camera(images, 0.5, 0.05, g),
+        [PRESENCE.format(" ".join(o)) for o in asked],
+        labels,
+        semantics,
+    )
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #5f9081e2
 def _draw_agreement(
@@ -105,15 +137,24 @@ def _draw_agreement(
     g: Generator,  # random state
 ) -> Split:
     "A coloured letter; half of them have the colour that begins with it."
-    letter, label = _integers((n,), len(LETTERS), g), torch.arange(n) % 2
+    letter = _integers((n,), len(LETTERS), g)
+    label = torch.arange(n) % 2
     color = (letter + (1 - label) * (1 + _integers((n,), len(COLORS) - 1, g))) % len(COLORS)
-    (images, _), height = draw_backgrounds(n, SIDE, g), _uniform((n,), 21, 43, g)
+    (images, _) = draw_backgrounds(n, SIDE, g)
+    height = _uniform((n,), 21, 43, g)
     bank = glyph_bank()[1]
     x, y = (height / 2 + torch.rand(n, generator=g) * (SIDE - height) for _ in "xy")
     mask = place_glyphs(bank[letter, _integers((n,), bank.shape[1], g)], height, x, y, SIDE, g)
     paint(images, torch.arange(n), mask, vary_colors(color, g))
-    semantics = [f"{COLORS[c]} letter {LETTERS[i]}" for c, i in zip(color.tolist(), letter.tolist())]
-    return Split(worse_camera(images, .15, .04, g), [AGREEMENT.format(LETTERS[i]) for i in letter.tolist()], label.tolist(), semantics)
+    semantics = [
+        f"{COLORS[c]} letter {LETTERS[i]}" for c, i in zip(color.tolist(), letter.tolist())
+    ]
+    return Split(
+        worse_camera(images, 0.15, 0.04, g),
+        [AGREEMENT.format(LETTERS[i]) for i in letter.tolist()],
+        label.tolist(),
+        semantics,
+    )
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #976c7ea4
 def split_rows(
@@ -123,36 +164,66 @@ def split_rows(
 ) -> list[list[int]]:  # rows of train, valid and test
     "Disjoint stratified splits, drawn without replacement."
     from sklearn.model_selection import train_test_split
-    rows, labels = range(len(labels)), list(labels)
-    if sum(sizes) >= len(labels): raise ValueError(f"`sizes` must leave pictures for the test split: {sizes} of {len(labels)} items. Try smaller ones.")
+
+    rows = range(len(labels))
+    labels = list(labels)
+    if sum(sizes) >= len(labels):
+        raise ValueError(
+            f"`sizes` must leave pictures for the test split: {sizes} of {len(labels)} items. "
+            "Try smaller ones."
+        )
     train, rest = train_test_split(rows, train_size=sizes[0], stratify=labels, random_state=seed)
-    valid, test = train_test_split(rest, train_size=sizes[1], stratify=[labels[i] for i in rest], random_state=seed)
+    valid, test = train_test_split(
+        rest, train_size=sizes[1], stratify=[labels[i] for i in rest], random_state=seed
+    )
     return [train, valid, test]
 
 
 def _digits_splits() -> list[Split]:  # train, valid, test
     "Real handwriting."
     from sklearn.datasets import load_digits
+
     data = load_digits()
     strokes = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     strokes = F.interpolate(strokes, size=(26, 26), mode="bicubic", align_corners=False).clamp(0, 1)
     splits = []
     for number, rows in enumerate(split_rows(data.target, (500, 250), seed=0)):
-        g, n = Generator().manual_seed(40 + number), len(rows)
+        g = Generator().manual_seed(40 + number)
+        n = len(rows)
         images, _ = draw_backgrounds(n, SIDE, g)
         mask = F.pad(strokes[rows], [(SIDE - 26) // 2] * 4)[:, 0]
         paint(images, torch.arange(n), mask, vary_colors(_integers((n,), len(COLORS), g), g))
         labels = data.target[rows].tolist()
-        splits.append(Split(worse_camera(images, .5, .03, g), [PHOTO] * n, labels, [DIGITS[i] for i in labels]))
+        splits.append(
+            Split(
+                worse_camera(images, 0.5, 0.03, g), [PHOTO] * n, labels, [DIGITS[i] for i in labels]
+            )
+        )
     return splits
 
 # %% ../nbs/api/10_embedded_tasks.ipynb #4e159bbe
 _TASKS = dict(  # name: (how a split is drawn, candidates, metric, description)
-    shapes=(_draw_shapes_task, SHAPES, "accuracy", "Which of eight shapes is it? Low contrast, coloured blotches."),
+    shapes=(
+        _draw_shapes_task,
+        SHAPES,
+        "accuracy",
+        "Which of eight shapes is it? Low contrast, coloured blotches.",
+    ),
     digits=(None, DIGITS, "accuracy", "Which digit is it? Real handwriting."),
     counting=(_draw_counting, tuple("1234"), "accuracy", "How many objects, one to four?"),
-    presence=(_draw_presence, ("no", "yes"), "yes-no", "Is there such an object? Half of the questions are about one that is not there."),
-    agreement=(_draw_agreement, ("no", "yes"), "yes-no", "Is the quoted letter the initial of the colour in the picture?"))
+    presence=(
+        _draw_presence,
+        ("no", "yes"),
+        "yes-no",
+        "Is there such an object? Half of the questions are about one that is not there.",
+    ),
+    agreement=(
+        _draw_agreement,
+        ("no", "yes"),
+        "yes-no",
+        "Is the quoted letter the initial of the colour in the picture?",
+    ),
+)
 
 
 @lru_cache(maxsize=None)
@@ -160,8 +231,14 @@ def embedded_task(
     name: str,  # one of `task_names()`
 ) -> Task:  # 800 train, 400 valid and 1,000 test pictures (digits: 500, 250 and 1,047)
     "A task that comes with the package. The same pictures every time."
-    if name not in _TASKS: raise KeyError(f"`name` must be one of {', '.join(_TASKS)}; got {name!r}.")
+    if name not in _TASKS:
+        raise KeyError(f"`name` must be one of {', '.join(_TASKS)}; got {name!r}.")
     draw, candidates, metric, description = _TASKS[name]
-    if name == "digits": splits = _digits_splits()
-    else: splits = [draw(n, Generator().manual_seed(100 * list(_TASKS).index(name) + i)) for i, n in enumerate((800, 400, 1000))]
+    if name == "digits":
+        splits = _digits_splits()
+    else:
+        splits = [
+            draw(n, Generator().manual_seed(100 * list(_TASKS).index(name) + i))
+            for i, n in enumerate((800, 400, 1000))
+        ]
     return Task(name, *splits, candidates, metric, fit="letterbox", description=description)

@@ -35,11 +35,14 @@ def common_weights(
 ) -> Tensor:  # (M,)
     "PCGrad in coefficients, in the order of the rows (Yu et al. 2020, algorithm 1, divided by M)."
     gram = gradients @ gradients.T
-    coefficients = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # row i: what has become of gradient i
+    # row i: what has become of gradient i
+    coefficients = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for j in range(len(gram)):
-        conflict = (coefficients @ gram[:, j]).clamp(max=0)  # negative where gradient i, as it is now, is against model j
+        # negative where gradient i, as it is now, is against model j
+        conflict = (coefficients @ gram[:, j]).clamp(max=0)
         conflict[j] = 0  # nobody is projected on itself
-        coefficients[:, j] -= conflict / gram[j, j].clamp(min=1e-20)  # a model without gradient is in nobody's way
+        # a model without gradient is in nobody's way
+        coefficients[:, j] -= conflict / gram[j, j].clamp(min=1e-20)
     return coefficients.mean(0)
 
 # %% ../nbs/api/41_ensembles.ipynb #84bd94dc
@@ -47,7 +50,8 @@ def adaptive_weights(
     gradients: Tensor,  # (M, P), one row a source
     losses: Tensor,  # (M,)
 ) -> Tensor:  # (M,)
-    "softmax(losses): the model that is worst off counts most (min-max with an entropy, Wang et al. 2021)."
+    """softmax(losses): the model that is worst off counts most (min-max with an entropy, Wang et
+    al. 2021)."""
     return losses.softmax(0)
 
 # %% ../nbs/api/41_ensembles.ipynb #540f4d42
@@ -68,8 +72,14 @@ def combine_weights(
     combiner = COMBINERS[check_choice("combine", combine, COMBINERS)]
     check_kind("gradients", gradients, Tensor), check_kind("losses", losses, Tensor)
     if gradients.ndim != 2 or not gradients.numel() or not gradients.is_floating_point():
-        raise ValueError(f"`gradients` must be floats (M, P), one row for each source, got {gradients.dtype} {tuple(gradients.shape)}. "
-                         "Flatten each gradient and stack them.")
+        raise ValueError(
+            f"`gradients` must be floats (M, P), one row for each source, got {gradients.dtype} "
+            f"{tuple(gradients.shape)}. "
+            "Flatten each gradient and stack them."
+        )
     if losses.shape != gradients.shape[:1] or not losses.is_floating_point():
-        raise ValueError(f"`losses` must be floats ({len(gradients)},), one for each row of `gradients`, got {losses.dtype} {tuple(losses.shape)}.")
+        raise ValueError(
+            f"`losses` must be floats ({len(gradients)},), one for each row of `gradients`, got "
+            f"{losses.dtype} {tuple(losses.shape)}."
+        )
     return combiner(gradients, losses.detach()).to(gradients)

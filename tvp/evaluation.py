@@ -20,31 +20,44 @@ from .tasks import Batch, Task
 # %% ../nbs/api/57_evaluation.ipynb #8abf6cb1
 class Fitted:
     "A task that fits each picture once for a size and remembers it."
-    def __init__(self, task: Task,
-                 room: int = 2**30):  # bytes to keep at most
-        self.task, self.room, self.kept = task, room, {}
 
-    def __getattr__(self, name: str) -> Any: return getattr(self.task, name)
+    def __init__(
+        self,
+        task: Task,
+        room: int = 2**30,  # bytes to keep at most
+    ):
+        self.task = task
+        self.room = room
+        self.kept = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
 
     def batches(self, split: str, size: int, batch_size: int = 100, **how) -> Iterator[Batch]:
         "As the task's own, see `Task.batches`; not for a random order."
         key = (split, size, batch_size, *sorted(how.items()))
-        if key in self.kept: return iter(self.kept[key])
+        if key in self.kept:
+            return iter(self.kept[key])
         return self._keep(key, self.task.batches(split, size, batch_size, **how))
 
     def _keep(self, key: tuple, batches: Iterator[Batch]) -> Iterator[Batch]:
-        seen, free = [], self.room
+        seen = []
+        free = self.room
         for batch in batches:
             free -= batch.images.nbytes
-            if free >= 0: seen.append(batch)
-            else: seen.clear()
+            if free >= 0:
+                seen.append(batch)
+            else:
+                seen.clear()
             yield batch
-        if free >= 0: self.kept[key], self.room = seen, free
+        if free >= 0:
+            self.kept[key], self.room = seen, free
 
 # %% ../nbs/api/57_evaluation.ipynb #3c8fcf48
 def free_memory() -> int:  # bytes
     "Memory that this machine can give without swapping; what it keeps of files counts as free."
     from psutil import virtual_memory  # comes with accelerate
+
     return virtual_memory().available
 
 # %% ../nbs/api/57_evaluation.ipynb #591c42c8
@@ -55,32 +68,41 @@ def read_files(
 ) -> None:
     "Read and throw away, unless all of it together would not fit."
     with suppress(OSError, ImportError):  # whoever loads the files will say what is wrong with them
-        if 2 * sum(file.stat().st_size for file in files) > free_memory(): return
+        if 2 * sum(file.stat().st_size for file in files) > free_memory():
+            return
         piece = bytearray(2**24)
         for file in files:
             with open(file, "rb", buffering=0) as stream:
-                while not stop.is_set() and stream.readinto(piece): pass
-            if stop.is_set(): return
+                while not stop.is_set() and stream.readinto(piece):
+                    pass
+            if stop.is_set():
+                return
             done.append(file)
 
 # %% ../nbs/api/57_evaluation.ipynb #66d0c3f5
 @contextmanager
 def read_ahead(
+    # yields a list that receives the files as they are read
     files: Sequence[Path],  # of the next model; none: nothing happens
-):  # yields a list that receives the files as they are read
+):
     "While the block runs, a thread reads files; it ends with the block."
-    done, stop = [], Event()
+    done = []
+    stop = Event()
     thread = Thread(target=read_files, args=(files, done, stop), name="tvp-read-ahead", daemon=True)
-    if files: thread.start()
-    try: yield done
+    if files:
+        thread.start()
+    try:
+        yield done
     finally:
         stop.set()
-        if files: thread.join()
+        if files:
+            thread.join()
 
 # %% ../nbs/api/57_evaluation.ipynb #8d58cf6c
 def processes() -> tuple[int, int]:  # number of this one, and of all
     "Of the running program; (0, 1) unless it was started as several and they know of each other."
     from torch import distributed
+
     several = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
 
@@ -89,29 +111,36 @@ def share_of_work(
     names: Sequence[str],  # of the models
     process: int,  # 0 to count - 1
     count: int,  # processes
-) -> tuple[list[str], tuple[int, int]]:  # the models of this process, and which part of the pictures
+    # the models of this process, and which part of the pictures
+) -> tuple[list[str], tuple[int, int]]:
     "Who does what."
     groups = math.gcd(len(names), count)
-    return list(names[process % groups::groups]), (process // groups, count // groups)
+    return list(names[process % groups :: groups]), (process // groups, count // groups)
 
 
 def everybodys(
     own: dict,  # what this process found out
 ) -> list[dict]:  # what each has, the same list everywhere
     "Exchange results among the processes."
-    if processes()[1] == 1: return [own]
+    if processes()[1] == 1:
+        return [own]
     from accelerate.utils import gather_object
+
     return gather_object([own])
 
 # %% ../nbs/api/57_evaluation.ipynb #5dcc951f
 def put_together(
-    parts: list[dict],  # of each process: key -> arrays with one row per picture, the last of them the row numbers
+    # of each process: key -> arrays with one row per picture, the last of them the row numbers
+    parts: list[dict],
 ) -> dict:  # key -> the same arrays for all pictures
     "The rows of all processes, sorted by row number."
-    if len(parts) == 1: return parts[0]
+    if len(parts) == 1:
+        return parts[0]
     whole = {}
     for key in dict.fromkeys(key for part in parts for key in part):
-        arrays = [np.concatenate(pieces) for pieces in zip(*(part[key] for part in parts if key in part))]
+        arrays = [
+            np.concatenate(pieces) for pieces in zip(*(part[key] for part in parts if key in part))
+        ]
         order = arrays[-1].argsort(kind="stable")
         whole[key] = tuple(array[order] for array in arrays)
     return whole

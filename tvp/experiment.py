@@ -37,24 +37,29 @@ from .zoo import SIX, Zoo, load_clip, load_mllm
 
 # %% ../nbs/api/66_experiment.ipynb #c22e29a2
 PAPER_CLIP = "openai/clip-vit-base-patch32"  # of Task Semantics Enrichment
-SIZE, WIDTH = 224, 30  # canvas and border of the paper, pixels; processors resize the canvas to what their models see
+# canvas and border of the paper, pixels; processors resize the canvas to what their models see
+SIZE = 224
+WIDTH = 30
 
 
 def in_words(
     place: Any,  # of a model
 ) -> str:
     "Where a model lies."
-    if isinstance(place, Mapping): return ", ".join(f"{part} from {where}" for part, where in place.items())
+    if isinstance(place, Mapping):
+        return ", ".join(f"{part} from {where}" for part, where in place.items())
     return "where it usually is" if place is None else str(place)
 
 
 def load_named(
     name: str,  # of the paper, or of one's own choice
-    place: str | Path | dict | None,  # folder, hub id or parts; None: where a model of this name usually is
+    # folder, hub id or parts; None: where a model of this name usually is
+    place: str | Path | dict | None,
     **options,  # of `load_mllm`
 ) -> Mllm:
     "A model by name and place."
-    if name in PAPER: return load_mllm(name, **options, **({} if place is None else {"weights": place}))
+    if name in PAPER:
+        return load_mllm(name, **options, **({} if place is None else {"weights": place}))
     place = name if place is None else place
     return load_mllm(place, **({} if place in TINY else options))
 
@@ -65,21 +70,33 @@ def named_zoo(
     options: Mapping[str, Any] = {},  # of `load_mllm`, the same for all
 ) -> Zoo:  # at the paper's canvas, one model in memory at a time; nothing is loaded yet
     "A zoo of models from where they lie."
-    load = {name: (lambda name=name, place=place: load_named(name, place, **options)) for name, place in models.items()}
+    load = {
+        name: (lambda name=name, place=place: load_named(name, place, **options))
+        for name, place in models.items()
+    }
     towers = {name: "eva-clip-g" if name in PAPER else name for name in models}
     usual = {name: PAPER[name].whole or name if name in PAPER else name for name in models}
-    places = {} if "revision" in options else {name: usual[name] if place is None else place for name, place in models.items()}
+    places = (
+        {}
+        if "revision" in options
+        else {name: usual[name] if place is None else place for name, place in models.items()}
+    )
     return Zoo(load, towers, SIZE, WIDTH, lambda: load_clip(clip), keep=1, places=places)
 
 # %% ../nbs/api/66_experiment.ipynb #171cb60a
-MENDABLE = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError)  # what a wrong name, place or file raises
+# what a wrong name, place or file raises
+MENDABLE = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeError, SafetensorError)
 
 
 def say_error(
     error: BaseException,  # with a message, or not
 ) -> str:
     "What an error says; a KeyError would put it in quotes."
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
+    return (
+        str(error.args[0])
+        if isinstance(error, KeyError) and error.args
+        else str(error) or type(error).__name__
+    )
 
 
 def collect(
@@ -88,8 +105,10 @@ def collect(
     "Run all checks, whatever becomes of each."
     problems = {}
     for name, check in checks.items():
-        try: check()
-        except MENDABLE as error: problems[name] = say_error(error)
+        try:
+            check()
+        except MENDABLE as error:
+            problems[name] = say_error(error)
     return problems
 
 
@@ -98,7 +117,8 @@ def refuse(
 ) -> None:
     "All problems as one error, or nothing."
     lines = "\n".join(f"- {name}: {text}" for name, text in problems.items())
-    if problems: raise ValueError(f"nothing has been trained yet, since this must be mended first.\n{lines}")
+    if problems:
+        raise ValueError(f"nothing has been trained yet, since this must be mended first.\n{lines}")
 
 # %% ../nbs/api/66_experiment.ipynb #a44363b3
 def check_place(
@@ -106,9 +126,14 @@ def check_place(
     place: Any,  # folder, file, hub id or parts; None: where it usually is
 ) -> None:
     "All parts are named, and each is a path that exists or may be on the hub."
-    for part, where in check_parts(name, PAPER[name].whole or None if place is None else place).items():
+    for part, where in check_parts(
+        name, PAPER[name].whole or None if place is None else place
+    ).items():
         if not Path(where).exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+(/[\w.-]+)?", where):
-            raise ValueError(f"there is no file or folder {where} ({part}), and a hub id has the form owner/name.")
+            raise ValueError(
+                f"there is no file or folder {where} ({part}), and a hub id has the form "
+                "owner/name."
+            )
 
 # %% ../nbs/api/66_experiment.ipynb #b57db95b
 def check_models(
@@ -118,17 +143,39 @@ def check_models(
     say: Callable[[str], Any] = print,  # told what happens
 ) -> None:
     "Every model can be loaded, and so can the CLIP, or an error that says what is wrong with each."
-    refuse(collect({name: (lambda name=name, place=place: check_place(name, place)) for name, place in models.items() if name in PAPER}))
-    light = {key: value for key, value in options.items() if key not in ("device", "device_map", "quantization")} | {"device": "meta"}
-    def look(name, place): say(f"check {name}"); load_named(name, place, **light)
-    checks = {f"{name}, {in_words(place)}": (lambda name=name, place=place: look(name, place)) for name, place in models.items()}
-    if clip is not None: checks[f"CLIP {clip}"] = lambda: load_clip(clip, "cpu")  # small enough to be loaded as it is
+    refuse(
+        collect(
+            {
+                name: (lambda name=name, place=place: check_place(name, place))
+                for name, place in models.items()
+                if name in PAPER
+            }
+        )
+    )
+    light = {
+        key: value
+        for key, value in options.items()
+        if key not in ("device", "device_map", "quantization")
+    } | {"device": "meta"}
+
+    def look(name, place):
+        say(f"check {name}")
+        load_named(name, place, **light)
+
+    checks = {
+        f"{name}, {in_words(place)}": (lambda name=name, place=place: look(name, place))
+        for name, place in models.items()
+    }
+    # small enough to be loaded as it is
+    if clip is not None:
+        checks[f"CLIP {clip}"] = lambda: load_clip(clip, "cpu")
     refuse(collect(checks))
 
 # %% ../nbs/api/66_experiment.ipynb #349091b7
 @dataclass(frozen=True)
 class Plan:
     "What is to be trained and asked; all of it checked."
+
     task: Task
     zoo: Mapping[str, Mllm]  # with size, width and clip
     source: str  # trained on this model
@@ -138,19 +185,32 @@ class Plan:
     places: dict[str, str] = field(default_factory=dict)  # model -> where it lies, in words
     ready: VisualPrompt | None = None  # a prompt that is not to be trained any more
     batch_size: int = 32  # pictures per question, as in the reference
-    given: dict[str, str] = field(default_factory=dict)  # what else decides the results, in words: the CLIP, where the data lie, how models are loaded
+    # what else decides the results, in words: the CLIP, where the data lie, how models are loaded
+    given: dict[str, str] = field(default_factory=dict)
 
     @property
-    def size(self) -> int: "Side of the canvas, pixels."; return self.zoo.size if self.ready is None else self.ready.size
+    def size(self) -> int:
+        "Side of the canvas, pixels."
+        return self.zoo.size if self.ready is None else self.ready.size
 
     @property
-    def methods(self) -> list[str]: "Names of the methods to train, or of the ready prompt's."; return list(self.recipes) or [self.ready.provenance.get("method", "prompt")]
+    def methods(self) -> list[str]:
+        "Names of the methods to train, or of the ready prompt's."
+        return list(self.recipes) or [self.ready.provenance.get("method", "prompt")]
 
     def __str__(self) -> str:
         test = min(self.limit or len(self.task.test), len(self.task.test))
         seeds = ", ".join(map(str, self.seeds))
-        train = f"{', '.join(self.methods)}, seed {seeds}, {len(self.task.train):,} pictures to train on" if self.recipes else "no training, a ready prompt"
-        return f"{self.task.name} on {self.source}: {train}; {test:,} test pictures; models {', '.join(self.zoo)}"
+        train = (
+            f"{', '.join(self.methods)}, seed {seeds}, "
+            f"{len(self.task.train):,} pictures to train on"
+            if self.recipes
+            else "no training, a ready prompt"
+        )
+        return (
+            f"{self.task.name} on {self.source}: {train}; {test:,} test pictures; models "
+            f"{', '.join(self.zoo)}"
+        )
 
 # %% ../nbs/api/66_experiment.ipynb #2b9aa76b
 def chosen_recipes(
@@ -159,7 +219,10 @@ def chosen_recipes(
 ) -> dict[str, Recipe]:
     "The paper's recipes by method."
     names = METHODS if method == "all" else [method] if isinstance(method, str) else list(method)
-    if not names: raise ValueError(f"`method` must be one of {', '.join(METHODS)}, several of them, or 'all'; got none.")
+    if not names:
+        raise ValueError(
+            f"`method` must be one of {', '.join(METHODS)}, several of them, or 'all'; got none."
+        )
     changes = {} if epochs is None else {"epochs": check_whole("epochs", epochs)}
     return {name: find_recipe(name, "paper", **changes) for name in names}
 
@@ -169,7 +232,8 @@ def chosen_seeds(
 ) -> tuple[int, ...]:  # in the order given
     "One seed or several, each once."
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` must be different numbers, at least one; got {seeds}.")
     return tuple(check_whole("seeds", seed, 0, 2**32) for seed in seeds)
 
 # %% ../nbs/api/66_experiment.ipynb #42810ea8
@@ -182,49 +246,91 @@ def check_ready(
     for name, wanted in (("task", task), ("source", source)):
         said = prompt.provenance.get(name, wanted)
         if said != wanted:
-            raise ValueError(f"`prompt` says that its {name} is {said}, got {name}={wanted!r}. Other combinations are for tvp.evaluate_transfer.")
+            raise ValueError(
+                f"`prompt` says that its {name} is {said}, got {name}={wanted!r}. Other "
+                "combinations are for tvp.evaluate_transfer."
+            )
 
 # %% ../nbs/api/66_experiment.ipynb #5071097e
 def plan_reproduction(
     task: str | Task,  # "cifar10", ...; or a task that is loaded
     source: str = "minigpt4-7b",  # name of the model to train on
     method: str | Sequence[str] = "TVP",  # VP, EVP, TVP, several of them, or "all"
-    models: Mapping[str, Any] | None = None,  # name -> place; or a Zoo, whose canvas is then used; None: the paper's six
+    # name -> place; or a Zoo, whose canvas is then used; None: the paper's six
+    models: Mapping[str, Any] | None = None,
     clip: str | Path = PAPER_CLIP,  # folder or hub id
     data_dir: str | Path | None = None,  # where the data lie; None: the hub
     epochs: int | None = None,  # None: the recipe's
     limit: int | None = None,  # test pictures at most; None: all
     seeds: int | Sequence[int] = 42,  # one prompt of each method for each
-    prompt: VisualPrompt | str | Path | None = None,  # a ready prompt or its file: nothing is trained
+    # a ready prompt or its file: nothing is trained
+    prompt: VisualPrompt | str | Path | None = None,
     say: Callable[[str], Any] = print,  # told what happens
     **options,  # of `load_mllm`, the same for all models: dtype, device, quantization, ...
 ) -> Plan:
     "Check everything, train nothing."
-    recipes, seeds = chosen_recipes(method, epochs), chosen_seeds(seeds)
-    if limit is not None: check_whole("limit", limit)
+    recipes = chosen_recipes(method, epochs)
+    seeds = chosen_seeds(seeds)
+    if limit is not None:
+        check_whole("limit", limit)
     models = dict.fromkeys(SIX) if models is None else models
-    if isinstance(models, Mapping) and not models: raise ValueError("`models` must hold at least one model, got none.")
-    if source not in list(models): raise ValueError(f"`source` must be one of the models {', '.join(models)}; got {source!r}.")
+    if isinstance(models, Mapping) and not models:
+        raise ValueError("`models` must hold at least one model, got none.")
+    if source not in list(models):
+        raise ValueError(f"`source` must be one of the models {', '.join(models)}; got {source!r}.")
     ready = VisualPrompt.load(prompt) if isinstance(prompt, (str, Path)) else prompt
     task = load_task(task, data_dir=data_dir) if isinstance(task, str) else task
-    if ready is not None: check_ready(ready, task.name, source)
-    if hasattr(models, "clip"): zoo, places = models, {}
+    if ready is not None:
+        check_ready(ready, task.name, source)
+    if hasattr(models, "clip"):
+        zoo, places = models, {}
     else:
         judged = ready is None and any(recipe.tse for recipe in recipes.values())
         check_models(models, clip if judged else None, options, say)
-        zoo, places = named_zoo(models, clip, options), {name: in_words(place) for name, place in models.items()}
-    given = {name: str(value) for name, value in {"clip": clip, "data_dir": data_dir, **options}.items() if value is not None}
-    return Plan(task, zoo, source, {} if ready is not None else recipes, seeds, limit, places, ready, given=given)
+        zoo = named_zoo(models, clip, options)
+        places = {name: in_words(place) for name, place in models.items()}
+    given = {
+        name: str(value)
+        for name, value in {"clip": clip, "data_dir": data_dir, **options}.items()
+        if value is not None
+    }
+    return Plan(
+        task,
+        zoo,
+        source,
+        {} if ready is not None else recipes,
+        seeds,
+        limit,
+        places,
+        ready,
+        given=given,
+    )
 
 # %% ../nbs/api/66_experiment.ipynb #c48cc84d
 def plan_settings(
     plan: Plan,
 ) -> dict:  # names and numbers, nested
     "What a plan is, in words."
-    ready = None if plan.ready is None else digest({name: value.detach().cpu() for name, value in plan.ready.state_dict().items()}, plan.ready.kind)
-    return {"task": task_settings(plan.task), "source": plan.source, "recipes": {name: asdict(recipe) for name, recipe in plan.recipes.items()},
-            "seeds": list(plan.seeds), "limit": plan.limit, "canvas": plan.size, "batch_size": plan.batch_size, "ready prompt": ready,
-            "models": {name: plan.places.get(name, "given") for name in plan.zoo}, "given": plan.given}
+    ready = (
+        None
+        if plan.ready is None
+        else digest(
+            {name: value.detach().cpu() for name, value in plan.ready.state_dict().items()},
+            plan.ready.kind,
+        )
+    )
+    return {
+        "task": task_settings(plan.task),
+        "source": plan.source,
+        "recipes": {name: asdict(recipe) for name, recipe in plan.recipes.items()},
+        "seeds": list(plan.seeds),
+        "limit": plan.limit,
+        "canvas": plan.size,
+        "batch_size": plan.batch_size,
+        "ready prompt": ready,
+        "models": {name: plan.places.get(name, "given") for name in plan.zoo},
+        "given": plan.given,
+    }
 
 # %% ../nbs/api/66_experiment.ipynb #dee8332f
 def train_one(
@@ -234,12 +340,16 @@ def train_one(
     parts: Parts | None = None,  # where it is kept; None: nowhere
 ) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
     "Train one prompt by the paper's recipe, go on with it, or take it over."
-    epochs, changes = plan.recipes[method].epochs, {name: value for name, value in asdict(plan.recipes[method]).items() if name != "name"}
+    epochs = plan.recipes[method].epochs
+    changes = {
+        name: value for name, value in asdict(plan.recipes[method]).items() if name != "name"
+    }
 
     def make() -> Learner:
         return make_learner(method, plan.zoo, plan.source, plan.task, seed, "paper", **changes)
 
-    if parts is not None: return fit_part(parts, f"{method}-seed{seed}", make, epochs)
+    if parts is not None:
+        return fit_part(parts, f"{method}-seed{seed}", make, epochs)
     learner = make()
     return learner.fit(epochs), learner.history
 
@@ -248,10 +358,13 @@ def train_prompts(
     plan: Plan,
     parts: Parts | None = None,  # as for `train_one`
     say: Callable[[str], Any] = print,  # told what happens
-) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:  # seed -> method -> prompt; method -> history of the first seed
+    # seed -> method -> prompt; method -> history of the first seed
+) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:
     "All prompts of a plan."
-    if plan.ready is not None: return {seed: {plan.methods[0]: plan.ready} for seed in plan.seeds[:1]}, {}
-    prompts, histories = {}, {}
+    if plan.ready is not None:
+        return {seed: {plan.methods[0]: plan.ready} for seed in plan.seeds[:1]}, {}
+    prompts = {}
+    histories = {}
     for seed in plan.seeds:
         prompts[seed] = {}
         for method in plan.recipes:
@@ -264,35 +377,63 @@ def train_prompts(
 # %% ../nbs/api/66_experiment.ipynb #6ebfe4b8
 class Watched:
     "A task that shows a progress bar while its pictures are taken."
-    def __init__(self, task: Task, text: str): self.task, self.text = task, text  # text stands before the bar
-    def __getattr__(self, name: str) -> Any: return getattr(self.task, name)
-    def batches(self, split: str, size: int, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        "The task's own batches of a split, counted: `size`, `batch_size` and `limit` are those of `Task.batches`."
-        total = -(-min(limit or len(self.task.split(split)), len(self.task.split(split))) // batch_size)
-        return iter(tqdm(self.task.batches(split, size, batch_size, limit=limit), self.text, total, unit="batch", leave=False, delay=2))
+
+    # text stands before the bar
+    def __init__(self, task: Task, text: str):
+        self.task, self.text = task, text
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def batches(
+        self, split: str, size: int, batch_size: int, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """The task's own batches of a split, counted: `size`, `batch_size` and `limit` are those of
+        `Task.batches`."""
+        total = -(
+            -min(limit or len(self.task.split(split)), len(self.task.split(split))) // batch_size
+        )
+        return iter(
+            tqdm(
+                self.task.batches(split, size, batch_size, limit=limit),
+                self.text,
+                total,
+                unit="batch",
+                leave=False,
+                delay=2,
+            )
+        )
 
 
 def model_facts(
     mllm: Mllm,
 ) -> dict[str, Any]:  # class, parameters, precision, device
     "What a model is, for tables."
-    return {"class": type(mllm.model).__name__, "parameters": mllm.model.num_parameters(),
-            "precision": str(mllm.dtype).removeprefix("torch."), "device": str(mllm.device)}
+    return {
+        "class": type(mllm.model).__name__,
+        "parameters": mllm.model.num_parameters(),
+        "precision": str(mllm.dtype).removeprefix("torch."),
+        "device": str(mllm.device),
+    }
 
 # %% ../nbs/api/66_experiment.ipynb #3fe376f9
 def ask(
     plan: Plan,
     name: str,  # of a model
     prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
-) -> tuple[dict[tuple[int, str], Any], Any, Any, dict[str, Any]]:  # (seed, method) -> (n, N) scores; labels; row numbers; facts of the model
+    # (seed, method) -> (n, N) scores; labels; row numbers; facts of the model
+) -> tuple[dict[tuple[int, str], Any], Any, Any, dict[str, Any]]:
     "What one model says to all test pictures, without and with every prompt."
-    mllm, scores = plan.zoo[name], {}
+    mllm = plan.zoo[name]
+    scores = {}
     how = dict(size=plan.size, limit=plan.limit, batch_size=plan.batch_size)
     clean, labels, index = rank_task(mllm, Watched(plan.task, f"{name}, no prompt"), **how)
     for seed, chosen in prompts.items():
         scores[seed, "none"] = clean
         for method, prompt in chosen.items():
-            scores[seed, method], *_ = rank_task(mllm, Watched(plan.task, f"{name}, {method}, seed {seed}"), prompt=prompt, **how)
+            scores[seed, method], *_ = rank_task(
+                mllm, Watched(plan.task, f"{name}, {method}, seed {seed}"), prompt=prompt, **how
+            )
     return scores, labels, index, model_facts(mllm)
 
 # %% ../nbs/api/66_experiment.ipynb #e9853877
@@ -300,11 +441,14 @@ def ask_models(
     plan: Plan,
     prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
     say: Callable[[str], Any] = print,  # told what happens
-    keep: Callable[[TransferResults], Any] = lambda results: None,  # given what there is after each model
+    # given what there is after each model
+    keep: Callable[[TransferResults], Any] = lambda results: None,
     parts: Parts | None = None,  # where what each model says is kept; None: nowhere
 ) -> tuple[TransferResults, pd.DataFrame]:  # results; what the models are
     "All models of a plan, the source first."
-    names, scores, facts = [plan.source, *(name for name in plan.zoo if name != plan.source)], {seed: {} for seed in prompts}, {}
+    names = [plan.source, *(name for name in plan.zoo if name != plan.source)]
+    scores = {seed: {} for seed in prompts}
+    facts = {}
     tower = getattr(plan.zoo, "tower", lambda name: None)
     for name, following in zip(names, [*names[1:], None]):
         if parts is not None and name in parts:
@@ -313,15 +457,31 @@ def ask_models(
             said = {(seed, method): values for seed, method, values in pairs}
         else:
             say(f"ask {name}")
-            plan.zoo[name]  # loaded before the next one's files are read; held by nobody but the zoo
-            with read_ahead(plan.zoo.weight_files(following) if following and hasattr(plan.zoo, "weight_files") else []):
+            # loaded before the next one's files are read; held by nobody but the zoo
+            plan.zoo[name]
+            with read_ahead(
+                plan.zoo.weight_files(following)
+                if following and hasattr(plan.zoo, "weight_files")
+                else []
+            ):
                 said, labels, index, facts[name] = ask(plan, name, prompts)
             if parts is not None:
-                parts[name] = [(seed, method, values) for (seed, method), values in said.items()], labels, index, facts[name]
-        for (seed, method), values in said.items(): scores[seed][method, name] = values
+                parts[name] = (
+                    [(seed, method, values) for (seed, method), values in said.items()],
+                    labels,
+                    index,
+                    facts[name],
+                )
+        for (seed, method), values in said.items():
+            scores[seed][method, name] = values
         towers = {name: tower(name) for name in names}
         same = dict(metric=plan.task.metric, labels=labels, towers=towers, index=index)
-        results = TransferResults([TransferRun(plan.task.name, plan.source, seed, scores=scores[seed], **same) for seed in prompts])
+        results = TransferResults(
+            [
+                TransferRun(plan.task.name, plan.source, seed, scores=scores[seed], **same)
+                for seed in prompts
+            ]
+        )
         keep(results)
     about = pd.DataFrame.from_dict(facts, "index")
     return results, about.assign(place=[plan.places.get(name, "given") for name in about.index])

@@ -31,79 +31,170 @@ from .widgets import display_bundle, labelled
 # %% ../nbs/api/82_explorer.ipynb #59216681
 class TransferExplorer:
     "A transfer matrix one can click, and the pictures behind each cell."
-    def __init__(self, results: TransferResults,  # of one task
-                 prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt] = (),  # to show what the models saw
-                 task: Task | None = None,  # that was evaluated; None: the embedded one of that name
-                 split: str = "test",  # that was evaluated
-                 n: int = 6):  # pictures of each kind at a time
-        self.results, self.prompts, self.split, self.n, self._first = check_kind("results", results, TransferResults, "Make them with evaluate_transfer."), find_prompts(prompts), split, check_count("n", n), 0
+
+    def __init__(
+        self,
+        results: TransferResults,  # of one task
+        # to show what the models saw
+        prompts: VisualPrompt | Iterable[VisualPrompt] | Mapping[str, VisualPrompt] = (),
+        task: Task | None = None,  # that was evaluated; None: the embedded one of that name
+        split: str = "test",  # that was evaluated
+        n: int = 6,  # pictures of each kind at a time
+    ):
+        self.results = check_kind(
+            "results", results, TransferResults, "Make them with evaluate_transfer."
+        )
+        self.prompts = find_prompts(prompts)
+        self.split = split
+        self.n = check_count("n", n)
+        self._first = 0
         names = list(dict.fromkeys(run.task for run in results.runs))
-        if len(names) > 1: raise ValueError(f"`results` must be of one task, got {', '.join(names)}. Make an explorer for each.")
-        self.task, self.mean, self._view = load_task(names[0]) if task is None else check_like_task("task", task), results.mean(), None
+        if len(names) > 1:
+            raise ValueError(
+                f"`results` must be of one task, got {', '.join(names)}. Make an explorer for each."
+            )
+        self.task = load_task(names[0]) if task is None else check_like_task("task", task)
+        self.mean = results.mean()
+        self._view = None
         self.methods = [m for m in dict.fromkeys(self.mean.method) if m not in BASELINES]
-        if not self.methods: raise ValueError("`results` must hold at least one learned prompt, got none. Evaluate one with `evaluate_transfer`.")
+        if not self.methods:
+            raise ValueError(
+                "`results` must hold at least one learned prompt, got none. Evaluate one with "
+                "`evaluate_transfer`."
+            )
         self.selected = first_cell(self)
         check_rows(self)
 
-    def select(self, **cell) -> None: "Another cell: method, source, target, seed."; select(self, cell)
-    first = property(lambda self: self._first, lambda self, number: show_from(self, number), doc="So many pictures of each kind are left out; 0 after `select`.")
-    def figure(self): "The matrix and the pictures of the selected cell, as a matplotlib Figure."; return explorer_figure(self)
-    matrix = property(lambda self: transfer_matrix(self.mean, self.selected["method"])[0], doc="Gains in points, sources x targets, a DataFrame.")
-    cases = property(lambda self: cell_cases(self), doc="The pictures behind the selected cell: row, right, before, after, change.")
+    def select(self, **cell) -> None:
+        "Another cell: method, source, target, seed."
+        select(self, cell)
+
+    first = property(
+        lambda self: self._first,
+        lambda self, number: show_from(self, number),
+        doc="So many pictures of each kind are left out; 0 after `select`.",
+    )
+
+    def figure(self):
+        "The matrix and the pictures of the selected cell, as a matplotlib Figure."
+        return explorer_figure(self)
+
     @property
-    def view(self): "The live view, an ipywidgets Box."; self._view = self._view or ExplorerView(self); return self._view.box
-    def __repr__(self) -> str: return explorer_text(self)
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
+    def matrix(self):
+        "Gains in points, sources x targets, a DataFrame."
+        return transfer_matrix(self.mean, self.selected["method"])[0]
+
+    @property
+    def cases(self):
+        "The pictures behind the selected cell: row, right, before, after, change."
+        return cell_cases(self)
+
+    @property
+    def view(self):
+        "The live view, an ipywidgets Box."
+        self._view = self._view or ExplorerView(self)
+        return self._view.box
+
+    def __repr__(self) -> str:
+        return explorer_text(self)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return display_bundle(repr(self), lambda: self.view)
 
 # %% ../nbs/api/82_explorer.ipynb #140df1c5
 def first_cell(explorer: TransferExplorer) -> dict[str, Any]:  # method, source, target, seed
     "Where to begin: TVP if it is there, and the first unseen model."
-    run, methods = explorer.results.runs[0], explorer.methods
+    run = explorer.results.runs[0]
+    methods = explorer.methods
     unseen = [target for target in run.targets if target not in source_names(run.source)]
-    return {"method": "TVP" if "TVP" in methods else methods[0], "source": run.source, "target": (unseen or run.targets)[0], "seed": run.seed}
+    return {
+        "method": "TVP" if "TVP" in methods else methods[0],
+        "source": run.source,
+        "target": (unseen or run.targets)[0],
+        "seed": run.seed,
+    }
+
 
 def check_rows(explorer: TransferExplorer) -> None:
     "Refuse a split or a task that cannot be the one that was evaluated."
     labels = explorer.task.split(explorer.split).labels
     for run in explorer.results.runs:
         rows = np.arange(len(run.labels)) if run.index is None else run.index
-        if rows.max() >= len(labels) or any(labels[int(row)] != label for row, label in zip(rows, run.labels)):
-            raise ValueError(f"`split` {explorer.split!r} of task {explorer.task.name!r} has other labels than these results. "
-                             "Pass the task and the split that were evaluated.")
+        if rows.max() >= len(labels) or any(
+            labels[int(row)] != label for row, label in zip(rows, run.labels)
+        ):
+            raise ValueError(
+                f"`split` {explorer.split!r} of task {explorer.task.name!r} has other labels "
+                "than these results. "
+                "Pass the task and the split that were evaluated."
+            )
+
 
 def cell_run(explorer: TransferExplorer) -> TransferRun:
     "The run behind the selected cell."
     wanted = {name: explorer.selected[name] for name in ("source", "seed")}
-    return next(run for run in explorer.results.runs if all(getattr(run, name) == value for name, value in wanted.items()))
+    return next(
+        run
+        for run in explorer.results.runs
+        if all(getattr(run, name) == value for name, value in wanted.items())
+    )
+
 
 def cell_cases(explorer: TransferExplorer) -> pd.DataFrame:
     "The pictures behind the selected cell."
-    return changed_answers(cell_run(explorer), explorer.selected["method"], explorer.selected["target"], explorer.task.candidates)
+    return changed_answers(
+        cell_run(explorer),
+        explorer.selected["method"],
+        explorer.selected["target"],
+        explorer.task.candidates,
+    )
 
 # %% ../nbs/api/82_explorer.ipynb #a374019b
 def cell_choices(explorer: TransferExplorer) -> dict[str, list]:  # method, source, target, seed -> their values
     "What can be selected; the seeds are those of the selected source."
     runs = explorer.results.runs
-    return {"method": explorer.methods, "source": list(dict.fromkeys(run.source for run in runs)), "target": list(dict.fromkeys(t for run in runs for t in run.targets)),
-            "seed": list(dict.fromkeys(run.seed for run in runs if run.source == explorer.selected["source"]))}
+    return {
+        "method": explorer.methods,
+        "source": list(dict.fromkeys(run.source for run in runs)),
+        "target": list(dict.fromkeys(t for run in runs for t in run.targets)),
+        "seed": list(
+            dict.fromkeys(run.seed for run in runs if run.source == explorer.selected["source"])
+        ),
+    }
+
 
 def select(
     explorer: TransferExplorer,
     cell: dict[str, Any],  # some of method, source, target, seed
 ) -> None:
     "Another cell, or an error and the cell as it was."
-    if unknown := set(cell) - set(explorer.selected): raise TypeError(f"a cell has no {', '.join(sorted(unknown))}. It has {', '.join(explorer.selected)}.")
-    before, explorer.selected, explorer._first = explorer.selected, explorer.selected | cell, 0
+    if unknown := set(cell) - set(explorer.selected):
+        raise TypeError(
+            f"a cell has no {', '.join(sorted(unknown))}. It has {', '.join(explorer.selected)}."
+        )
+    before = explorer.selected
+    explorer.selected = explorer.selected | cell
+    explorer._first = 0
     try:
         choices = cell_choices(explorer)
-        if "seed" not in cell and explorer.selected["seed"] not in choices["seed"] and choices["seed"]: explorer.selected["seed"] = choices["seed"][0]
+        if (
+            "seed" not in cell
+            and explorer.selected["seed"] not in choices["seed"]
+            and choices["seed"]
+        ):
+            explorer.selected["seed"] = choices["seed"][0]
         for name, value in explorer.selected.items():
-            if value not in choices[name]: raise KeyError(f"`{name}` must be one of {', '.join(map(str, choices[name]))}; got {value!r}.")
+            if value not in choices[name]:
+                raise KeyError(
+                    f"`{name}` must be one of {', '.join(map(str, choices[name]))}; got {value!r}."
+                )
         cell_cases(explorer)  # fails where a run lacks this method or target
     except BaseException:
         explorer.selected = before
         raise
-    if explorer._view: explorer._view.refresh()
+    if explorer._view:
+        explorer._view.refresh()
+
 
 def show_from(
     explorer: TransferExplorer,
@@ -111,47 +202,82 @@ def show_from(
 ) -> None:
     "Further pictures of the selected cell."
     most = max(explorer.cases.change.value_counts(), default=1) - 1
-    if type(number) is not int or not 0 <= number <= most: raise ValueError(f"`first` must be a whole number in [0, {most}], got {number!r}.")
+    if type(number) is not int or not 0 <= number <= most:
+        raise ValueError(f"`first` must be a whole number in [0, {most}], got {number!r}.")
     explorer._first = number
-    if explorer._view: explorer._view.refresh()
+    if explorer._view:
+        explorer._view.refresh()
 
 # %% ../nbs/api/82_explorer.ipynb #a38a229f
-READ_PICTURES = "Above each picture the right answer, below it the model's: without the prompt → with it."
+READ_PICTURES = (
+    "Above each picture the right answer, below it the model's: without the prompt → with it."
+)
+
 
 def cell_text(explorer: TransferExplorer) -> str:
     "The selected cell in a sentence."
-    cell, cases, run = explorer.selected, explorer.cases, cell_run(explorer)
+    cell = explorer.selected
+    cases = explorer.cases
+    run = cell_run(explorer)
     fixed, broken = ((cases.change == change).sum() for change in ("fixed", "broken"))
     gain = explorer.matrix.loc[cell["source"], cell["target"]]
     seeds = len({run.seed for run in explorer.results.runs if run.source == cell["source"]})
     mean = f", mean of {seeds} seeds" if seeds > 1 else ""
-    return (f"{cell['method']} learned on {cell['source']} (seed {cell['seed']}), plugged into {cell['target']}: {fixed} of {len(run.labels)} pictures fixed, "
-            f"{broken} broken; gain {gain:+.1f} points{mean}")
+    return (
+        f"{cell['method']} learned on {cell['source']} (seed {cell['seed']}), plugged into "
+        f"{cell['target']}: {fixed} of {len(run.labels)} pictures fixed, "
+        f"{broken} broken; gain {gain:+.1f} points{mean}"
+    )
+
 
 def explorer_text(explorer: TransferExplorer) -> str:
     "What is there, and what can be done without widgets."
-    return (f"TransferExplorer({explorer.results!r})\n  {cell_text(explorer)}\n"
-            "  Without widgets: .select(method=..., source=..., target=..., seed=...), .matrix, .cases, .figure()")
+    return (
+        f"TransferExplorer({explorer.results!r})\n  {cell_text(explorer)}\n"
+        "  Without widgets: .select(method=..., source=..., target=..., seed=...), .matrix, "
+        ".cases, .figure()"
+    )
 
 # %% ../nbs/api/82_explorer.ipynb #3d669702
 def draw_selected(figure, explorer: TransferExplorer) -> None:
     "The pictures of the selected cell."
-    prompt, sizes = prompt_of(explorer.prompts, explorer.selected["method"], cell_run(explorer)), {prompt.size for prompt in explorer.prompts.values()}
-    draw_cases(figure, explorer.cases, explorer.task, explorer.split, max(sizes, default=224), prompt, explorer.n, explorer.first)
+    prompt, sizes = (
+        prompt_of(explorer.prompts, explorer.selected["method"], cell_run(explorer)),
+        {prompt.size for prompt in explorer.prompts.values()},
+    )
+    draw_cases(
+        figure,
+        explorer.cases,
+        explorer.task,
+        explorer.split,
+        max(sizes, default=224),
+        prompt,
+        explorer.n,
+        explorer.first,
+    )
+
 
 def explorer_figure(explorer: TransferExplorer):  # matplotlib Figure
     "The matrix with the selected cell marked, and its pictures below."
     import matplotlib.pyplot as plt
-    gains, cell = explorer.matrix, explorer.selected
+
+    gains = explorer.matrix
+    cell = explorer.selected
     upper = 1.7 + 0.62 * len(gains)
-    figure = plt.figure(figsize=(max(8.4, 2.6 + 0.95 * gains.shape[1]), upper + 3.7), layout="constrained")
+    figure = plt.figure(
+        figsize=(max(8.4, 2.6 + 0.95 * gains.shape[1]), upper + 3.7), layout="constrained"
+    )
     above, words, below = figure.subfigures(3, 1, height_ratios=(upper, 0.5, 3.2))
     ax = plot_matrix(explorer.mean, cell["method"], above.subplots())
     at = list(gains.columns).index(cell["target"]), list(gains.index).index(cell["source"])
-    ax.add_patch(plt.Rectangle((at[0] + 0.04, at[1] + 0.04), 0.92, 0.92, fill=False, lw=3, ec="#D55E00"))
+    ax.add_patch(
+        plt.Rectangle((at[0] + 0.04, at[1] + 0.04), 0.92, 0.92, fill=False, lw=3, ec="#D55E00")
+    )
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the matrix has found its place, and the pictures have theirs
-    words.text(0.01, 0.5, f"{cell_text(explorer)}\n{READ_PICTURES}", ha="left", va="center", fontsize=9)
+    words.text(
+        0.01, 0.5, f"{cell_text(explorer)}\n{READ_PICTURES}", ha="left", va="center", fontsize=9
+    )
     draw_selected(below, explorer)
     return figure
 
@@ -169,50 +295,108 @@ def gain_colour(
 def name_html(text: str, align: str, weight: str = "normal"):  # ipywidgets HTML
     "A cell of the matrix that holds words."
     from ipywidgets import HTML
-    value = render("explorer_name.html", text=text.removeprefix("tiny-"), align=align, weight=weight)
+
+    value = render(
+        "explorer_name.html", text=text.removeprefix("tiny-"), align=align, weight=weight
+    )
     return HTML(value, layout={"width": "92px" if align == "center" else "140px"})
+
 
 class ExplorerView:
     "Buttons, menus and pictures of one explorer."
+
     def __init__(self, explorer: TransferExplorer):
         from ipywidgets import HTML, Button, Dropdown, HBox, Image, IntSlider, VBox
-        self.explorer, self.following = explorer, False
+
+        self.explorer = explorer
+        self.following = False
         choices = cell_choices(explorer)
-        self.menus = {name: labelled(Dropdown, name, explorer.selected[name], options=choices[name]) for name in ("method", "seed")}
-        self.cells = {(s, t): Button(layout={"width": "92px"}, tooltip=f"{s} → {t}") for s in choices["source"] for t in choices["target"]}
+        self.menus = {
+            name: labelled(Dropdown, name, explorer.selected[name], options=choices[name])
+            for name in ("method", "seed")
+        }
+        self.cells = {
+            (s, t): Button(layout={"width": "92px"}, tooltip=f"{s} → {t}")
+            for s in choices["source"]
+            for t in choices["target"]
+        }
         self.from_here = labelled(IntSlider, "further", 0, min=0, max=0, continuous_update=False)
-        rows = [HBox([name_html("learned on ↓, plugged into →", "left"), *(name_html(t, "center", "bold") for t in choices["target"])])]
-        rows += [HBox([name_html(s, "left", "bold"), *(self.cells[s, t] for t in choices["target"])]) for s in choices["source"]]
-        self.text, self.image = HTML(), Image(format="png", layout={"width": f"{90 * explorer.n + 33}px"})
-        self.box = VBox([HBox([*self.menus.values(), self.from_here], layout={"flex_flow": "row wrap"}), *rows, self.text, self.image])
-        for (s, t), button in self.cells.items(): button.on_click(lambda _, s=s, t=t: self.do(source=s, target=t))
-        for menu, control in self.menus.items(): control.observe(lambda event, menu=menu: self.following or self.do(**{menu: event["new"]}), "value")
-        self.from_here.observe(lambda event: self.following or setattr(explorer, "first", event["new"]), "value")
+        rows = [
+            HBox(
+                [
+                    name_html("learned on ↓, plugged into →", "left"),
+                    *(name_html(t, "center", "bold") for t in choices["target"]),
+                ]
+            )
+        ]
+        rows += [
+            HBox([name_html(s, "left", "bold"), *(self.cells[s, t] for t in choices["target"])])
+            for s in choices["source"]
+        ]
+        self.text = HTML()
+        self.image = Image(format="png", layout={"width": f"{90 * explorer.n + 33}px"})
+        self.box = VBox(
+            [
+                HBox([*self.menus.values(), self.from_here], layout={"flex_flow": "row wrap"}),
+                *rows,
+                self.text,
+                self.image,
+            ]
+        )
+        for (s, t), button in self.cells.items():
+            button.on_click(lambda _, s=s, t=t: self.do(source=s, target=t))
+        for menu, control in self.menus.items():
+            control.observe(
+                lambda event, menu=menu: self.following or self.do(**{menu: event["new"]}), "value"
+            )
+        self.from_here.observe(
+            lambda event: self.following or setattr(explorer, "first", event["new"]), "value"
+        )
         self.refresh()
 
     def do(self, **cell) -> None:
         "What a click asks for, with its error shown."
-        try: self.explorer.select(**cell)
-        except Exception as error: self.text.value = render("error.html", text=error_words(error))
-    def refresh(self) -> None: "Show what is selected."; refresh_explorer(self)
+        try:
+            self.explorer.select(**cell)
+        except Exception as error:
+            self.text.value = render("error.html", text=error_words(error))
+
+    def refresh(self) -> None:
+        "Show what is selected."
+        refresh_explorer(self)
 
 # %% ../nbs/api/82_explorer.ipynb #c22e0146
 def refresh_explorer(view: ExplorerView) -> None:
     "Show the selected cell."
-    explorer, view.following = view.explorer, True
+    explorer = view.explorer
+    view.following = True
     try:
-        cell, gains = explorer.selected, explorer.matrix
+        cell = explorer.selected
+        gains = explorer.matrix
         view.menus["seed"].options = cell_choices(explorer)["seed"]
-        for name, menu in view.menus.items(): menu.value = cell[name]
+        for name, menu in view.menus.items():
+            menu.value = cell[name]
         most = max(1.0, np.nanmax(gains.abs().values))
         for (source, target), button in view.cells.items():
             gain = gains[target].get(source, np.nan) if target in gains else np.nan
-            button.description, button.disabled = ("–", True) if gain != gain else (f"{gain:+.1f}", False)
+            button.description, button.disabled = (
+                ("–", True) if gain != gain else (f"{gain:+.1f}", False)
+            )
             button.style.button_color = gain_colour(gain, most)
-            button.style.font_weight = "bold" if (source, target) == (cell["source"], cell["target"]) else ""
-            button.layout.border = "2px solid #333333" if button.style.font_weight else "1px solid #dddddd"
-        view.from_here.max, view.from_here.value = max(0, max(explorer.cases.change.value_counts(), default=0) - explorer.n), explorer.first
+            button.style.font_weight = (
+                "bold" if (source, target) == (cell["source"], cell["target"]) else ""
+            )
+            button.layout.border = (
+                "2px solid #333333" if button.style.font_weight else "1px solid #dddddd"
+            )
+        view.from_here.max = max(
+            0, max(explorer.cases.change.value_counts(), default=0) - explorer.n
+        )
+        view.from_here.value = explorer.first
         view.from_here.disabled = not view.from_here.max
         view.text.value = render("explorer_cell.html", text=cell_text(explorer), hint=READ_PICTURES)
-        view.image.value = part_png(lambda figure: draw_selected(figure, explorer), (1.1 * explorer.n + 0.4, 3.2))
-    finally: view.following = False
+        view.image.value = part_png(
+            lambda figure: draw_selected(figure, explorer), (1.1 * explorer.n + 0.4, 3.2)
+        )
+    finally:
+        view.following = False

@@ -20,19 +20,23 @@ from .small import PATCH, QUERIES, SIZE, byte_pair_tokenizer, loud, small_config
 from .transformers_compat import known_fault
 
 # %% ../nbs/api/36_families.ipynb #df740579
-SQUARE, EDGE = dict(height=SIZE, width=SIZE), dict(shortest_edge=SIZE)
+SQUARE = dict(height=SIZE, width=SIZE)
+EDGE = dict(shortest_edge=SIZE)
 
 
 @dataclass(frozen=True)
 class Family:
     "One kind of image-text model, as far as it differs from what can be guessed."
+
     images: str  # image processor: its class without "ImageProcessor"
     image_args: dict = field(default_factory=lambda: dict(size=SQUARE))  # its arguments
     processor: str = ""  # its class without "Processor"; empty: called like the image processor
     args: dict = field(default_factory=dict)  # its further arguments
-    config: dict = field(default_factory=dict)  # changes to the small config; special symbols stand for their ids
+    # changes to the small config; special symbols stand for their ids
+    config: dict = field(default_factory=dict)
     type: str = ""  # transformers' `model_type`; empty: the kind itself
-    names: dict = field(default_factory=lambda: dict(image_token="<image>"))  # attributes of the tokenizer -> special symbols
+    # attributes of the tokenizer -> special symbols
+    names: dict = field(default_factory=lambda: dict(image_token="<image>"))
     symbols: tuple[str, ...] = ()  # further special symbols
     tokenizer: str = "<s> $A"  # frame of a toy tokenizer, or the kind of a byte-pair tokenizer
     video: str = ""  # video processor: its class without "VideoProcessor"; empty: none
@@ -41,7 +45,8 @@ class Family:
     begins: bool = False  # whether the chat template writes the begin symbol itself
     template: str | None = None  # for models without a chat template
     end: str = ""  # behind an answer
-    since: str = ""  # version of transformers that brought it; empty: at or before the lowest that tvp works with
+    # version of transformers that brought it; empty: at or before the lowest that tvp works with
+    since: str = ""
 
 
 FAMILIES: dict[str, Family] = {}  # kind -> family, filled below
@@ -49,40 +54,98 @@ FAMILIES: dict[str, Family] = {}  # kind -> family, filled below
 # %% ../nbs/api/36_families.ipynb #80d61cac
 def _q_former(processor: str, text: str, places: str = "num_query_tokens", **kwargs) -> Family:
     last = dict(tie_word_embeddings=False, decoder_start_token_id="<pad>") if text == "t5" else {}
-    config = dict(qformer_config=dict(cross_attention_frequency=1, max_position_embeddings=64), text_config=dict(model_type=text, **last),
-                  num_query_tokens=QUERIES, image_token_index="<image>")
-    return Family("Blip", processor=processor, args={places: QUERIES}, config=config, names={}, **kwargs)  # Blip2Processor wants no name
+    config = dict(
+        qformer_config=dict(cross_attention_frequency=1, max_position_embeddings=64),
+        text_config=dict(model_type=text, **last),
+        num_query_tokens=QUERIES,
+        image_token_index="<image>",
+    )
+    # Blip2Processor wants no name
+    return Family(
+        "Blip", processor=processor, args={places: QUERIES}, config=config, names={}, **kwargs
+    )
 
 
 FAMILIES |= {
     "blip2-opt": _q_former("Blip2", "opt", type="blip-2"),
     "blip2-t5": _q_former("Blip2", "t5", type="blip-2"),
-    "blip2-llama": _q_former("Marker", "llama", "num_image_tokens", type="blip-2", template="<Img><image></Img> {}", end="\n"),
+    "blip2-llama": _q_former(
+        "Marker",
+        "llama",
+        "num_image_tokens",
+        type="blip-2",
+        template="<Img><image></Img> {}",
+        end="\n",
+    ),
     "blip2-qwen2": _q_former("Blip2", "qwen2", type="blip-2"),
     "instructblip": _q_former("InstructBlip", "llama", end="</s>"),
     "instructblip-t5": _q_former("InstructBlip", "t5", type="instructblip", tokenizer="$A </s>"),
-    "blip": Family("Blip", config=dict(text_config=dict(sep_token_id="</s>")), tokenizer="<s> $A </s>"),
+    "blip": Family(
+        "Blip", config=dict(text_config=dict(sep_token_id="</s>")), tokenizer="<s> $A </s>"
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #26ccdf6f
-_CROP, _TILES = dict(size=EDGE, crop_size=SQUARE), dict(image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]])
-_PATCHES, _FULL = dict(patch_size=PATCH), dict(vision_feature_select_strategy="full")
+_CROP = dict(size=EDGE, crop_size=SQUARE)
+_TILES = dict(image_grid_pinpoints=[[48, 96], [96, 48], [96, 96]])
+_PATCHES = dict(patch_size=PATCH)
+_FULL = dict(vision_feature_select_strategy="full")
 _CLIP = _PATCHES | dict(vision_feature_select_strategy="default", num_additional_image_tokens=1)
 _LLAVA = dict(image_seq_length=36, vision_config=dict(num_hidden_layers=3))
-_SIGLIP = dict(vision_feature_layer=-1, text_config=dict(model_type="qwen2"), vision_config=dict(
-    model_type="siglip_vision_model", num_hidden_layers=3, vision_use_head=False))
+_SIGLIP = dict(
+    vision_feature_layer=-1,
+    text_config=dict(model_type="qwen2"),
+    vision_config=dict(
+        model_type="siglip_vision_model", num_hidden_layers=3, vision_use_head=False
+    ),
+)
 _VIDEO = dict(image_token="<image>", video_token="<video>")
 _USER = "USER: <image>\n{} ASSISTANT:"
 FAMILIES |= {
     "llava": Family("CLIP", _CROP, "Llava", _CLIP, _LLAVA, template=_USER),
-    "llava-siglip": Family("Siglip", processor="Llava", args=_FULL | _PATCHES, config=_LLAVA | _FULL | _SIGLIP, type="llava", chat="<image> "),
-    "llava_next": Family("LlavaNext", _CROP | _TILES, args=_CLIP, config=_LLAVA | _TILES, chat="<image>\n"),
-    "llava_next_video": Family("LlavaNext", _CROP | _TILES, "LlavaNextVideo", _CLIP, _LLAVA | _TILES | dict(video_seq_length=9),
-                               names=_VIDEO, video="LlavaNextVideo", chat="<image>\n"),
-    "llava_onevision": Family("LlavaOnevision", dict(size=SQUARE) | _TILES, args=_FULL | dict(num_image_tokens=36), config=_TILES,
-                              names=_VIDEO, video="LlavaOnevision", chat="<image>\n"),
-    "vipllava": Family("CLIP", _CROP, "Llava", _CLIP, _LLAVA | dict.fromkeys(
-        ("vision_feature_layer", "vision_feature_layers"), [-1, -2]), template=_USER),  # the second is its name in transformers 5.18
+    "llava-siglip": Family(
+        "Siglip",
+        processor="Llava",
+        args=_FULL | _PATCHES,
+        config=_LLAVA | _FULL | _SIGLIP,
+        type="llava",
+        chat="<image> ",
+    ),
+    "llava_next": Family(
+        "LlavaNext", _CROP | _TILES, args=_CLIP, config=_LLAVA | _TILES, chat="<image>\n"
+    ),
+    "llava_next_video": Family(
+        "LlavaNext",
+        _CROP | _TILES,
+        "LlavaNextVideo",
+        _CLIP,
+        _LLAVA | _TILES | dict(video_seq_length=9),
+        names=_VIDEO,
+        video="LlavaNextVideo",
+        chat="<image>\n",
+    ),
+    "llava_onevision": Family(
+        "LlavaOnevision",
+        dict(size=SQUARE) | _TILES,
+        args=_FULL | dict(num_image_tokens=36),
+        config=_TILES,
+        names=_VIDEO,
+        video="LlavaOnevision",
+        chat="<image>\n",
+    ),
+    "vipllava": Family(
+        "CLIP",
+        _CROP,
+        "Llava",
+        _CLIP,
+        _LLAVA
+        | dict.fromkeys(
+            # the second is its name in transformers 5.18
+            ("vision_feature_layer", "vision_feature_layers"),
+            [-1, -2],
+        ),
+        template=_USER,
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #1b057b91
@@ -90,13 +153,31 @@ _LONG = dict(longest_edge=2 * SIZE)
 _GRID = dict(size=_LONG, max_image_size=dict(longest_edge=SIZE))
 _FAKE = "<fake_token_around_image>"
 _CELLS = tuple(f"row_{row}_col_{column}" for row in (1, 2) for column in (1, 2))
-_SMOL = dict(args=dict(image_seq_len=9), symbols=tuple(f"<{cell}>" for cell in _CELLS), chat="<image>", names=dict(
-    image_token="<image>", fake_image_token=_FAKE, global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>"))
-_PERCEIVER = dict(resampler_n_latents=QUERIES, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=8)
+_SMOL = dict(
+    args=dict(image_seq_len=9),
+    symbols=tuple(f"<{cell}>" for cell in _CELLS),
+    chat="<image>",
+    names=dict(
+        image_token="<image>",
+        fake_image_token=_FAKE,
+        global_image_token="<global-img>",
+        end_of_utterance_token="<end_of_utterance>",
+    ),
+)
+_PERCEIVER = dict(
+    resampler_n_latents=QUERIES, resampler_depth=2, resampler_n_heads=4, resampler_head_dim=8
+)
 FAMILIES |= {
     "idefics": Family("Idefics", symbols=(_FAKE,)),
-    "idefics2": Family("Idefics2", dict(size=EDGE | _LONG), args=dict(image_seq_len=QUERIES), config=dict(perceiver_config=_PERCEIVER),
-                       names=dict(image_token="<image>", image_boundary_token=_FAKE), symbols=("<end_of_utterance>",), chat="<image>"),
+    "idefics2": Family(
+        "Idefics2",
+        dict(size=EDGE | _LONG),
+        args=dict(image_seq_len=QUERIES),
+        config=dict(perceiver_config=_PERCEIVER),
+        names=dict(image_token="<image>", image_boundary_token=_FAKE),
+        symbols=("<end_of_utterance>",),
+        chat="<image>",
+    ),
     "idefics3": Family("Idefics3", _GRID, **_SMOL),
     "smolvlm": Family("SmolVLM", _GRID, **_SMOL, video="SmolVLM"),
 }
@@ -104,156 +185,474 @@ FAMILIES |= {
 # %% ../nbs/api/36_families.ipynb #16e503a1
 _PIXELS = _PATCHES | dict(size=dict(shortest_edge=32**2, longest_edge=64**2))
 _ROPE = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
-_LINEAR = dict(layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=4,
-               linear_num_value_heads=4, rope_parameters=_ROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=1.))
-_QWEN = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
-_GLM = {f"{what}_{place}token": f"<|{mark}{what}|>" for what in ("image", "video")
-        for place, mark in (("", ""), ("start_", "begin_of_"), ("end_", "end_of_"))}
+_LINEAR = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=4,
+    linear_num_value_heads=4,
+    rope_parameters=_ROPE | dict(mrope_section=[2, 1, 1], partial_rotary_factor=1.0),
+)
+_QWEN = dict(
+    image_token="<|image_pad|>",
+    video_token="<|video_pad|>",
+    vision_start_token="<|vision_start|>",
+    vision_end_token="<|vision_end|>",
+)
+_GLM = {
+    f"{what}_{place}token": f"<|{mark}{what}|>"
+    for what in ("image", "video")
+    for place, mark in (("", ""), ("start_", "begin_of_"), ("end_", "end_of_"))
+}
 
 
-def _qwen(processor: str, video: str, tokenizer: str = "Qwen2", text: dict | None = None, **vision) -> Family:
+def _qwen(
+    processor: str, video: str, tokenizer: str = "Qwen2", text: dict | None = None, **vision
+) -> Family:
     config = dict(text_config=text or dict(rope_parameters=_ROPE), vision_config=vision)
-    return Family("Qwen2VL", _PIXELS, processor, config=config, names=_QWEN, tokenizer=tokenizer, video=video, chat="".join(
-        _QWEN[name] for name in ("vision_start_token", "image_token", "vision_end_token")))
+    return Family(
+        "Qwen2VL",
+        _PIXELS,
+        processor,
+        config=config,
+        names=_QWEN,
+        tokenizer=tokenizer,
+        video=video,
+        chat="".join(
+            _QWEN[name] for name in ("vision_start_token", "image_token", "vision_end_token")
+        ),
+    )
 
 # %% ../nbs/api/36_families.ipynb #c548799f
 FAMILIES |= {
     "qwen2_vl": _qwen("Qwen2VL", "Qwen2VL"),
     "qwen2_5_vl": _qwen("Qwen2_5_VL", "Qwen2VL", window_size=32, fullatt_block_indexes=[1]),
-    "qwen3_vl": _qwen("Qwen3VL", "Qwen3VL", num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+    "qwen3_vl": _qwen(
+        "Qwen3VL", "Qwen3VL", num_position_embeddings=64, deepstack_visual_indexes=[0, 1]
+    ),
     "qwen3_5": _qwen("Qwen3VL", "Qwen3VL", "Qwen3_5", _LINEAR, num_position_embeddings=64),
-    "glm4v": Family("Glm4v", _PIXELS, config=dict(text_config=dict(rope_parameters=_ROPE)), names=_GLM, video="Glm4v",
-                    chat="<|begin_of_image|><|image|><|end_of_image|>"),
-    "video_llama_3": Family("VideoLlama3", _PIXELS | dict(merge_size=1), names=_VIDEO, video="VideoLlama3", chat="<image>"),
+    "glm4v": Family(
+        "Glm4v",
+        _PIXELS,
+        config=dict(text_config=dict(rope_parameters=_ROPE)),
+        names=_GLM,
+        video="Glm4v",
+        chat="<|begin_of_image|><|image|><|end_of_image|>",
+    ),
+    "video_llama_3": Family(
+        "VideoLlama3",
+        _PIXELS | dict(merge_size=1),
+        names=_VIDEO,
+        video="VideoLlama3",
+        chat="<image>",
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #8fe90f56
 _SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=256)
-_GEMMA3 = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
-_GEMMA4 = {f"{name}_token": symbol for what, marks in (("image", ("image", "boi", "eoi")), ("audio", ("audio", "boa", "eoa")))
-           for name, symbol in zip(marks, (f"<|{what}|>", f"<|{what}>", f"<{what}|>"))}
+_GEMMA3 = dict(
+    boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+)
+_GEMMA4 = {
+    f"{name}_token": symbol
+    for what, marks in (("image", ("image", "boi", "eoi")), ("audio", ("audio", "boa", "eoa")))
+    for name, symbol in zip(marks, (f"<|{what}|>", f"<|{what}>", f"<{what}|>"))
+}
 FAMILIES |= {
-    "paligemma": Family("Siglip", dict(size=SQUARE, image_seq_length=36), "PaliGemma", template="<image>{}"),
-    "gemma3": Family("Gemma3", args=dict(image_seq_length=9), names=_GEMMA3, chat="<start_of_image>", begins=True, config=dict(
-        mm_tokens_per_image=9, text_config=_SLIDING | dict(query_pre_attn_scalar=8))),
-    "gemma4": Family("Gemma4", _PATCHES | dict(max_soft_tokens=70), args=dict(image_seq_length=70), config=dict(
-        video_token_id="<|video|>", text_config=_SLIDING | dict(hidden_size_per_layer_input=0, global_head_dim=8), vision_config=dict(
-            model_type="gemma4_vision", position_embedding_size=64)), names=_GEMMA4, symbols=("<|video|>",), video="Gemma4",
-        audio="Gemma4Audio", chat="<|image|>"),
+    "paligemma": Family(
+        "Siglip", dict(size=SQUARE, image_seq_length=36), "PaliGemma", template="<image>{}"
+    ),
+    "gemma3": Family(
+        "Gemma3",
+        args=dict(image_seq_length=9),
+        names=_GEMMA3,
+        chat="<start_of_image>",
+        begins=True,
+        config=dict(mm_tokens_per_image=9, text_config=_SLIDING | dict(query_pre_attn_scalar=8)),
+    ),
+    "gemma4": Family(
+        "Gemma4",
+        _PATCHES | dict(max_soft_tokens=70),
+        args=dict(image_seq_length=70),
+        config=dict(
+            video_token_id="<|video|>",
+            text_config=_SLIDING | dict(hidden_size_per_layer_input=0, global_head_dim=8),
+            vision_config=dict(model_type="gemma4_vision", position_embedding_size=64),
+        ),
+        names=_GEMMA4,
+        symbols=("<|video|>",),
+        video="Gemma4",
+        audio="Gemma4Audio",
+        chat="<|image|>",
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #38834765
-_INTERN = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>")
+_INTERN = dict(
+    start_image_token="<img>",
+    end_image_token="</img>",
+    context_image_token="<IMG_CONTEXT>",
+    video_token="<video>",
+)
 _OVIS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
 _AYA = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE", "TILE_GLOBAL")
 _BOUNDS = dict(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
 _MERGED = _PATCHES | dict(spatial_merge_size=2)
 FAMILIES |= {
     "deepseek_vl": Family("DeepseekVL", args=dict(num_image_tokens=36), chat="<image>"),
-    "internvl": Family("GotOcr2", processor="InternVL", args=dict(image_seq_length=9), config=dict(
-        image_token_id="<IMG_CONTEXT>", image_seq_length=9, vision_config=dict(image_size=[SIZE] * 2, patch_size=[PATCH] * 2)),
-        names=_INTERN, video="InternVL", chat="<IMG_CONTEXT>"),
-    "aya_vision": Family("GotOcr2", processor="AyaVision", args=_PATCHES | dict(img_size=SIZE, downsample_factor=2),
-                         config=dict(text_config=_SLIDING), names=dict(image_token="<|IMG_PATCH|>"), symbols=_AYA, chat="<image>"),
-    "cohere2_vision": Family("Cohere2Vision", dict(size=SQUARE, patch_size=3), config=dict(text_config=_SLIDING | dict(sliding_window=32)),
-                             names=_BOUNDS | dict(img_line_break_token="<break>"), chat="<image>"),
-    "ovis2": Family("Ovis2", args=dict(image_seq_length=9), names=dict(image_token="<IMG_ATOM>"), symbols=_OVIS, chat="<image>", config=dict(
-        visual_indicator_token_ids=_OVIS, vision_config=dict(vocab_size=64, hidden_stride=2))),
-    "mistral3": Family("Pixtral", dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH), args=_MERGED, chat="[IMG]",
-                       names=dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]")),
-    "lighton_ocr": Family("Pixtral", dict(size=dict(longest_edge=SIZE)) | _PATCHES, "LightOnOcr", _MERGED, chat="<|image_pad|>",
-                          names=dict(image_token="<|image_pad|>", image_break_token="<|vision_pad|>", image_end_token="<|vision_end|>")),
+    "internvl": Family(
+        "GotOcr2",
+        processor="InternVL",
+        args=dict(image_seq_length=9),
+        config=dict(
+            image_token_id="<IMG_CONTEXT>",
+            image_seq_length=9,
+            vision_config=dict(image_size=[SIZE] * 2, patch_size=[PATCH] * 2),
+        ),
+        names=_INTERN,
+        video="InternVL",
+        chat="<IMG_CONTEXT>",
+    ),
+    "aya_vision": Family(
+        "GotOcr2",
+        processor="AyaVision",
+        args=_PATCHES | dict(img_size=SIZE, downsample_factor=2),
+        config=dict(text_config=_SLIDING),
+        names=dict(image_token="<|IMG_PATCH|>"),
+        symbols=_AYA,
+        chat="<image>",
+    ),
+    "cohere2_vision": Family(
+        "Cohere2Vision",
+        dict(size=SQUARE, patch_size=3),
+        config=dict(text_config=_SLIDING | dict(sliding_window=32)),
+        names=_BOUNDS | dict(img_line_break_token="<break>"),
+        chat="<image>",
+    ),
+    "ovis2": Family(
+        "Ovis2",
+        args=dict(image_seq_length=9),
+        names=dict(image_token="<IMG_ATOM>"),
+        symbols=_OVIS,
+        chat="<image>",
+        config=dict(
+            visual_indicator_token_ids=_OVIS, vision_config=dict(vocab_size=64, hidden_stride=2)
+        ),
+    ),
+    "mistral3": Family(
+        "Pixtral",
+        dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH),
+        args=_MERGED,
+        chat="[IMG]",
+        names=dict(
+            image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"
+        ),
+    ),
+    "lighton_ocr": Family(
+        "Pixtral",
+        dict(size=dict(longest_edge=SIZE)) | _PATCHES,
+        "LightOnOcr",
+        _MERGED,
+        chat="<|image_pad|>",
+        names=dict(
+            image_token="<|image_pad|>",
+            image_break_token="<|vision_pad|>",
+            image_end_token="<|vision_end|>",
+        ),
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #ae87504b
-_LFM = dict(image_token="<image>", image_start_token="<|image_start|>", image_end_token="<|image_end|>",
-            image_thumbnail_token="<|img_thumbnail|>")
+_LFM = dict(
+    image_token="<image>",
+    image_start_token="<|image_start|>",
+    image_end_token="<|image_end|>",
+    image_thumbnail_token="<|img_thumbnail|>",
+)
 _LLAMA4 = dict(image_token="<|image|>", boi_token="<|image_start|>", eoi_token="<|image_end|>")
-_MINICPM = {f"{name}_token": f"<{name}>" for name in (
-    "image", "video", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")}
+_MINICPM = {
+    f"{name}_token": f"<{name}>"
+    for name in (
+        "image",
+        "video",
+        "image_start",
+        "image_end",
+        "slice_start",
+        "slice_end",
+        "image_id_start",
+        "image_id_end",
+    )
+}
 _VQ = dict(num_embeddings=16, base_channels=32, latent_channels=32, num_res_blocks=1)
 FAMILIES |= {
-    "lfm2_vl": Family("Lfm2Vl", dict(encoder_patch_size=PATCH, tile_size=SIZE, min_image_tokens=4, max_image_tokens=16, max_tiles=4), names=_LFM,
-                      config=dict(text_config=dict(layer_types=["conv", "full_attention"]), vision_config=dict(num_patches=36)), chat="<image>",
-                      symbols=tuple(f"<|img_{cell}|>" for cell in _CELLS)),
-    "minicpmv4_6": Family("MiniCPMV4_6", dict(patch_size=4, scale_resolution=SIZE), config=dict(
-        text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMV4_6", chat="<image>"),
-    "llama4": Family("Llama4", dict(size=SQUARE, max_patches=4), args=_PATCHES, names=_LLAMA4, chat="<|image|>", config=dict(
-        image_token_index="<|patch|>", vision_config=dict(intermediate_size=128), text_config=dict(attention_chunk_size=128, moe_layers=[1])),
-        symbols=("<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>")),
-    "janus": Family("Janus", args=dict(num_image_tokens=36), names=_BOUNDS, chat="<image>", config=dict(
-        vision_config=dict(num_image_tokens=36), vq_config=_VQ | dict(num_patches=6, channel_multiplier=[1, 1]))),
+    "lfm2_vl": Family(
+        "Lfm2Vl",
+        dict(
+            encoder_patch_size=PATCH,
+            tile_size=SIZE,
+            min_image_tokens=4,
+            max_image_tokens=16,
+            max_tiles=4,
+        ),
+        names=_LFM,
+        config=dict(
+            text_config=dict(layer_types=["conv", "full_attention"]),
+            vision_config=dict(num_patches=36),
+        ),
+        chat="<image>",
+        symbols=tuple(f"<|img_{cell}|>" for cell in _CELLS),
+    ),
+    "minicpmv4_6": Family(
+        "MiniCPMV4_6",
+        dict(patch_size=4, scale_resolution=SIZE),
+        config=dict(text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0),
+        names=_MINICPM,
+        video="MiniCPMV4_6",
+        chat="<image>",
+    ),
+    "llama4": Family(
+        "Llama4",
+        dict(size=SQUARE, max_patches=4),
+        args=_PATCHES,
+        names=_LLAMA4,
+        chat="<|image|>",
+        config=dict(
+            image_token_index="<|patch|>",
+            vision_config=dict(intermediate_size=128),
+            text_config=dict(attention_chunk_size=128, moe_layers=[1]),
+        ),
+        symbols=("<|patch|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+    ),
+    "janus": Family(
+        "Janus",
+        args=dict(num_image_tokens=36),
+        names=_BOUNDS,
+        chat="<image>",
+        config=dict(
+            vision_config=dict(num_image_tokens=36),
+            vq_config=_VQ | dict(num_patches=6, channel_multiplier=[1, 1]),
+        ),
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #6abd0964
-_MLLAMA = dict(num_global_layers=1, intermediate_layers_indices=[0], vision_output_dim=64, max_num_tiles=2,
-               supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]])
-_DAVIT = dict(depths=[1] * 4, embed_dim=[8, 16, 16, 32], num_heads=[1, 2, 2, 4], num_groups=[1, 2, 2, 4], patch_size=[7, 3, 3, 3], window_size=4,
-              max_position_embeddings=50)
-_SAM = dict(image_size=128, patch_size=2, output_channels=16, window_size=8, num_hidden_layers=1, global_attn_indexes=[])
-_CODES = tuple("IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(i)) + "Z" for i in range(16))  # A stands for 0, B for 1, ...
+_MLLAMA = dict(
+    num_global_layers=1,
+    intermediate_layers_indices=[0],
+    vision_output_dim=64,
+    max_num_tiles=2,
+    supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+)
+_DAVIT = dict(
+    depths=[1] * 4,
+    embed_dim=[8, 16, 16, 32],
+    num_heads=[1, 2, 2, 4],
+    num_groups=[1, 2, 2, 4],
+    patch_size=[7, 3, 3, 3],
+    window_size=4,
+    max_position_embeddings=50,
+)
+_SAM = dict(
+    image_size=128,
+    patch_size=2,
+    output_channels=16,
+    window_size=8,
+    num_hidden_layers=1,
+    global_attn_indexes=[],
+)
+# A stands for 0, B for 1, ...
+_CODES = tuple(
+    "IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(i)) + "Z" for i in range(16)
+)
 FAMILIES |= {
-    "mllama": Family("Mllama", dict(size=SQUARE, max_image_tiles=2), config=dict(
-        vision_config=_MLLAMA, text_config=dict(cross_attention_layers=[1])), names=dict(image_token="<|image|>"), symbols=("<|python_tag|>",),
-        chat="<|image|>", begins=True),
-    "florence2": Family("CLIP", dict(size=SQUARE, do_center_crop=False, image_seq_length=5), "Florence2", config=dict(
-        text_config=dict(model_type="bart"), vision_config=_DAVIT)),
-    "kosmos-2": Family("CLIP", _CROP, "Kosmos2", dict(num_patch_index_tokens=16), template="<grounding>{}"),
+    "mllama": Family(
+        "Mllama",
+        dict(size=SQUARE, max_image_tiles=2),
+        config=dict(vision_config=_MLLAMA, text_config=dict(cross_attention_layers=[1])),
+        names=dict(image_token="<|image|>"),
+        symbols=("<|python_tag|>",),
+        chat="<|image|>",
+        begins=True,
+    ),
+    "florence2": Family(
+        "CLIP",
+        dict(size=SQUARE, do_center_crop=False, image_seq_length=5),
+        "Florence2",
+        config=dict(text_config=dict(model_type="bart"), vision_config=_DAVIT),
+    ),
+    "kosmos-2": Family(
+        "CLIP", _CROP, "Kosmos2", dict(num_patch_index_tokens=16), template="<grounding>{}"
+    ),
     "git": Family("CLIP", _CROP, "Git", tokenizer="<s> $A </s>"),
-    "got_ocr2": Family("GotOcr2", dict(size=dict(height=128, width=128)), config=dict(vision_config=_SAM), names=dict(image_token="<imgpad>"),
-                       symbols=("<img>", "</img>"), template="<img><imgpad></img>{}"),
-    "chameleon": Family("Chameleon", _CROP, args=dict(image_seq_length=36), config=dict(
-        vocabulary_map={code: code for code in ("<image>", *_CODES)}, vq_config=_VQ | dict(resolution=SIZE, channel_multiplier=[1] * 4)),
-        names=_BOUNDS | dict(sep_token="<sep>"), symbols=_CODES, template="<image>{}"),
+    "got_ocr2": Family(
+        "GotOcr2",
+        dict(size=dict(height=128, width=128)),
+        config=dict(vision_config=_SAM),
+        names=dict(image_token="<imgpad>"),
+        symbols=("<img>", "</img>"),
+        template="<img><imgpad></img>{}",
+    ),
+    "chameleon": Family(
+        "Chameleon",
+        _CROP,
+        args=dict(image_seq_length=36),
+        config=dict(
+            vocabulary_map={code: code for code in ("<image>", *_CODES)},
+            vq_config=_VQ | dict(resolution=SIZE, channel_multiplier=[1] * 4),
+        ),
+        names=_BOUNDS | dict(sep_token="<sep>"),
+        symbols=_CODES,
+        template="<image>{}",
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #f6ad758e
-_MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32, n_routed_experts=4,
-                n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1, decoder_sparse_step=1)
-_LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, index_topk=64, index_head_dim=16,
-               index_n_heads=2)
+_MIXTURE = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    decoder_sparse_step=1,
+)
+_LATENT = dict(
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    index_topk=64,
+    index_head_dim=16,
+    index_n_heads=2,
+)
 _WINDOW = dict(window_size=32, fullatt_block_indexes=[1])
 _QWEN_CHAT = "<|vision_start|><|image_pad|><|vision_end|>"
 _GLM_FAMILY = dict(names=_GLM, chat="<|begin_of_image|><|image|><|end_of_image|>")
 _TEXT_ROPE = dict(text_config=dict(rope_parameters=_ROPE))
-_GLM_MOE = dict(rope_parameters=_ROPE | dict(partial_rotary_factor=1.)) | _MIXTURE
+_GLM_MOE = dict(rope_parameters=_ROPE | dict(partial_rotary_factor=1.0)) | _MIXTURE
 FAMILIES |= {
-    "qwen3_vl_moe": _qwen("Qwen3VL", "Qwen3VL", text=dict(rope_parameters=_ROPE) | _MIXTURE, num_position_embeddings=64,
-                          deepstack_visual_indexes=[0, 1]),
-    "qwen3_5_moe": _qwen("Qwen3VL", "Qwen3VL", "Qwen3_5", _LINEAR | _MIXTURE, num_position_embeddings=64),
-    "glm4v_moe": Family("Glm4v", _PIXELS, config=dict(text_config=_GLM_MOE), video="Glm4v", **_GLM_FAMILY),
+    "qwen3_vl_moe": _qwen(
+        "Qwen3VL",
+        "Qwen3VL",
+        text=dict(rope_parameters=_ROPE) | _MIXTURE,
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[0, 1],
+    ),
+    "qwen3_5_moe": _qwen(
+        "Qwen3VL", "Qwen3VL", "Qwen3_5", _LINEAR | _MIXTURE, num_position_embeddings=64
+    ),
+    "glm4v_moe": Family(
+        "Glm4v", _PIXELS, config=dict(text_config=_GLM_MOE), video="Glm4v", **_GLM_FAMILY
+    ),
     "glm46v": Family("Glm46V", _PIXELS, config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY),
     "glm_ocr": Family("Glm46V", _PIXELS, config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY),
-    "exaone4_5": Family("Qwen2VL", _PIXELS, "Exaone4_5_", config=dict(
-        text_config=dict(layer_types=["full_attention"] * 2), vision_config=_WINDOW), names=_QWEN, tokenizer="Qwen2", video="Qwen2VL",
-        chat=_QWEN_CHAT),
-    "hyperclovax_vision_v2": Family("Qwen2VL", _PIXELS, "HyperCLOVAXVisionV2", config=dict(vision_config=_WINDOW), names=_QWEN,
-                                    tokenizer="Qwen2", video="Qwen2VL", chat=_QWEN_CHAT),
-    "paddleocr_vl": Family("PaddleOCRVL", _PIXELS, config=_TEXT_ROPE, names=_QWEN, tokenizer="Qwen2", chat=_QWEN_CHAT),
-    "lfm3_vl": Family("Qwen2VL", _PIXELS, "Lfm3Vl", config=dict(
-        text_config=dict(layer_types=["conv", "full_attention"]), vision_config=dict(num_position_embeddings=64)), names=_QWEN,
-        tokenizer="Qwen2", video="Qwen2VL", chat=_QWEN_CHAT, since="5.23"),
-    "qianfan_ocr": Family("GotOcr2", processor="QianfanOCR", args=dict(image_seq_length=9), config=dict(
-        image_token_id="<IMG_CONTEXT>", vision_config=dict(image_size=[SIZE] * 2, patch_size=[PATCH] * 2)), names=_INTERN, chat="<image>"),
-    "minicpmv4_7": Family("MiniCPMV4_6", dict(patch_size=4, scale_resolution=SIZE), "MiniCPMV4_7", config=dict(
-        text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMV4_6", chat="<image>"),
-    "minicpm_ocr": Family("MiniCPMOcr", dict(patch_size=4, scale_resolution=SIZE), config=dict(
-        text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0), names=_MINICPM, video="MiniCPMOcr", chat="<image>",
-        since="5.21"),
-    "mistral_large4": Family("Pixtral", dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH), args=_MERGED, chat="[IMG]", config=dict(
-        text_config=_MIXTURE | _LATENT), names=dict(image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"),
-        since="5.22"),
-    "t5gemma2": Family("Gemma3", args=dict(image_seq_length=9), names=_GEMMA3, template="<start_of_image>{}", config=dict(
-        encoder=dict(mm_tokens_per_image=9, text_config=_SLIDING), decoder=_SLIDING)),
+    "exaone4_5": Family(
+        "Qwen2VL",
+        _PIXELS,
+        "Exaone4_5_",
+        config=dict(text_config=dict(layer_types=["full_attention"] * 2), vision_config=_WINDOW),
+        names=_QWEN,
+        tokenizer="Qwen2",
+        video="Qwen2VL",
+        chat=_QWEN_CHAT,
+    ),
+    "hyperclovax_vision_v2": Family(
+        "Qwen2VL",
+        _PIXELS,
+        "HyperCLOVAXVisionV2",
+        config=dict(vision_config=_WINDOW),
+        names=_QWEN,
+        tokenizer="Qwen2",
+        video="Qwen2VL",
+        chat=_QWEN_CHAT,
+    ),
+    "paddleocr_vl": Family(
+        "PaddleOCRVL", _PIXELS, config=_TEXT_ROPE, names=_QWEN, tokenizer="Qwen2", chat=_QWEN_CHAT
+    ),
+    "lfm3_vl": Family(
+        "Qwen2VL",
+        _PIXELS,
+        "Lfm3Vl",
+        config=dict(
+            text_config=dict(layer_types=["conv", "full_attention"]),
+            vision_config=dict(num_position_embeddings=64),
+        ),
+        names=_QWEN,
+        tokenizer="Qwen2",
+        video="Qwen2VL",
+        chat=_QWEN_CHAT,
+        since="5.23",
+    ),
+    "qianfan_ocr": Family(
+        "GotOcr2",
+        processor="QianfanOCR",
+        args=dict(image_seq_length=9),
+        config=dict(
+            image_token_id="<IMG_CONTEXT>",
+            vision_config=dict(image_size=[SIZE] * 2, patch_size=[PATCH] * 2),
+        ),
+        names=_INTERN,
+        chat="<image>",
+    ),
+    "minicpmv4_7": Family(
+        "MiniCPMV4_6",
+        dict(patch_size=4, scale_resolution=SIZE),
+        "MiniCPMV4_7",
+        config=dict(text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0),
+        names=_MINICPM,
+        video="MiniCPMV4_6",
+        chat="<image>",
+    ),
+    "minicpm_ocr": Family(
+        "MiniCPMOcr",
+        dict(patch_size=4, scale_resolution=SIZE),
+        config=dict(text_config=_LINEAR, vision_config=dict(patch_size=4), insert_layer_id=0),
+        names=_MINICPM,
+        video="MiniCPMOcr",
+        chat="<image>",
+        since="5.21",
+    ),
+    "mistral_large4": Family(
+        "Pixtral",
+        dict(size=dict(longest_edge=SIZE), patch_size=2 * PATCH),
+        args=_MERGED,
+        chat="[IMG]",
+        config=dict(text_config=_MIXTURE | _LATENT),
+        names=dict(
+            image_token="[IMG]", image_break_token="[IMG_BREAK]", image_end_token="[IMG_END]"
+        ),
+        since="5.22",
+    ),
+    "t5gemma2": Family(
+        "Gemma3",
+        args=dict(image_seq_length=9),
+        names=_GEMMA3,
+        template="<start_of_image>{}",
+        config=dict(encoder=dict(mm_tokens_per_image=9, text_config=_SLIDING), decoder=_SLIDING),
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #1484a725
 _SPARSE = _MIXTURE | dict(mlp_layer_types=["dense", "sparse"])
 _INDEXED = _LATENT | dict(
-    layer_types=["indexed_attention"] * 2, indexer_types=["full"] * 2, hc_mult=2,
-    rope_parameters=_ROPE)
-_INDEXER = dict(hc_count=2, hc_lowrank=8, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
-                indexer_budget=64, indexer_compress_ratio=4)
+    layer_types=["indexed_attention"] * 2,
+    indexer_types=["full"] * 2,
+    hc_mult=2,
+    rope_parameters=_ROPE,
+)
+_INDEXER = dict(
+    hc_count=2,
+    hc_lowrank=8,
+    indexer_n_heads=2,
+    indexer_kv_heads=1,
+    indexer_head_dim=8,
+    indexer_budget=64,
+    indexer_compress_ratio=4,
+)
 _BLOCKS = dict(layer_types=["full_attention"] * 2, index_head_dim=8, rotary_dim=8)
 _WIDTHS = dict(dense_intermediate_size=64, shared_intermediate_size=32)
 _HEADS = dict(num_sliding_attention_heads=4, query_pre_attn_scalar=8)
@@ -263,85 +662,189 @@ _STEP = ("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_s
 FAMILIES |= {
     "glmga": Family("Glmga", _PIXELS, "Glm46V", config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY),
     "cohere_compass": Family(
-        "CohereCompass", _PIXELS, names=_COMPASS, tokenizer="Qwen2", video="CohereCompass",
-        chat=_QWEN_CHAT.upper(), config=dict(
+        "CohereCompass",
+        _PIXELS,
+        names=_COMPASS,
+        tokenizer="Qwen2",
+        video="CohereCompass",
+        chat=_QWEN_CHAT.upper(),
+        config=dict(
             text_config=dict(
-                layer_types=["full_attention"] * 2, rope_parameters=dict(full_attention=_ROPE)),
-            vision_config=dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))),
+                layer_types=["full_attention"] * 2, rope_parameters=dict(full_attention=_ROPE)
+            ),
+            vision_config=dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+        ),
+    ),
     "kimi_k25": Family(
-        "Kimi_K25", _PATCHES, names=_QWEN, tokenizer="Qwen2", video="Kimi_K25", chat=_QWEN_CHAT,
-        config=dict(projection_hidden_size=32, text_config=_MIXTURE | _LATENT,
-                    vision_config=dict(pos_emb_height=8, pos_emb_width=8))),
-    "qwen4_exp": _qwen("Qwen3VL", "Qwen3VL", text=_LINEAR | _MIXTURE | _INDEXER,
-                       num_position_embeddings=64),
+        "Kimi_K25",
+        _PATCHES,
+        names=_QWEN,
+        tokenizer="Qwen2",
+        video="Kimi_K25",
+        chat=_QWEN_CHAT,
+        config=dict(
+            projection_hidden_size=32,
+            text_config=_MIXTURE | _LATENT,
+            vision_config=dict(pos_emb_height=8, pos_emb_width=8),
+        ),
+    ),
+    "qwen4_exp": _qwen(
+        "Qwen3VL", "Qwen3VL", text=_LINEAR | _MIXTURE | _INDEXER, num_position_embeddings=64
+    ),
     "hy_v4_vl": Family(
-        "HYV4VL", _PIXELS, names=_QWEN, tokenizer="Qwen2", video="HYV4VL", chat=_QWEN_CHAT,
+        "HYV4VL",
+        _PIXELS,
+        names=_QWEN,
+        tokenizer="Qwen2",
+        video="HYV4VL",
+        chat=_QWEN_CHAT,
         config=dict(text_config=_SPARSE | _INDEXED, vision_config=dict(max_image_size=64)),
-        since="5.24"),
+        since="5.24",
+    ),
     "minimax_m3_vl": Family(
-        "MiniMaxM3VL", _PIXELS, names={}, symbols=_MINIMAX, video="MiniMaxM3VL", chat=_MINIMAX[0],
-        config=dict(image_token_index=_MINIMAX[0], video_token_index=_MINIMAX[1],
-                    merged_hidden_size=128, text_config=_SPARSE | _BLOCKS | _WIDTHS)),
+        "MiniMaxM3VL",
+        _PIXELS,
+        names={},
+        symbols=_MINIMAX,
+        video="MiniMaxM3VL",
+        chat=_MINIMAX[0],
+        config=dict(
+            image_token_index=_MINIMAX[0],
+            video_token_index=_MINIMAX[1],
+            merged_hidden_size=128,
+            text_config=_SPARSE | _BLOCKS | _WIDTHS,
+        ),
+    ),
     "step3p7": Family(
-        "Step3p7", dict(size=SQUARE, patch_size=32, vision_patch_size=4), names={}, symbols=_STEP,
-        chat="<im_patch>", config=dict(
+        "Step3p7",
+        dict(size=SQUARE, patch_size=32, vision_patch_size=4),
+        names={},
+        symbols=_STEP,
+        chat="<im_patch>",
+        config=dict(
             image_token_id="<im_patch>",
             text_config=_SPARSE | _SLIDING | _HEADS | dict(share_expert_dim=32),
-            vision_config=dict(patch_size=4, max_position_embeddings=144))),
+            vision_config=dict(patch_size=4, max_position_embeddings=144),
+        ),
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #37b0ea69
 _MUSE = ("<|patch|>", "<|image_start|>", "<|image_end|>", "<|video|>", "<|audio|>")
 _MUSE_TEXT = _SLIDING | dict(layer_rope_theta=[1e4, 0])  # 0: a layer without positions
 _MUSE_CONFIG = dict(
-    out_hidden_size=128, image_token_id=_MUSE[0], video_token_id=_MUSE[3], text_config=_MUSE_TEXT,
-    vision_config=dict(pos_emb_height=8, pos_emb_width=8,
-                       layer_types=["window_attention", "full_attention"]))
+    out_hidden_size=128,
+    image_token_id=_MUSE[0],
+    video_token_id=_MUSE[3],
+    text_config=_MUSE_TEXT,
+    vision_config=dict(
+        pos_emb_height=8, pos_emb_width=8, layer_types=["window_attention", "full_attention"]
+    ),
+)
 _WAVES = dict(num_hidden_layers=1, patch_sizes=[4], hidden_sizes=[8], depths=[1])
-_SPARK = dict(audio_token_id=_MUSE[4], audio_config=_WAVES,
-              text_config=_MUSE_TEXT | _SPARSE | dict(moe_hidden_size=32))
+_SPARK = dict(
+    audio_token_id=_MUSE[4],
+    audio_config=_WAVES,
+    text_config=_MUSE_TEXT | _SPARSE | dict(moe_hidden_size=32),
+)
 _INKLING = dict(
     image_token_id="<image>",
-    text_config=_MIXTURE | dict(
-        layer_types=["hybrid_sliding", "hybrid"], sliding_window_size=256, d_rel=4, rel_extent=64,
-        swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=8,
-        n_layers_per_attn_res_block=1),
-    vision_config=dict(posemb_grid_size=6, projection_hidden_dim=32, text_hidden_size=32))
-_MOLMO = {f"{name}_id": f"<{symbol}>" for name, symbol in dict(
-    image_start_token="im_start", low_res_image_start_token="low_res_im_start",
-    image_end_token="im_end", image_patch="im_patch", frame_start_token="frame_start",
-    frame_end_token="frame_end").items()}
+    text_config=_MIXTURE
+    | dict(
+        layer_types=["hybrid_sliding", "hybrid"],
+        sliding_window_size=256,
+        d_rel=4,
+        rel_extent=64,
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=4,
+        swa_head_dim=8,
+        n_layers_per_attn_res_block=1,
+    ),
+    vision_config=dict(posemb_grid_size=6, projection_hidden_dim=32, text_hidden_size=32),
+)
+_MOLMO = {
+    f"{name}_id": f"<{symbol}>"
+    for name, symbol in dict(
+        image_start_token="im_start",
+        low_res_image_start_token="low_res_im_start",
+        image_end_token="im_end",
+        image_patch="im_patch",
+        frame_start_token="frame_start",
+        frame_end_token="frame_end",
+    ).items()
+}
 _SCALES = dict.fromkeys(
-    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.)
+    ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
+)
 FAMILIES |= {
     "muse_glimmer": Family(
-        "MuseGlimmer", _PATCHES | dict(max_image_tokens=64), names={}, symbols=_MUSE,
-        video="MuseGlimmer", chat=_MUSE[0], config=_MUSE_CONFIG),
+        "MuseGlimmer",
+        _PATCHES | dict(max_image_tokens=64),
+        names={},
+        symbols=_MUSE,
+        video="MuseGlimmer",
+        chat=_MUSE[0],
+        config=_MUSE_CONFIG,
+    ),
     "muse_spark": Family(
-        "MuseGlimmer", _PATCHES | dict(max_image_tokens=64), "MuseSpark", names={}, symbols=_MUSE,
-        video="MuseGlimmer", audio="MuseSpark", chat=_MUSE[0], config=_MUSE_CONFIG | _SPARK,
-        since="5.20"),
-    "inkling2": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
-                       config=_INKLING, chat="<image>", since="5.23"),
-    "inkling2_loop": Family("Inkling2", dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
-                            config=_INKLING, chat="<image>", since="5.24"),
+        "MuseGlimmer",
+        _PATCHES | dict(max_image_tokens=64),
+        "MuseSpark",
+        names={},
+        symbols=_MUSE,
+        video="MuseGlimmer",
+        audio="MuseSpark",
+        chat=_MUSE[0],
+        config=_MUSE_CONFIG | _SPARK,
+        since="5.20",
+    ),
+    "inkling2": Family(
+        "Inkling2",
+        dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
+        config=_INKLING,
+        chat="<image>",
+        since="5.23",
+    ),
+    "inkling2_loop": Family(
+        "Inkling2",
+        dict(size=dict(height=2 * PATCH, width=2 * PATCH)),
+        config=_INKLING,
+        chat="<image>",
+        since="5.24",
+    ),
     "molmo2": Family(
-        "Molmo2", _PATCHES | dict(size=SQUARE, max_crops=2, overlap_margins=[1, 1]),
-        names=dict(image_token="<|image|>", video_token="<|video|>"), video="Molmo2",
-        symbols=(*_MOLMO.values(), "<im_col>", "<im_low>"), chat="<|image|>", since="5.20",
-        config=_MOLMO | dict(
+        "Molmo2",
+        _PATCHES | dict(size=SQUARE, max_crops=2, overlap_margins=[1, 1]),
+        names=dict(image_token="<|image|>", video_token="<|video|>"),
+        video="Molmo2",
+        symbols=(*_MOLMO.values(), "<im_col>", "<im_low>"),
+        chat="<|image|>",
+        since="5.20",
+        config=_MOLMO
+        | dict(
             vision_config=dict(image_size=[SIZE] * 2, num_position_embeddings=36),
             adapter_config=dict(text_hidden_size=32, vision_feature_layer=[-1, -2]),
-            text_config=dict(rope_scaling_layers=[0, 1]))),
+            text_config=dict(rope_scaling_layers=[0, 1]),
+        ),
+    ),
     "granite_docling": Family(
-        "GraniteDocling", args=dict(image_seq_len=9), chat="<image>", since="5.24",
+        "GraniteDocling",
+        args=dict(image_seq_len=9),
+        chat="<image>",
+        since="5.24",
         symbols=(_FAKE, "<global-img>", *_SMOL["symbols"]),
-        config=dict(text_config=_SCALES,
-                    vision_config=dict(scale_factor=2, deepstack_visual_indexes=[0]))),
+        config=dict(
+            text_config=_SCALES, vision_config=dict(scale_factor=2, deepstack_visual_indexes=[0])
+        ),
+    ),
     "pp_chart2table": Family(
-        "PPChart2Table", dict(size=dict(height=32, width=32)), names=dict(image_token="<imgpad>"),
-        config=dict(vision_config=_SAM | dict(image_size=32)), symbols=("<img>", "</img>"),
-        template="<img>" + "<imgpad>" * 16 + "</img>{}"),
+        "PPChart2Table",
+        dict(size=dict(height=32, width=32)),
+        names=dict(image_token="<imgpad>"),
+        config=dict(vision_config=_SAM | dict(image_size=32)),
+        symbols=("<img>", "</img>"),
+        template="<img>" + "<imgpad>" * 16 + "</img>{}",
+    ),
 }
 
 # %% ../nbs/api/36_families.ipynb #e41e72e0
@@ -349,23 +852,38 @@ def unsupported(
     kind: str,  # one of `FAMILIES`
 ) -> str | None:  # a sentence, or None
     "Say why the installed transformers cannot run a kind of model, if that is known."
-    row, installed = FAMILIES[kind], version("transformers")
+    row = FAMILIES[kind]
+    installed = version("transformers")
     if row.since and Version(installed) < Version(row.since):
-        return f"transformers {installed} cannot run {kind}: it is too old. Install transformers {row.since} or later."
+        return (
+            f"transformers {installed} cannot run {kind}: it is too old. Install transformers "
+            f"{row.since} or later."
+        )
     return known_fault(row.type or kind)
 
 
-ALL_KINDS = tuple(kind for kind in FAMILIES if unsupported(kind) is None)  # those that the installed transformers can run
+# those that the installed transformers can run
+ALL_KINDS = tuple(kind for kind in FAMILIES if unsupported(kind) is None)
 VQ_KINDS = ("chameleon",)
-KINDS = ("blip2-opt", "blip2-t5", "blip2-llama", "blip2-qwen2", "instructblip", "llava", "llava-siglip")
+KINDS = (
+    "blip2-opt",
+    "blip2-t5",
+    "blip2-llama",
+    "blip2-qwen2",
+    "instructblip",
+    "llava",
+    "llava-siglip",
+)
 
 
 def family(
     kind: str,  # one of `ALL_KINDS`
 ) -> Family:  # its row
     "A row of the table."
-    if kind not in FAMILIES: raise KeyError(f"`kind` must be one of {', '.join(FAMILIES)}; got {kind!r}.")
-    if (problem := unsupported(kind)) is not None: raise ValueError(problem)
+    if kind not in FAMILIES:
+        raise KeyError(f"`kind` must be one of {', '.join(FAMILIES)}; got {kind!r}.")
+    if (problem := unsupported(kind)) is not None:
+        raise ValueError(problem)
     return FAMILIES[kind]
 
 
@@ -374,33 +892,58 @@ def chat_template(
     begin: str = "",  # what stands before everything
 ) -> str:  # a Jinja template
     "A chat as `USER: <image> what is it? ASSISTANT:`"
-    return (begin + "{% for m in messages %}{{ m['role'] | upper }}: {% for part in m['content'] %}{{ '" + picture.replace("\n", "\\n") +
-            "' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    return (
+        begin
+        + "{% for m in messages %}{{ m['role'] | upper }}: {% for part in m['content'] %}{{ '"
+        + picture.replace("\n", "\\n")
+        + "' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}{% if "
+        "add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
 
 # %% ../nbs/api/36_families.ipynb #f3c2d7d4
 def tiny_tokenizer(
+    # a tokenizer of transformers
     kind: str,  # one of `ALL_KINDS`
-):  # a tokenizer of transformers
+):
     "The kind's special symbols behind some forty words and all bytes."
     row = family(kind)
     more = dict(extra_special_tokens=dict(row.names)) if row.names else {}
-    made = toy_tokenizer(row.tokenizer, **more) if "$A" in row.tokenizer else byte_pair_tokenizer(row.tokenizer, **more)
+    made = (
+        toy_tokenizer(row.tokenizer, **more)
+        if "$A" in row.tokenizer
+        else byte_pair_tokenizer(row.tokenizer, **more)
+    )
     made.add_tokens(list(row.symbols), special_tokens=True)
     return made
 
 
 def tiny_processor(
+    # the kind's real processor, torchvision backend
     kind: str,  # one of `ALL_KINDS`
-):  # the kind's real processor, torchvision backend
+):
     "Image processor, tokenizer and placeholders as the real models have them."
     import transformers as tf
-    row, tokenizer = family(kind), tiny_tokenizer(kind)
-    parts = dict(image_processor=getattr(tf, row.images + "ImageProcessor")(**row.image_args), tokenizer=tokenizer, **row.args)
-    made = MarkerProcessor if row.processor == "Marker" else getattr(tf, (row.processor or row.images) + "Processor")
-    if row.video: parts["video_processor"] = getattr(tf, row.video + "VideoProcessor")()
-    if row.processor == "InstructBlip": parts["qformer_tokenizer"] = toy_tokenizer(padding_side="right")
-    if row.audio: parts["feature_extractor"] = getattr(tf, row.audio + "FeatureExtractor")()
-    if row.chat: parts["chat_template"] = chat_template(row.chat, tokenizer.bos_token if row.begins else "")
+
+    row = family(kind)
+    tokenizer = tiny_tokenizer(kind)
+    parts = dict(
+        image_processor=getattr(tf, row.images + "ImageProcessor")(**row.image_args),
+        tokenizer=tokenizer,
+        **row.args,
+    )
+    made = (
+        MarkerProcessor
+        if row.processor == "Marker"
+        else getattr(tf, (row.processor or row.images) + "Processor")
+    )
+    if row.video:
+        parts["video_processor"] = getattr(tf, row.video + "VideoProcessor")()
+    if row.processor == "InstructBlip":
+        parts["qformer_tokenizer"] = toy_tokenizer(padding_side="right")
+    if row.audio:
+        parts["feature_extractor"] = getattr(tf, row.audio + "FeatureExtractor")()
+    if row.chat:
+        parts["chat_template"] = chat_template(row.chat, tokenizer.bos_token if row.begins else "")
     return made(**parts)
 
 # %% ../nbs/api/36_families.ipynb #07d2793c
@@ -410,23 +953,37 @@ def tiny_model(
 ) -> nn.Module:  # what AutoModelForImageTextToText gives, about 0.1 M parameters, frozen
     "A random model of a real type, built in memory."
     from transformers import AutoModelForImageTextToText
+
     row = family(kind)
-    config = small_config(row.type or kind, tiny_processor(kind).tokenizer, **row.config)  # some processors add symbols of their own
+    # some processors add symbols of their own
+    config = small_config(row.type or kind, tiny_processor(kind).tokenizer, **row.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return loud(AutoModelForImageTextToText.from_config(config, trust_remote_code=False)).eval().requires_grad_(False)
+        return (
+            loud(AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def tiny_mllm(
     kind: str,  # one of `ALL_KINDS`, or "visualglm"
     seed: int = 0,  # of the random weights
 ) -> Mllm:  # built in a twentieth of a second
-    "A random model of a real type with its real processor. Its answers mean nothing; its arithmetic is the real model's."
+    """A random model of a real type with its real processor. Its answers mean nothing; its
+    arithmetic is the real model's."""
     if kind == "visualglm":  # not one of transformers' types: ours
         from tvp.visualglm import tiny_visualglm
+
         return tiny_visualglm(toy_tokenizer(), seed=seed)
     row = family(kind)
-    return Mllm(tiny_model(kind, seed), tiny_processor(kind), row.template and row.template.format, name=kind, end=row.end)
+    return Mllm(
+        tiny_model(kind, seed),
+        tiny_processor(kind),
+        row.template and row.template.format,
+        name=kind,
+        end=row.end,
+    )
 
 # %% ../nbs/api/36_families.ipynb #5a9cb200
 def tiny_clip(
@@ -434,10 +991,29 @@ def tiny_clip(
 ) -> Clip:  # for 48-pixel pictures
     "A random CLIP."
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-    tokenizer, widths = toy_tokenizer(), dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+    tokenizer = toy_tokenizer()
+    widths = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     # an eos_token_id of 2 would switch transformers to a legacy pooling
-    text = dict(**widths, vocab_size=len(tokenizer), max_position_embeddings=32, bos_token_id=1, eos_token_id=3, pad_token_id=0)
+    text = dict(
+        **widths,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**widths, image_size=SIZE, patch_size=PATCH), projection_dim=16))
-    return Clip(model, CLIPProcessor(CLIPImageProcessor(size=EDGE, crop_size=SQUARE), tokenizer), "tiny-clip")
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=text,
+                vision_config=dict(**widths, image_size=SIZE, patch_size=PATCH),
+                projection_dim=16,
+            )
+        )
+    return Clip(
+        model,
+        CLIPProcessor(CLIPImageProcessor(size=EDGE, crop_size=SQUARE), tokenizer),
+        "tiny-clip",
+    )

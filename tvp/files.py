@@ -40,6 +40,7 @@ def _try_lock(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             import msvcrt
+
             file.seek(2**30)  # a byte that nobody reads
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
@@ -67,7 +68,11 @@ def cannot_write(
     error: OSError,  # what the system said
 ) -> OSError:  # of the same kind, with a message that helps
     "Say what went wrong, what it means for what was there, and what to do."
-    left = "The file that was there before is untouched." if os.path.isfile(path) else "Nothing was left behind."
+    left = (
+        "The file that was there before is untouched."
+        if os.path.isfile(path)
+        else "Nothing was left behind."
+    )
     remedy = _REMEDIES.get(error.errno, "Choose another place.")
     if error.errno == errno.ENOENT:
         remedy = f"The folder {str(path.parent)!r} has vanished: make it again, or choose another."
@@ -78,7 +83,8 @@ def cannot_write(
 def _part_prefix(
     path: Path,  # a file, or a folder
 ) -> str:
-    "Begin the names of the half-written files that belong to a path; a long name is cut, so that more fits behind it."
+    """Begin the names of the half-written files that belong to a path; a long name is cut, so that
+    more fits behind it."""
     return f".{path.name.encode()[:180].decode(errors='ignore')}."
 
 
@@ -97,7 +103,8 @@ def _replace(
     data: bytes,  # all of it
 ) -> None:
     "Write a new file beside the target, and rename it. While it lives, its writer has it locked."
-    part = target.with_name(f"{_part_prefix(target)}{secrets.token_hex(4)}.part")  # another writer has another name
+    # another writer has another name
+    part = target.with_name(f"{_part_prefix(target)}{secrets.token_hex(4)}.part")
     try:
         with open(part, "xb") as file:
             _try_lock(file)
@@ -105,7 +112,8 @@ def _replace(
             file.flush()
             os.fsync(file.fileno())
             if target.exists():
-                os.chmod(part, stat.S_IMODE(target.stat().st_mode))  # who may read it does not change
+                # who may read it does not change
+                os.chmod(part, stat.S_IMODE(target.stat().st_mode))
             if os.name == "nt":
                 file.close()  # Windows renames no open file
             os.replace(part, target)
@@ -119,8 +127,10 @@ def write_atomic(
     content: str | bytes,  # all of it; text becomes UTF-8
 ) -> Path:  # the same path
     "Write a whole file or nothing."
-    if not isinstance(content, (str, bytes)): raise TypeError(f"`content` must be str or bytes, got {type(content).__name__}.")
-    path, data = check_path(path), content.encode() if isinstance(content, str) else content
+    if not isinstance(content, (str, bytes)):
+        raise TypeError(f"`content` must be str or bytes, got {type(content).__name__}.")
+    path = check_path(path)
+    data = content.encode() if isinstance(content, str) else content
     try:
         target = _link_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +148,10 @@ def as_path(
     name: str = "path",  # of the parameter, for the message
 ) -> Path:
     "Refuse what cannot be a path; `~` becomes the home folder."
-    if not isinstance(path, (str, os.PathLike)) or not str(path): raise TypeError(f"`{name}` must be a path, got {path!r}.")
-    if "\0" in str(path): raise ValueError(f"`{name}` must not hold a null character, got {str(path)!r}.")
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise TypeError(f"`{name}` must be a path, got {path!r}.")
+    if "\0" in str(path):
+        raise ValueError(f"`{name}` must not hold a null character, got {str(path)!r}.")
     return Path(os.path.expanduser(path))
 
 # %% ../nbs/api/02_files.ipynb #a04be49a
@@ -148,7 +160,10 @@ def with_suffix(
     suffix: str,  # what it must end in
 ) -> Path:  # the same
     "Refuse a name that would mislead."
-    if path.suffix != suffix: raise ValueError(f"`path` must end in {suffix}, got {str(path)!r}. Try {str(path) + suffix!r}.")
+    if path.suffix != suffix:
+        raise ValueError(
+            f"`path` must end in {suffix}, got {str(path)!r}. Try {str(path) + suffix!r}."
+        )
     return path
 
 # %% ../nbs/api/02_files.ipynb #fc8e2715
@@ -156,20 +171,30 @@ def check_path(
     path: str | Path,  # as handed in
 ) -> Path:  # the name of a file
     "A path that can be the name of a file."
-    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"`path` must be a str or a pathlib.Path, got {path!r}.")
-    if not Path(path).name or "\0" in str(path): raise ValueError(f"`path` must name a file, got {str(path)!r}.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` must be a str or a pathlib.Path, got {path!r}.")
+    if not Path(path).name or "\0" in str(path):
+        raise ValueError(f"`path` must name a file, got {str(path)!r}.")
     return Path(os.path.expanduser(path))
 
 # %% ../nbs/api/02_files.ipynb #8f4fcfa7
 def remove_leftovers(
     path: str | Path,  # a file, or a folder: all files in it
 ) -> list[Path]:  # what was removed
-    "Remove what killed writers of this file have left beside it; what a living one is writing stays."
-    path, removed = Path(os.path.realpath(path)), []
+    """Remove what killed writers of this file have left beside it; what a living one is writing
+    stays."""
+    path = Path(os.path.realpath(path))
+    removed = []
     folder, prefix = (path, ".") if path.is_dir() else (path.parent, _part_prefix(path))
-    if not folder.is_dir(): return []
+    if not folder.is_dir():
+        return []
     for part in sorted(folder.iterdir()):
-        if not (part.name.startswith(prefix) and re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", part.name) and part.is_file()): continue
+        if not (
+            part.name.startswith(prefix)
+            and re.fullmatch(r"\..+\.[0-9a-f]{8}\.part", part.name)
+            and part.is_file()
+        ):
+            continue
         with suppress(OSError), open(part, "rb+") as file:
             if _try_lock(file):
                 part.unlink()
@@ -196,8 +221,15 @@ def write_folder(
         else:
             os.replace(part, target)
     except (OSError, SafetensorError) as error:
-        full = isinstance(error, SafetensorError) and "os error 28" in str(error)  # safetensors has an error of its own
-        known = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+        # safetensors has an error of its own
+        full = isinstance(error, SafetensorError) and "os error 28" in str(error)
+        known = (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if full
+            else error
+            if isinstance(error, OSError)
+            else OSError(errno.EIO, str(error))
+        )
         raise cannot_write(path, 0 if part is None else _folder_size(part), known) from None
     finally:
         if part is not None:
@@ -226,7 +258,8 @@ def _move_into(
 def _keep_elsewhere(
     writers: Mapping[str, Callable[[Path], Any]],  # as for `write_all`
 ) -> str:  # a sentence
-    "Write files to the first place that takes them: the system's temporary folder, the home folder, the working folder."
+    """Write files to the first place that takes them: the system's temporary folder, the home
+    folder, the working folder."""
     names = ", ".join(writers)
     for place in (tempfile.gettempdir, Path.home, Path.cwd):
         kept = None
@@ -243,10 +276,13 @@ def _keep_elsewhere(
 
 def write_all(
     folder: str | Path,  # of the results
-    writers: Mapping[str, Callable[[Path], Any]],  # name of each file -> what writes it, given its path
+    # name of each file -> what writes it, given its path
+    writers: Mapping[str, Callable[[Path], Any]],
 ) -> list[Path]:  # the files, in the same order
-    "Write the results of a run. If that fails, keep those that are left in another folder, and raise an error that names it."
-    folder, left = Path(folder).expanduser(), dict(writers)
+    """Write the results of a run. If that fails, keep those that are left in another folder, and
+    raise an error that names it."""
+    folder = Path(folder).expanduser()
+    left = dict(writers)
     try:
         for name, write in writers.items():
             write(folder / name)
@@ -257,7 +293,8 @@ def write_all(
 
 # %% ../nbs/api/02_files.ipynb #d1bcbac3
 class RunLock:
-    "Hold an output for one run: `with RunLock(path): ...` raises BlockingIOError while another run, here or elsewhere, holds it."
+    """Hold an output for one run: `with RunLock(path): ...` raises BlockingIOError while another
+    run, here or elsewhere, holds it."""
 
     def __init__(
         self,
@@ -265,7 +302,11 @@ class RunLock:
     ):
         self.path = Path(path).expanduser()
         target = Path(os.path.realpath(self.path))
-        self.file = target / ".tvp.lock" if target.is_dir() else target.with_name(f"{_part_prefix(target)}lock")
+        self.file = (
+            target / ".tvp.lock"
+            if target.is_dir()
+            else target.with_name(f"{_part_prefix(target)}lock")
+        )
         self._stream: IO | None = None
 
     def __enter__(self) -> "RunLock":
@@ -277,7 +318,8 @@ class RunLock:
 
     def acquire(self) -> None:
         "Hold the output from here on, if this lock does not yet."
-        if self._stream is not None: return
+        if self._stream is not None:
+            return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             while not self._acquire():
@@ -288,23 +330,33 @@ class RunLock:
             raise cannot_write(self.path, 0, error) from None
 
     def _acquire(self) -> bool:
-        "Open the lock file and lock it; False if it has been removed in between, by a run that has just ended."
+        """Open the lock file and lock it; False if it has been removed in between, by a run that
+        has just ended."""
         stream = open(self.file, "a+", encoding="utf-8")
         locked = _try_lock(stream)
         if locked is False:
             stream.seek(0)
             holder = stream.read(500).strip() or "just started"
             stream.close()
-            raise BlockingIOError(errno.EAGAIN, f"another run is writing {str(self.path)!r} ({holder}). Wait until it has ended, or choose another place.")
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"another run is writing {str(self.path)!r} ({holder}). Wait until it has ended, "
+                "or choose another place.",
+            )
         if locked is None:
-            logging.getLogger(__name__).warning("%s: this file system has no locks, so nothing keeps a second run away.", self.path)
+            logging.getLogger(__name__).warning(
+                "%s: this file system has no locks, so nothing keeps a second run away.", self.path
+            )
         elif not self._is_there(stream):
             stream.close()
             return False
         self._stream = stream
         with suppress(OSError):  # on a full disk it holds, but does not say for whom
             stream.truncate(0)
-            os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+            os.write(
+                stream.fileno(),
+                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(),
+            )
         return True
 
     def _is_there(self, stream: IO) -> bool:
@@ -316,7 +368,8 @@ class RunLock:
 
     def release(self) -> None:
         "Let others in; after the end of a block, too, nothing happens twice."
-        if self._stream is None: return
+        if self._stream is None:
+            return
         if os.name == "nt":
             self._stream.close()  # Windows removes no open file
         with suppress(OSError):
@@ -331,9 +384,13 @@ def check_file(
 ) -> Path:  # of a file that is there
     "A file that exists and is not absurdly large."
     path = check_path(path)
-    if not os.path.isfile(path): raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
     if path.stat().st_size > limit:
-        raise ValueError(f"{path.name!r} has {path.stat().st_size:,} bytes; what it should hold never has more than {limit:,}.")
+        raise ValueError(
+            f"{path.name!r} has {path.stat().st_size:,} bytes; what it should hold never has "
+            f"more than {limit:,}."
+        )
     return path
 
 # %% ../nbs/api/02_files.ipynb #b1e8e6b8
@@ -348,11 +405,23 @@ def read_tensors(
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if facts.get("format") == format else {}
+            tensors = (
+                {name: file.get_tensor(name) for name in file.keys()}
+                if facts.get("format") == format
+                else {}
+            )
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path.name!r} is not a safetensors file, or is damaged or cut short. ({error})") from None
+        raise ValueError(
+            f"{path.name!r} is not a safetensors file, or is damaged or cut short. ({error})"
+        ) from None
     if facts.get("format") != format:
-        raise ValueError(f"{path.name!r} is a safetensors file, but its metadata says format={facts.get('format')!r}, not {format!r}.")
+        raise ValueError(
+            f"{path.name!r} is a safetensors file, but its metadata says "
+            f"format={facts.get('format')!r}, not {format!r}."
+        )
     if facts.get("version") != version:
-        raise ValueError(f"{path.name!r} has version {facts.get('version')!r} of {format}, this tvp reads {version!r}. Update tvp.")
+        raise ValueError(
+            f"{path.name!r} has version {facts.get('version')!r} of {format}, this tvp reads "
+            f"{version!r}. Update tvp."
+        )
     return tensors, facts

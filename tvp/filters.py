@@ -26,7 +26,8 @@ def filter_matrix(
     dtype: torch.dtype,
 ) -> Tensor:  # (size, size), symmetric; shared, so never write into it
     "The matrix of a filter, made once."
-    with torch.inference_mode(False): return filter.matrix(size).to(device, dtype)
+    with torch.inference_mode(False):
+        return filter.matrix(size).to(device, dtype)
 
 
 def both_ways(
@@ -35,8 +36,15 @@ def both_ways(
 ) -> Tensor:  # (3, S, S)
     "A filter over the rows and the columns of a gradient."
     check_kind("gradient", gradient, Tensor)
-    if gradient.ndim != 3 or gradient.shape[1] != gradient.shape[2] or not gradient.is_floating_point():
-        raise ValueError(f"`gradient` must be floats (3, S, S), got {gradient.dtype} {tuple(gradient.shape)}. Filters are for `prompt.delta.grad`.")
+    if (
+        gradient.ndim != 3
+        or gradient.shape[1] != gradient.shape[2]
+        or not gradient.is_floating_point()
+    ):
+        raise ValueError(
+            f"`gradient` must be floats (3, S, S), got {gradient.dtype} {tuple(gradient.shape)}. "
+            "Filters are for `prompt.delta.grad`."
+        )
     matrix = filter_matrix(filter, gradient.shape[-1], gradient.device, gradient.dtype)
     return matrix @ gradient @ matrix.T
 
@@ -47,7 +55,7 @@ def gaussian_kernel(
 ) -> Tensor:  # (width,) float64, sums to 1
     "A Gaussian on whole pixels."
     distance = torch.arange(width, dtype=torch.float64) - width // 2
-    kernel = (-distance.square() / (2 * sigma ** 2)).exp()
+    kernel = (-distance.square() / (2 * sigma**2)).exp()
     return kernel / kernel.sum()
 
 
@@ -59,7 +67,8 @@ def blur_matrix(
     "Convolution with a Gaussian and with zeros beyond the ends, as a matrix."
     blur = torch.zeros(size, size, dtype=torch.float64)
     for offset, weight in zip(range(-(width // 2), width // 2 + 1), gaussian_kernel(width, sigma)):
-        if abs(offset) < size: blur.diagonal(offset).fill_(weight)
+        if abs(offset) < size:
+            blur.diagonal(offset).fill_(weight)
     return blur
 
 # %% ../nbs/api/43_filters.ipynb #4721b0df
@@ -68,19 +77,29 @@ def check_kernel(
     sigma: float,  # standard deviation, pixels
 ) -> None:
     "Refuse a kernel without a middle."
-    if check_whole("width", width) % 2 == 0: raise ValueError(f"`width` must be odd, so that the kernel has a middle, got {width}. Try {width + 1}.")
+    if check_whole("width", width) % 2 == 0:
+        raise ValueError(
+            f"`width` must be odd, so that the kernel has a middle, got {width}. Try {width + 1}."
+        )
     check_number("sigma", sigma, above=True, hint="It is in pixels.")
 
 
 @dataclass(frozen=True)
 class Smooth:
     "The gradient, blurred: translation invariance (TI-FGSM, Dong et al. 2019)."
+
     width: int = 7  # of the kernel, pixels, odd
     sigma: float = 2.0  # standard deviation of the Gaussian, pixels, > 0
 
-    def __post_init__(self): check_kernel(self.width, self.sigma)
-    def matrix(self, size: int) -> Tensor: "(size, size), for rows and columns."; return blur_matrix(size, self.width, self.sigma)
-    def __call__(self, gradient: Tensor) -> Tensor: return both_ways(self, gradient)
+    def __post_init__(self):
+        check_kernel(self.width, self.sigma)
+
+    def matrix(self, size: int) -> Tensor:
+        "(size, size), for rows and columns."
+        return blur_matrix(size, self.width, self.sigma)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return both_ways(self, gradient)
 
 # %% ../nbs/api/43_filters.ipynb #ab350a18
 @lru_cache(maxsize=32)
@@ -89,7 +108,8 @@ def cosines(
     count: int,  # how many, from the constant on
 ) -> Tensor:  # (count, size) float64, orthonormal rows; shared, so never write into it
     "The first rows of the discrete cosine transform (DCT-II, orthonormal)."
-    frequency, place = torch.arange(count, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)
+    frequency = torch.arange(count, dtype=torch.float64)[:, None]
+    place = torch.arange(size, dtype=torch.float64)
     waves = (math.pi * frequency * (2 * place + 1) / (2 * size)).cos() * math.sqrt(2 / size)
     waves[0] /= math.sqrt(2)
     return waves
@@ -97,31 +117,41 @@ def cosines(
 # %% ../nbs/api/43_filters.ipynb #cee769e9
 @dataclass(frozen=True)
 class LowFrequency:
-    "Projection on the lowest cosines of the canvas: the border has 3 count² numbers at most (Guo et al. 2019; Sharma et al. 2019)."
+    """Projection on the lowest cosines of the canvas: the border has 3 count² numbers at most (Guo
+    et al. 2019; Sharma et al. 2019)."""
+
     count: int = 8  # cosines in each direction, at most the side of the prompt
 
-    def __post_init__(self): check_whole("count", self.count)
+    def __post_init__(self):
+        check_whole("count", self.count)
 
     def matrix(self, size: int) -> Tensor:
         "(size, size), for rows and columns."
-        if self.count > size: raise ValueError(f"`count` must be at most the side of the prompt, {size}, got {self.count}.")
+        if self.count > size:
+            raise ValueError(
+                f"`count` must be at most the side of the prompt, {size}, got {self.count}."
+            )
         waves = cosines(size, self.count)
         return waves.T @ waves
 
-    def __call__(self, gradient: Tensor) -> Tensor: return both_ways(self, gradient)
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return both_ways(self, gradient)
 
 # %% ../nbs/api/43_filters.ipynb #17a435dc
 @dataclass(frozen=True)
 class Convolutional:
     "A border that is a fixed blur K of trained numbers: its steps are K Kᵀ times the gradient."
+
     width: int = 5  # of the kernel, pixels, odd
     sigma: float = 1.0  # standard deviation of the Gaussian, pixels, > 0
 
-    def __post_init__(self): check_kernel(self.width, self.sigma)
+    def __post_init__(self):
+        check_kernel(self.width, self.sigma)
 
     def matrix(self, size: int) -> Tensor:
         "(size, size), for rows and columns."
         blur = blur_matrix(size, self.width, self.sigma)
         return blur @ blur.T
 
-    def __call__(self, gradient: Tensor) -> Tensor: return both_ways(self, gradient)
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return both_ways(self, gradient)

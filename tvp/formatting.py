@@ -17,16 +17,21 @@ def some_names(
     most: int = 12,  # names that are spelled out
 ) -> str:
     "A few names, and how many more there are."
-    return ", ".join(str(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(str(name) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 # %% ../nbs/api/05_formatting.ipynb #8f71fccd
 def versions() -> dict[str, str]:  # package -> version
     "The software behind a result."
     found = {"python": platform.python_version()}
     for package in ["tvp", "torch", "transformers", "scikit-learn"]:
-        try: found[package] = version(package)
-        except PackageNotFoundError: found[package] = getattr(sys.modules.get(package), "__version__", "not installed")
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = getattr(sys.modules.get(package), "__version__", "not installed")
     return found
+
 
 def duration(
     seconds: float,

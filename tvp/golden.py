@@ -28,87 +28,156 @@ def read_golden(
 ) -> tuple[dict, dict[str, Tensor]]:  # what golden.json says; inputs and outputs
     "A golden folder without its weights."
     from tvp.loading import load_safetensors
+
     folder = Path(folder)
-    if not (folder / "golden.json").is_file(): raise ValueError(f"`folder` must contain golden.json, and {folder} does not.")
-    return json.loads((folder / "golden.json").read_text()), load_safetensors(folder / "io.safetensors")
+    if not (folder / "golden.json").is_file():
+        raise ValueError(f"`folder` must contain golden.json, and {folder} does not.")
+    return json.loads((folder / "golden.json").read_text()), load_safetensors(
+        folder / "io.safetensors"
+    )
 
 # %% ../nbs/api/37_golden.ipynb #f0af9941
 def golden_weights(
     folder: str | Path,  # of a model, or of a training run that borrows one
-) -> tuple[Path, dict, dict[str, Tensor]]:  # the model's own folder, its golden.json, its weights under LAVIS's names
-    "The weights of a golden model. A training run borrows those of a model folder and replaces single tensors, as its golden.json says."
+    # the model's own folder, its golden.json, its weights under LAVIS's names
+) -> tuple[Path, dict, dict[str, Tensor]]:
+    """The weights of a golden model. A training run borrows those of a model folder and replaces
+    single tensors, as its golden.json says."""
     from tvp.loading import load_safetensors
+
     folder = Path(folder)
     said, tensors = read_golden(folder)
-    if "config" in said: return folder, said, load_safetensors(folder / "state_dict.safetensors")
+    if "config" in said:
+        return folder, said, load_safetensors(folder / "state_dict.safetensors")
     borrowed = re.search(r"(\S+)/state_dict\.safetensors", said["weights"])
     base = (folder / borrowed[1]).resolve()
     weights = load_safetensors(base / "state_dict.safetensors")
     for name, key in re.findall(r"(\S+) replaced by io\['([^']+)'\]", said["weights"]):
-        if name in weights: weights[name] = tensors[key]
+        if name in weights:
+            weights[name] = tensors[key]
     return base, read_golden(base)[0], weights
 
 # %% ../nbs/api/37_golden.ipynb #c0000b10
 def golden_form(
     golden: dict,  # of golden.json
-) -> tuple[str, Wrapper]:  # name of the class in `tvp.lavis`, and how the reference wraps its inputs
+    # name of the class in `tvp.lavis`, and how the reference wraps its inputs
+) -> tuple[str, Wrapper]:
     "The kind of model that a golden.json describes."
     reads = golden["config"]["qformer"].get("text_input", False)
     if "<ImageHere>" in golden["cls_prompt"]:
         before, after = golden["cls_prompt"].split("<ImageHere>")
-        line, alone = f"<s>{before}<image>{after}" + "{}", tuple(filter(None, ("<s>", before, after)))
-        return "LavisBlip2", replace(WRAPPERS["minigpt4"], template=line, ranking=line, end=golden["end_sym"], alone=alone)
-    if "vision_project.weight" in golden["state_dict_keys"]: return "Bliva", WRAPPERS["bliva"]
-    if "d_model" in golden["config"]["lm"]: return "LavisInstructBlip" if reads else "LavisBlip2", WRAPPERS["blip2-t5"]
-    if reads: return "LavisInstructBlip", WRAPPERS["instructblip"]
-    raise ValueError(f"golden.json must describe a MiniGPT-4, VPGTrans, BLIP-2 T5, InstructBLIP or BLIVA, got {golden.get('family')}, which is none.")
+        line = f"<s>{before}<image>{after}" + "{}"
+        alone = tuple(filter(None, ("<s>", before, after)))
+        return "LavisBlip2", replace(
+            WRAPPERS["minigpt4"], template=line, ranking=line, end=golden["end_sym"], alone=alone
+        )
+    if "vision_project.weight" in golden["state_dict_keys"]:
+        return "Bliva", WRAPPERS["bliva"]
+    if "d_model" in golden["config"]["lm"]:
+        return "LavisInstructBlip" if reads else "LavisBlip2", WRAPPERS["blip2-t5"]
+    if reads:
+        return "LavisInstructBlip", WRAPPERS["instructblip"]
+    raise ValueError(
+        "golden.json must describe a MiniGPT-4, VPGTrans, BLIP-2 T5, InstructBLIP or BLIVA, got "
+        f"{golden.get('family')}, which is none."
+    )
 
 # %% ../nbs/api/37_golden.ipynb #a42aac56
 def golden_config(
     golden: dict,  # of golden.json
     model_class: type,  # of `tvp.lavis`
+    # config of that class
     positions: int,  # of the tower: patches and the class token
-):  # config of that class
+):
     "The geometry of a golden model."
     vit, q, lm = (golden["config"][part] for part in ("vit", "qformer", "lm"))
-    vision = dict(hidden_size=vit["embed_dim"], intermediate_size=vit["mlp_hidden"], num_hidden_layers=vit["depth"], num_attention_heads=vit["num_heads"],
-                  patch_size=vit["patch_size"], image_size=round((positions - 1) ** .5) * vit["patch_size"], layer_norm_eps=vit["block_norm_eps"])
-    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act", "max_position_embeddings", "vocab_size")
-    qformer = {**{k: q[k] for k in same if q.get(k) is not None}, "cross_attention_frequency": q["cross_attention_freq"]}
-    text = {"model_type": "t5" if "d_model" in lm else "llama", **{k: v for k, v in lm.items() if v is not None}}
-    text["vocab_size"] = golden["config"].get("lm_num_embeddings", lm["vocab_size"])  # the reference adds tokens to some
-    return model_class.config_class(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=q["num_query_tokens"],
-                                    image_token_index=0, vision_norm_eps=vit["ln_vision_eps"])
+    vision = dict(
+        hidden_size=vit["embed_dim"],
+        intermediate_size=vit["mlp_hidden"],
+        num_hidden_layers=vit["depth"],
+        num_attention_heads=vit["num_heads"],
+        patch_size=vit["patch_size"],
+        image_size=round((positions - 1) ** 0.5) * vit["patch_size"],
+        layer_norm_eps=vit["block_norm_eps"],
+    )
+    same = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "layer_norm_eps",
+        "hidden_act",
+        "max_position_embeddings",
+        "vocab_size",
+    )
+    qformer = {
+        **{k: q[k] for k in same if q.get(k) is not None},
+        "cross_attention_frequency": q["cross_attention_freq"],
+    }
+    text = {
+        "model_type": "t5" if "d_model" in lm else "llama",
+        **{k: v for k, v in lm.items() if v is not None},
+    }
+    # the reference adds tokens to some
+    text["vocab_size"] = golden["config"].get("lm_num_embeddings", lm["vocab_size"])
+    return model_class.config_class(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text,
+        num_query_tokens=q["num_query_tokens"],
+        image_token_index=0,
+        vision_norm_eps=vit["ln_vision_eps"],
+    )
 
 # %% ../nbs/api/37_golden.ipynb #c08ddcbd
 @contextmanager
 def without_progress():
     "No progress bar of transformers: these models load in a tenth of a second."
     from transformers.utils import logging
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if shown: logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def golden_mllm(
     folder: str | Path,  # of a model, or of a training run that borrows one
-    reference_ranking: bool = True,  # rank as the reference does, also where it forgets BLIVA's patches
+    # rank as the reference does, also where it forgets BLIVA's patches
+    reference_ranking: bool = True,
 ) -> Mllm:  # the reference's tiny model
     "A model of the reference with the reference's arithmetic, in transformers' classes."
     from transformers import AutoTokenizer
 
     from tvp import lavis
+
     base, golden, weights = golden_weights(folder)
-    if "qformer" not in golden["config"]: raise ValueError(f"`folder` must hold a model of LAVIS's form, got {folder}. ChatGLM's is read by golden_chatglm.")
+    if "qformer" not in golden["config"]:
+        raise ValueError(
+            f"`folder` must hold a model of LAVIS's form, got {folder}. ChatGLM's is read by "
+            "golden_chatglm."
+        )
     form, wrapper = golden_form(golden)
     model_class = getattr(lavis, form)
     config = golden_config(golden, model_class, weights["visual_encoder.pos_embed"].shape[1])
-    with without_progress(): model, report = lavis.assemble(model_class, config, {"golden": (weights, EVERYTHING)})
-    reads = AutoTokenizer.from_pretrained(base / "qformer_tokenizer", trust_remote_code=False) if (base / "qformer_tokenizer").is_dir() else None
+    with without_progress():
+        model, report = lavis.assemble(model_class, config, {"golden": (weights, EVERYTHING)})
+    reads = (
+        AutoTokenizer.from_pretrained(base / "qformer_tokenizer", trust_remote_code=False)
+        if (base / "qformer_tokenizer").is_dir()
+        else None
+    )
     normalise = {f"image_{what}": golden[f"normalize_{what}"] for what in ("mean", "std")}
-    processor = paper_processor(model, AutoTokenizer.from_pretrained(base / "tokenizer", trust_remote_code=False), wrapper, reads, **normalise)
+    processor = paper_processor(
+        model,
+        AutoTokenizer.from_pretrained(base / "tokenizer", trust_remote_code=False),
+        wrapper,
+        reads,
+        **normalise,
+    )
     mllm = paper_mllm(model, processor, wrapper, f"golden-{golden['name']}", reference_ranking)
     mllm.report = report
     return mllm
@@ -116,13 +185,18 @@ def golden_mllm(
 # %% ../nbs/api/37_golden.ipynb #8784515b
 @contextmanager
 def language_model_calls(
+    # yields a list that receives the keyword arguments of every forward pass of the language model
     mllm: Mllm,  # with a `language_model` inside
-):  # yields a list that receives the keyword arguments of every forward pass of the language model
+):
     "Listen in on the language model."
     calls = []
-    handle = mllm.model.language_model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    try: yield calls
-    finally: handle.remove()
+    handle = mllm.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def unpadded(
@@ -147,30 +221,58 @@ def loss_gaps(
     io: dict[str, Tensor],  # of io.safetensors
     variant: str,  # "default" or "varlen"
 ) -> dict[str, float]:  # quantity: distance from the reference
-    "The loss, its gradient at the picture, the visual tokens, and what the language model received."
-    texts, images = golden["variants"][variant], (io["in.image_uint8"].float() / 255).requires_grad_()
-    with language_model_calls(mllm) as calls: out = mllm(images, texts["text_input"], texts["text_output"])
+    """The loss, its gradient at the picture, the visual tokens, and what the language model
+    received."""
+    texts = golden["variants"][variant]
+    images = (io["in.image_uint8"].float() / 255).requires_grad_()
+    with language_model_calls(mllm) as calls:
+        out = mllm(images, texts["text_input"], texts["text_output"])
     out.loss.backward()
-    gradient, queries = images.grad * torch.tensor(golden["normalize_std"])[:, None, None], golden["config"]["qformer"]["num_query_tokens"]
-    ours = {"loss": out.loss.detach(), "image_feats": out.visual_tokens[:, :queries].detach(), "patch_feats": out.visual_tokens[:, queries:].detach(),
-            "loss_grad_image": gradient, "loss_grad_image_stride4": gradient[:, :, ::4, ::4], "loss_grad_image_norm": gradient.norm()}
-    gaps = {name: gap(value, io[f"{variant}.{name}"]) for name, value in ours.items() if f"{variant}.{name}" in io}
-    mask, theirs = calls[0]["attention_mask"], io[f"{variant}.loss.lm_attention_mask"]
+    gradient = images.grad * torch.tensor(golden["normalize_std"])[:, None, None]
+    queries = golden["config"]["qformer"]["num_query_tokens"]
+    ours = {
+        "loss": out.loss.detach(),
+        "image_feats": out.visual_tokens[:, :queries].detach(),
+        "patch_feats": out.visual_tokens[:, queries:].detach(),
+        "loss_grad_image": gradient,
+        "loss_grad_image_stride4": gradient[:, :, ::4, ::4],
+        "loss_grad_image_norm": gradient.norm(),
+    }
+    gaps = {
+        name: gap(value, io[f"{variant}.{name}"])
+        for name, value in ours.items()
+        if f"{variant}.{name}" in io
+    }
+    mask = calls[0]["attention_mask"]
+    theirs = io[f"{variant}.loss.lm_attention_mask"]
     gaps["lm_attention_mask"] = gap(mask.sum(1), theirs.sum(1))
-    gaps["lm_inputs_embeds"] = gap(unpadded(calls[0]["inputs_embeds"].detach(), mask), unpadded(io[f"{variant}.loss.lm_inputs_embeds"], theirs))
+    gaps["lm_inputs_embeds"] = gap(
+        unpadded(calls[0]["inputs_embeds"].detach(), mask),
+        unpadded(io[f"{variant}.loss.lm_inputs_embeds"], theirs),
+    )
     return {**gaps, "lm_labels": label_gap(mllm, texts, calls[0], io, variant)}
 
 # %% ../nbs/api/37_golden.ipynb #b899609c
-def label_gap(mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], variant: str) -> float:  # 0.0 where all agree
-    "Labels in `io` as the reference gives them to the language model, per `variant`, from our answers to `texts` and our mask; for T5 also what `call` shows its decoder read."
+def label_gap(
+    mllm: Mllm, texts: dict, call: dict, io: dict[str, Tensor], variant: str
+) -> float:  # 0.0 where all agree
+    """Labels in `io` as the reference gives them to the language model, per `variant`, from our
+    answers to `texts` and our mask; for T5 also what `call` shows its decoder read."""
     ids, answered = answer_batch(mllm.text, texts["text_input"], texts["text_output"], mllm.end)
     theirs = io[f"{variant}.loss.lm_labels"]
     if mllm.text.seq2seq:
-        read = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)  # T5 begins with its padding, 0
-        return max(gap(ids.masked_fill(answered == 0, -100), theirs), gap(unpadded(call["decoder_input_ids"], answered), unpadded(read, answered)))
+        # T5 begins with its padding, 0
+        read = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
+        return max(
+            gap(ids.masked_fill(answered == 0, -100), theirs),
+            gap(unpadded(call["decoder_input_ids"], answered), unpadded(read, answered)),
+        )
     before = call["attention_mask"].shape[1] - ids.shape[1]
     labels = torch.cat([ids.new_full((len(ids), before), -100), ids], 1)
-    return gap(unpadded(labels, call["attention_mask"]), unpadded(theirs, io[f"{variant}.loss.lm_attention_mask"]))
+    return gap(
+        unpadded(labels, call["attention_mask"]),
+        unpadded(theirs, io[f"{variant}.loss.lm_attention_mask"]),
+    )
 
 # %% ../nbs/api/37_golden.ipynb #edf4479c
 def rank_gaps(
@@ -179,52 +281,102 @@ def rank_gaps(
     io: dict[str, Tensor],  # of io.safetensors
     variant: str,  # "default" or "varlen"
 ) -> dict[str, float]:  # quantity: distance from the reference
-    "Mean and summed log-likelihoods of the candidates, and the prefix that the language model received."
-    texts, images, classes = golden["variants"][variant]["text_input"], io["in.image_uint8"].float() / 255, golden["classes"]
-    mllm.rank(images, texts, classes)  # the first time, packed ranking is compared with the plain way, on parts of the batch
-    with language_model_calls(mllm) as calls: mean = mllm.rank(images, texts, classes)
+    """Mean and summed log-likelihoods of the candidates, and the prefix that the language model
+    received."""
+    texts = golden["variants"][variant]["text_input"]
+    images = io["in.image_uint8"].float() / 255
+    classes = golden["classes"]
+    # the first time, packed ranking is compared with the plain way, on parts of the batch
+    mllm.rank(images, texts, classes)
+    with language_model_calls(mllm) as calls:
+        mean = mllm.rank(images, texts, classes)
     lengths = torch.tensor([len(mllm.scorer.text.answer_ids(texts[0], name)) for name in classes])
-    mask, theirs = calls[0]["attention_mask"], io[f"{variant}.loglik.lm_attention_mask"]
-    embeds = gap(unpadded(calls[0]["inputs_embeds"], mask), unpadded(io[f"{variant}.loglik.lm_inputs_embeds"], theirs))
-    return {"loglik_mean": gap(mean, io[f"{variant}.loglik_mean"]), "loglik_sum": gap(mean * lengths, io[f"{variant}.loglik_sum"]),
-            "loglik.lm_attention_mask": gap(mask, theirs), "loglik.lm_inputs_embeds": embeds}
+    mask = calls[0]["attention_mask"]
+    theirs = io[f"{variant}.loglik.lm_attention_mask"]
+    embeds = gap(
+        unpadded(calls[0]["inputs_embeds"], mask),
+        unpadded(io[f"{variant}.loglik.lm_inputs_embeds"], theirs),
+    )
+    return {
+        "loglik_mean": gap(mean, io[f"{variant}.loglik_mean"]),
+        "loglik_sum": gap(mean * lengths, io[f"{variant}.loglik_sum"]),
+        "loglik.lm_attention_mask": gap(mask, theirs),
+        "loglik.lm_inputs_embeds": embeds,
+    }
 
 # %% ../nbs/api/37_golden.ipynb #1ec352de
 # the norm gathers the rounding of all pixels: 2e-6 where a processor has no AVX-512
-TOLERANCES = {"loglik_sum": 3e-5, "loss_grad_image": 1e-6, "loss_grad_image_stride4": 1e-6, "loss_grad_image_norm": 5e-6,
-              "lm_labels": 0., "lm_attention_mask": 0., "loglik.lm_attention_mask": 0.}  # everything else 1e-5
+TOLERANCES = {
+    "loglik_sum": 3e-5,
+    "loss_grad_image": 1e-6,
+    "loss_grad_image_stride4": 1e-6,
+    "loss_grad_image_norm": 5e-6,
+    # everything else 1e-5
+    "lm_labels": 0.0,
+    "lm_attention_mask": 0.0,
+    "loglik.lm_attention_mask": 0.0,
+}
 
 
 def golden_gaps(
     mllm: Mllm,  # from `golden_mllm`, or one that should compute the same
+    # DataFrame: variant, quantity, gap, tolerance, ok
     folder: str | Path,  # of the model
-):  # DataFrame: variant, quantity, gap, tolerance, ok
+):
     "Everything the reference wrote down about a model, held against ours."
     import pandas as pd
+
     golden, io = read_golden(folder)
-    gaps = {variant: {**loss_gaps(mllm, golden, io, variant), **rank_gaps(mllm, golden, io, variant)} for variant in golden["variants"]}
-    rows = [(variant, name, value, TOLERANCES.get(name, 1e-5)) for variant, found in gaps.items() for name, value in found.items()]
+    gaps = {
+        variant: {**loss_gaps(mllm, golden, io, variant), **rank_gaps(mllm, golden, io, variant)}
+        for variant in golden["variants"]
+    }
+    rows = [
+        (variant, name, value, TOLERANCES.get(name, 1e-5))
+        for variant, found in gaps.items()
+        for name, value in found.items()
+    ]
     table = pd.DataFrame(rows, columns=["variant", "quantity", "gap", "tolerance"])
     return table.assign(ok=table.gap <= table.tolerance)
 
 # %% ../nbs/api/37_golden.ipynb #c1163212
 CLIP_NAMES = (  # of OpenAI's CLIP -> of transformers
-    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"), (r"^transformer\.resblocks", "text_model.encoder.layers"),
-    (r"\.ln_([12])\.", r".layer_norm\1."), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2"), (r"\.attn\.", ".self_attn."),
-    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"), (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
-    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"), (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
-    (r"^visual\.ln_post", "vision_model.post_layernorm"), (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    (r"^token_embedding", "text_model.embeddings.token_embedding"), (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc", ".mlp.fc1"),
+    (r"\.mlp\.c_proj", ".mlp.fc2"),
+    (r"\.attn\.", ".self_attn."),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^ln_final", "text_model.final_layer_norm"),
 )
 
 # %% ../nbs/api/37_golden.ipynb #19cbdd96
 def _clip_renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    "OpenAI's CLIP with transformers' names: fused projections split in three, output projections transposed."
-    out = {"visual_projection.weight": weights["visual.proj"].T.contiguous(), "text_projection.weight": weights["text_projection"].T.contiguous()}
+    """OpenAI's CLIP with transformers' names: fused projections split in three, output projections
+    transposed."""
+    out = {
+        "visual_projection.weight": weights["visual.proj"].T.contiguous(),
+        "text_projection.weight": weights["text_projection"].T.contiguous(),
+    }
     for name, value in weights.items():
-        for old, new in CLIP_NAMES: name = re.sub(old, new, name)
-        if ".in_proj_" in name: out.update({name.replace("in_proj_", f"{x}_proj."): part for x, part in zip("qkv", value.chunk(3))})
-        elif not name.endswith(("visual.proj", "text_projection")): out[name] = value
+        for old, new in CLIP_NAMES:
+            name = re.sub(old, new, name)
+        if ".in_proj_" in name:
+            out.update(
+                {
+                    name.replace("in_proj_", f"{x}_proj."): part
+                    for x, part in zip("qkv", value.chunk(3))
+                }
+            )
+        elif not name.endswith(("visual.proj", "text_projection")):
+            out[name] = value
     return out
 
 # %% ../nbs/api/37_golden.ipynb #c13b8d53
@@ -235,15 +387,34 @@ def golden_clip(
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     from tvp.loading import load_safetensors
+
     folder = Path(folder)
     training, tensors = read_golden(folder)
-    weights, size = load_safetensors(folder / "clip_state_dict.safetensors"), training["res"]
+    weights = load_safetensors(folder / "clip_state_dict.safetensors")
+    size = training["res"]
     weights["visual.positional_embedding"] = tensors["clip.visual.positional_embedding"]
-    text = dict(vocab_size=len(weights["token_embedding.weight"]), hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                bos_token_id=602, eos_token_id=603, pad_token_id=0)
-    vision = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=size, patch_size=14)
+    text = dict(
+        vocab_size=len(weights["token_embedding.weight"]),
+        hidden_size=24,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=602,
+        eos_token_id=603,
+        pad_token_id=0,
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=size,
+        patch_size=14,
+    )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))
     model.load_state_dict(_clip_renamed(weights))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "clip_tokenizer", trust_remote_code=False)
-    resize = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    resize = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
     return Clip(model, CLIPProcessor(resize, tokenizer), "golden-clip")

@@ -33,12 +33,15 @@ from .tasks import Batch
 def moved_prompt(
     learner: Learner,
 ) -> Iterator[None]:
-    "Whatever happens to the prompt inside, it stands where it stood afterwards; gradients are kept."
+    """Whatever happens to the prompt inside, it stands where it stood afterwards; gradients are
+    kept."""
     parameters = list(learner.prompt.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    try: yield
+    try:
+        yield
     finally:
-        for parameter, was in zip(parameters, before): parameter.data.copy_(was)
+        for parameter, was in zip(parameters, before):
+            parameter.data.copy_(was)
 
 
 @torch.no_grad()
@@ -47,7 +50,8 @@ def go(
     gradient: Tensor,  # of the border
     length: float,  # of the step, in pixel values; negative: downhill
 ) -> None:
-    "Move the border along a gradient, as far as the filters let it through; color, sharpness and scale stay."
+    """Move the border along a gradient, as far as the filters let it through; color, sharpness and
+    scale stay."""
     gradient = let_through(learner, gradient)
     learner.prompt.delta.add_(length * gradient / (gradient.norm() + 1e-10))
 
@@ -55,13 +59,17 @@ def go(
 @dataclass(frozen=True)
 class SharpnessAware:
     "The gradient at the worst place nearby (Foret et al. 2021)."
+
     radius: float = 1.0  # how far that is, in pixel values of the border, > 0
 
-    def __post_init__(self): check_number("radius", self.radius, above=True, hint="Try 1.0, a fraction of a step's length.")
+    def __post_init__(self):
+        check_number(
+            "radius", self.radius, above=True, hint="Try 1.0, a fraction of a step's length."
+        )
 
-    def __call__(self, learner: Learner,
-                 pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the place nearby
-        prompt, dice = learner.prompt, learner.prompt.generator.get_state()
+    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the place nearby
+        prompt = learner.prompt
+        dice = learner.prompt.generator.get_state()
         combined_gradient(learner, pieces)
         with moved_prompt(learner):
             go(learner, prompt.delta.grad, self.radius)
@@ -71,23 +79,32 @@ class SharpnessAware:
 # %% ../nbs/api/51_gradients.ipynb #1092e502
 @dataclass(frozen=True)
 class CommonWeakness:
-    "Flat, and where the sources agree: one small step for each source after a step up (Chen et al. 2024, CWA)."
+    """Flat, and where the sources agree: one small step for each source after a step up (Chen et
+    al. 2024, CWA)."""
+
     radius: float = 0.5  # of the step up, in pixel values of the border, > 0
-    step: float = 2.0  # of the step down of each source, in pixel values of the border, well above the radius
+    # of the step down of each source, in pixel values of the border, well above the radius
+    step: float = 2.0
 
     def __post_init__(self):
-        for name, hint in (("radius", "Try 0.5."), ("step", "Try 2.0, four times the radius.")): check_number(name, getattr(self, name), above=True, hint=hint)
+        for name, hint in (("radius", "Try 0.5."), ("step", "Try 2.0, four times the radius.")):
+            check_number(name, getattr(self, name), above=True, hint=hint)
 
-    def __call__(self, learner: Learner,
-                 pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the prompt itself
-        numbers, prompt = combined_gradient(learner, pieces), learner.prompt
-        canvas, combined, before = prompt.canvas_gradient, [p.grad for p in prompt.parameters()], prompt.delta.detach().clone()
+    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the prompt itself
+        numbers = combined_gradient(learner, pieces)
+        prompt = learner.prompt
+        canvas = prompt.canvas_gradient
+        combined = [p.grad for p in prompt.parameters()]
+        before = prompt.delta.detach().clone()
         with moved_prompt(learner):
             go(learner, prompt.delta.grad, self.radius)
-            for gradient in each_gradient(learner, pieces): go(learner, gradient, -self.step)
+            for gradient in each_gradient(learner, pieces):
+                go(learner, gradient, -self.step)
             way = before - prompt.delta.detach()
-        prompt.canvas_gradient = canvas * (way.norm() / (combined[0].norm() + 1e-10))  # the share of the picture's part stays what it was
-        for parameter, gradient in zip(prompt.parameters(), [way, *combined[1:]]): parameter.grad = gradient
+        # the share of the picture's part stays what it was
+        prompt.canvas_gradient = canvas * (way.norm() / (combined[0].norm() + 1e-10))
+        for parameter, gradient in zip(prompt.parameters(), [way, *combined[1:]]):
+            parameter.grad = gradient
         return numbers
 
 # %% ../nbs/api/51_gradients.ipynb #f19c195e
@@ -95,37 +112,54 @@ def each_gradient(
     learner: Learner,
     pieces: list[Batch],  # of this process
 ) -> Iterator[Tensor]:  # of the border
-    "The gradient of one source after the other, each taken where the prompt then stands; what needs no source is computed once and part of each."
+    """The gradient of one source after the other, each taken where the prompt then stands; what
+    needs no source is computed once and part of each."""
     common = 0
-    for source, losses in sorted(parts_of(learner), key=lambda part: part[0] is not None):  # what needs no source comes first
+    # what needs no source comes first
+    for source, losses in sorted(parts_of(learner), key=lambda part: part[0] is not None):
         source_gradient(learner, pieces, source, losses)
-        if source is None: common = learner.prompt.delta.grad
-        else: yield learner.prompt.delta.grad + common
+        if source is None:
+            common = learner.prompt.delta.grad
+        else:
+            yield learner.prompt.delta.grad + common
 
 # %% ../nbs/api/51_gradients.ipynb #64863269
 @dataclass(frozen=True)
 class Spsa:
-    "An estimate from forward passes alone, two for each sample (Spall 1992; for prompts Oh et al. 2023)."
+    """An estimate from forward passes alone, two for each sample (Spall 1992; for prompts Oh et al.
+    2023)."""
+
     samples: int = 4  # random directions in an update, > 0
     radius: float = 0.02  # how far each number is moved up and down before the filters, > 0
 
-    def __post_init__(self): check_whole("samples", self.samples), check_number("radius", self.radius, above=True, hint="Try 0.02.")
+    def __post_init__(self):
+        (
+            check_whole("samples", self.samples),
+            check_number("radius", self.radius, above=True, hint="Try 0.02."),
+        )
 
     @torch.no_grad()
-    def __call__(self, learner: Learner,
-                 pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, means over all places asked
+    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, means over all places asked
         if len(learner.sources) > 1 and learner.combine != "mean":
-            raise ValueError(f"`combine` must be 'mean' with Spsa, which has no gradient of each source; got {learner.combine!r}.")
-        parameters, generator, told = list(learner.prompt.parameters()), learner.prompt.generator, []
+            raise ValueError(
+                "`combine` must be 'mean' with Spsa, which has no gradient of each source; got "
+                f"{learner.combine!r}."
+            )
+        parameters = list(learner.prompt.parameters())
+        generator = learner.prompt.generator
+        told = []
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
         for _ in range(self.samples):
-            signs, dice = random_direction(learner), generator.get_state()
+            signs = random_direction(learner)
+            dice = generator.get_state()
             up = loss_at(learner, pieces, signs, self.radius)
             generator.set_state(dice)  # the same views, crops and places
             down = loss_at(learner, pieces, signs, -self.radius)
             told += [up, down]
-            for gradient, sign in zip(gradients, signs): gradient.add_((up[0] - down[0]) / (2 * self.radius * self.samples) * sign)
-        for parameter, gradient in zip(parameters, gradients): parameter.grad = gradient
+            for gradient, sign in zip(gradients, signs):
+                gradient.add_((up[0] - down[0]) / (2 * self.radius * self.samples) * sign)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
         learner.prompt.canvas_gradient = gradients[0]
         return torch.stack(told).mean(0)
 
@@ -133,9 +167,13 @@ class Spsa:
 def random_direction(
     learner: Learner,
 ) -> list[Tensor]:  # one for each parameter
-    "Signs for every number of a prompt, what the filters let through of those of the border; none where there is no border."
+    """Signs for every number of a prompt, what the filters let through of those of the border; none
+    where there is no border."""
     prompt = learner.prompt
-    draw = lambda like: (torch.randint(0, 2, like.shape, generator=prompt.generator) * 2 - 1).to(like)
+
+    def draw(like):
+        return (torch.randint(0, 2, like.shape, generator=prompt.generator) * 2 - 1).to(like)
+
     signs = [draw(parameter) for parameter in prompt.parameters()]
     return [let_through(learner, signs[0]), *signs[1:]]
 
@@ -148,8 +186,11 @@ def loss_at(
 ) -> Tensor:  # (2 + columns,) the numbers there
     "What the sources say of the prompt moved a little; no gradient."
     with moved_prompt(learner):
-        for parameter, way in zip(learner.prompt.parameters(), direction): parameter.data.add_(way, alpha=length)
-        return joined_numbers(learner, [loss_of(learner, pieces, *part) for part in parts_of(learner)])
+        for parameter, way in zip(learner.prompt.parameters(), direction):
+            parameter.data.add_(way, alpha=length)
+        return joined_numbers(
+            learner, [loss_of(learner, pieces, *part) for part in parts_of(learner)]
+        )
 
 
 def loss_of(
@@ -157,7 +198,13 @@ def loss_of(
     pieces: list[Batch],  # of this process
     source,  # a model, or None
     losses: list,  # to weigh
-) -> Tensor:  # (2 + losses,) the weighted total, each loss unweighted, and the share of processes that want to stop
+    # (2 + losses,) the weighted total, each loss unweighted, and the share of processes that want
+    # to stop
+) -> Tensor:
     "What one source says; the mean over views, pieces and processes."
-    values = torch.stack([forward(learner, source, losses, *each)[1] for each in all_passes(learner, pieces, source)]).mean(0)
-    return mean_over_processes([torch.cat([values, values.new_full((1,), learner.stopping)])], learner.accelerator)[0]
+    values = torch.stack(
+        [forward(learner, source, losses, *each)[1] for each in all_passes(learner, pieces, source)]
+    ).mean(0)
+    return mean_over_processes(
+        [torch.cat([values, values.new_full((1,), learner.stopping)])], learner.accelerator
+    )[0]

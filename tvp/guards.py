@@ -36,14 +36,23 @@ def check_parts(
     if isinstance(task, type) or not (hasattr(task, "batches") and hasattr(task, "split")):
         raise TypeError(f"`task` must be a Task, got {task!r}. Load it first: tvp.load_task(name).")
     if not callable(scheduler):
-        raise TypeError(f"`scheduler` must be a function (optimizer, per_epoch, epochs) -> torch scheduler, got {type(scheduler).__name__}. "
-                        "Wrap it: scheduler=lambda optimizer, per_epoch, epochs: CosineAnnealingLR(optimizer, per_epoch * epochs).")
+        raise TypeError(
+            "`scheduler` must be a function (optimizer, per_epoch, epochs) -> torch scheduler, "
+            f"got {type(scheduler).__name__}. "
+            "Wrap it: scheduler=lambda optimizer, per_epoch, epochs: "
+            "CosineAnnealingLR(optimizer, per_epoch * epochs)."
+        )
     check_kind("augment", augment, bool)
     if accelerator is not None and not hasattr(accelerator, "num_processes"):
-        raise TypeError(f"`accelerator` must be an accelerate.Accelerator or None, got {accelerator!r}.")
+        raise TypeError(
+            f"`accelerator` must be an accelerate.Accelerator or None, got {accelerator!r}."
+        )
     if getattr(accelerator, "scaler", None) is not None:
-        raise ValueError("`accelerator` must not scale the loss, got mixed_precision='fp16'. The prompt's own numbers stay in float32; load the model "
-                         "in half precision instead: tvp.load_mllm(name, dtype='bfloat16').")
+        raise ValueError(
+            "`accelerator` must not scale the loss, got mixed_precision='fp16'. The prompt's own "
+            "numbers stay in float32; load the model "
+            "in half precision instead: tvp.load_mllm(name, dtype='bfloat16')."
+        )
 
 # %% ../nbs/api/47_guards.ipynb #b3a7a7a3
 def check_no_inference(
@@ -51,9 +60,15 @@ def check_no_inference(
     module: Any,  # a torch module; anything else passes
 ) -> None:
     "Refuse a module made in torch.inference_mode(): its numbers can never be part of a gradient."
-    if not isinstance(module, nn.Module) or not any(part.is_inference() for part in module.parameters()): return
-    raise ValueError(f"`{name}` must not be made inside torch.inference_mode(), where gradients are switched off for good. Make it outside; "
-                     "the training itself may run inside.")
+    if not isinstance(module, nn.Module) or not any(
+        part.is_inference() for part in module.parameters()
+    ):
+        return
+    raise ValueError(
+        f"`{name}` must not be made inside torch.inference_mode(), where gradients are switched "
+        "off for good. Make it outside; "
+        "the training itself may run inside."
+    )
 
 # %% ../nbs/api/47_guards.ipynb #a996f3e5
 def check_sources(
@@ -63,11 +78,16 @@ def check_sources(
     sources = list(source) if isinstance(source, (list, tuple)) else [source]
     for one in sources:
         if isinstance(one, type) or not (callable(one) and hasattr(one, "device")):
-            raise TypeError(f"`source` must be a model, got {one!r}. Load it first: zoo[name] or tvp.load_mllm(name).")
+            raise TypeError(
+                f"`source` must be a model, got {one!r}. Load it first: zoo[name] or "
+                "tvp.load_mllm(name)."
+            )
         check_no_inference("source", getattr(one, "model", None))
     names = [getattr(one, "name", None) for one in sources]
     if not names or len(names) > 1 and len(set(names)) < len(names):
-        raise ValueError(f"`source` must be a model, or hold several of different names; got {names}.")
+        raise ValueError(
+            f"`source` must be a model, or hold several of different names; got {names}."
+        )
     return sources
 
 # %% ../nbs/api/47_guards.ipynb #4dbdbfcf
@@ -83,13 +103,23 @@ def check_tricks(
     "Refuse what cannot be a part of an update."
     check_choice("combine", combine, COMBINERS)
     if gradient is not None and (isinstance(gradient, type) or not callable(gradient)):
-        raise TypeError(f"`gradient` must be a function (learner, pieces) -> numbers, got {gradient!r}. Try tvp.gradients.SharpnessAware().")
+        raise TypeError(
+            f"`gradient` must be a function (learner, pieces) -> numbers, got {gradient!r}. Try "
+            "tvp.gradients.SharpnessAware()."
+        )
     for name, pieces in (("views", views), ("filters", filters)):
-        if not isinstance(pieces, (list, tuple)) or any(isinstance(piece, type) or not callable(piece) for piece in pieces):
-            raise TypeError(f"`{name}` must be a list of functions, got {pieces!r}. See tvp.{name}.")
+        if not isinstance(pieces, (list, tuple)) or any(
+            isinstance(piece, type) or not callable(piece) for piece in pieces
+        ):
+            raise TypeError(
+                f"`{name}` must be a list of functions, got {pieces!r}. See tvp.{name}."
+            )
     check_whole("average", average, 0)
     if sources > 1 and not any(getattr(term, "needs_source", True) for term in losses):
-        raise ValueError("`losses` must hold one that looks at the sources, such as TaskLoss(): these would never ask them.")
+        raise ValueError(
+            "`losses` must hold one that looks at the sources, such as TaskLoss(): these would "
+            "never ask them."
+        )
 
 # %% ../nbs/api/47_guards.ipynb #31934bda
 def check_rows(
@@ -99,8 +129,17 @@ def check_rows(
     "Refuse batches that the train split cannot fill."
     rows = len(task.split("train"))
     if not rows:
-        raise ValueError(f"the train split of task {task.name!r} is empty: there is nothing to learn from. Load the task with more rows.")
-    return check_whole("batch_size", batch_size, 1, rows, f"{task.name!r} has {rows} pictures to train on. Try batch_size={min(16, rows)}.")
+        raise ValueError(
+            f"the train split of task {task.name!r} is empty: there is nothing to learn from. "
+            "Load the task with more rows."
+        )
+    return check_whole(
+        "batch_size",
+        batch_size,
+        1,
+        rows,
+        f"{task.name!r} has {rows} pictures to train on. Try batch_size={min(16, rows)}.",
+    )
 
 # %% ../nbs/api/47_guards.ipynb #4b7d705c
 def check_shares(
@@ -109,9 +148,14 @@ def check_shares(
     processes: int,  # that share an update
 ) -> None:
     "Refuse a batch that cannot be cut into equal pieces."
-    if not batch_size % (accumulation * processes): return
-    raise ValueError(f"`batch_size` must be a multiple of {accumulation * processes}, for {processes} process{'es' * (processes > 1)} and "
-                     f"accumulation={accumulation}; got {batch_size}. Try batch_size={-(-batch_size // (accumulation * processes)) * accumulation * processes}.")
+    if not batch_size % (accumulation * processes):
+        return
+    raise ValueError(
+        f"`batch_size` must be a multiple of {accumulation * processes}, for {processes} "
+        f"process{'es' * (processes > 1)} and "
+        f"accumulation={accumulation}; got {batch_size}. Try "
+        f"batch_size={-(-batch_size // (accumulation * processes)) * accumulation * processes}."
+    )
 
 # %% ../nbs/api/47_guards.ipynb #a5b62b4a
 def check_terms(
@@ -120,7 +164,10 @@ def check_terms(
     "A list of losses that can be weighed; see `tvp.losses`."
     check_kind("losses", losses, (list, tuple), "Try tvp_losses(...) or [TaskLoss()].")
     kinds = [term.__name__ for term in losses if isinstance(term, type)]
-    if kinds: raise TypeError(f"`losses` must hold losses, got the class {kinds[0]}. Make one of it: {kinds[0]}(...).")
+    if kinds:
+        raise TypeError(
+            f"`losses` must hold losses, got the class {kinds[0]}. Make one of it: {kinds[0]}(...)."
+        )
     return check_losses(list(losses))
 
 # %% ../nbs/api/47_guards.ipynb #596f44cf
@@ -129,15 +176,23 @@ def check_optimizer(
     prompt: VisualPrompt,
 ) -> Optimizer:  # the same
     "Refuse an optimizer that would move something else."
-    check_kind("optimizer", optimizer, Optimizer, "Try torch.optim.SGD(prompt.parameters(), lr=1.0).")
+    check_kind(
+        "optimizer", optimizer, Optimizer, "Try torch.optim.SGD(prompt.parameters(), lr=1.0)."
+    )
     if still := [name for name, part in prompt.named_parameters() if not part.requires_grad]:
-        raise ValueError(f"`prompt` must be trained as a whole: {' and '.join(still)} of it has requires_grad=False. To leave a part as it is, give its group of the optimizer lr=0.")
+        raise ValueError(
+            f"`prompt` must be trained as a whole: {' and '.join(still)} of it has "
+            "requires_grad=False. To leave a part as it is, give its group of the optimizer lr=0."
+        )
     moved = {id(part) for group in optimizer.param_groups for part in group["params"]}
     left = [name for name, part in prompt.named_parameters() if id(part) not in moved]
-    if not left: return optimizer
+    if not left:
+        return optimizer
     what = "this prompt" if "delta" in left else f"the {' and the '.join(left)} of this prompt"
     parts = "tvp.updates.parameter_groups(prompt)" if prompt.adjust else "prompt.parameters()"
-    raise ValueError(f"`optimizer` does not train {what}: make it with {parts} of the prompt handed in.")
+    raise ValueError(
+        f"`optimizer` does not train {what}: make it with {parts} of the prompt handed in."
+    )
 
 # %% ../nbs/api/47_guards.ipynb #9f5f0d36
 def check_switches(
@@ -146,12 +201,18 @@ def check_switches(
 ) -> None:
     "Refuse an update that something elsewhere in the program would change without a word."
     if torch.is_autocast_enabled(device.type):
-        raise RuntimeError(f"torch.autocast({device.type!r}) is on: the steps of the prompt would be those of rounded numbers. Train outside of it; to "
-                           "save memory load the model in half precision: tvp.load_mllm(name, dtype='bfloat16').")
+        raise RuntimeError(
+            f"torch.autocast({device.type!r}) is on: the steps of the prompt would be those of "
+            "rounded numbers. Train outside of it; to "
+            "save memory load the model in half precision: tvp.load_mllm(name, dtype='bfloat16')."
+        )
     for source in sources:
         model = getattr(source, "model", None)
         if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-            raise RuntimeError(f"the source {source.name!r} is in training mode, so that dropout would change each step. Call .model.eval() of it.")
+            raise RuntimeError(
+                f"the source {source.name!r} is in training mode, so that dropout would change "
+                "each step. Call .model.eval() of it."
+            )
 
 # %% ../nbs/api/47_guards.ipynb #ef4d8e1d
 def check_prompt(
@@ -160,7 +221,10 @@ def check_prompt(
 ) -> None:
     "A training must start from numbers."
     if not all(part.isfinite().all() for part in prompt.parameters()):
-        raise ValueError(f"the prompt holds NaN or infinity before step {step}. Start again from a prompt that was saved earlier.")
+        raise ValueError(
+            f"the prompt holds NaN or infinity before step {step}. Start again from a prompt "
+            "that was saved earlier."
+        )
 
 
 def check_inputs(
@@ -168,11 +232,19 @@ def check_inputs(
     step: int,  # its number
 ) -> None:
     "The pictures of an update must be finite."
-    if not isinstance(batch.images, Tensor): raise TypeError(f"`images` of the batch of step {step} must be a torch tensor, got {type(batch.images).__name__}.")
+    if not isinstance(batch.images, Tensor):
+        raise TypeError(
+            f"`images` of the batch of step {step} must be a torch tensor, got "
+            f"{type(batch.images).__name__}."
+        )
     fine = batch.images.isfinite().flatten(1).all(1)
-    if fine.all(): return
-    raise ValueError(f"the pictures of step {step} hold NaN or infinity: rows {torch.as_tensor(batch.index)[~fine].tolist()} of the train split. "
-                     "The prompt is as it was before this step. Repair these rows or leave them out.")
+    if fine.all():
+        return
+    raise ValueError(
+        f"the pictures of step {step} hold NaN or infinity: rows "
+        f"{torch.as_tensor(batch.index)[~fine].tolist()} of the train split. "
+        "The prompt is as it was before this step. Repair these rows or leave them out."
+    )
 
 # %% ../nbs/api/47_guards.ipynb #89b098e0
 def check_finite(
@@ -181,15 +253,28 @@ def check_finite(
     moved: bool = True,  # did the optimizer keep the prompt finite?
 ) -> None:
     "Stop at a step that would have ruined the prompt and was not made."
-    values = {name: getattr(record, name) for name in ("loss", "task", "fca", "tse", "grad_norm")} | record.others
+    values = {
+        name: getattr(record, name) for name in ("loss", "task", "fca", "tse", "grad_norm")
+    } | record.others
     if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
-        if moved: return
-        raise ValueError(f"the prompt would not be finite after step {record.step}: the optimizer's own numbers have overflowed. The prompt is as it "
-                         f"was before this step. Start again with a smaller lr (now {record.lr:g}) or less momentum.")
-    bad = [f"{name} loss" for name in used if not math.isfinite(values[name])] or ["gradient" if math.isfinite(record.loss) else "total loss"]
+        if moved:
+            return
+        raise ValueError(
+            f"the prompt would not be finite after step {record.step}: the optimizer's own "
+            "numbers have overflowed. The prompt is as it "
+            f"was before this step. Start again with a smaller lr (now {record.lr:g}) or less "
+            "momentum."
+        )
+    bad = [f"{name} loss" for name in used if not math.isfinite(values[name])] or [
+        "gradient" if math.isfinite(record.loss) else "total loss"
+    ]
     facts = ", ".join(f"{name}={value:g}" for name, value in values.items())
-    raise ValueError(f"the {' and the '.join(bad)} is not finite at step {record.step} ({facts}). The prompt is as it was before "
-                     f"this step. It has probably grown too far: start again with a smaller lr (now {record.lr:g}).")
+    raise ValueError(
+        f"the {' and the '.join(bad)} is not finite at step {record.step} ({facts}). The prompt "
+        "is as it was before "
+        "this step. It has probably grown too far: start again with a smaller lr (now "
+        f"{record.lr:g})."
+    )
 
 # %% ../nbs/api/47_guards.ipynb #9d1b4940
 def memory_error(
@@ -199,10 +284,20 @@ def memory_error(
     device: Any,  # of the source
 ) -> Exception | None:  # None: it was something else
     "What to try when an update does not fit into memory."
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error): return None
+    if not isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) and "allocate memory" not in str(error):
+        return None
     traceback.clear_frames(error.__traceback__)
-    first = f"Try batch_size={batch_size // 2}" if batch_size > 1 else "A batch cannot be smaller: try a smaller model"
+    first = (
+        f"Try batch_size={batch_size // 2}"
+        if batch_size > 1
+        else "A batch cannot be smaller: try a smaller model"
+    )
     reason = str(error).strip().partition("\n")[0]
     return torch.OutOfMemoryError(
-        f"out of memory on {device} at step {step} with batch_size={batch_size}. {first}, or a source that needs less: "
-        f"tvp.load_mllm(name, dtype='bfloat16', gradient_checkpointing=True), quantization='8bit' or device_map='auto'. ({reason})")
+        f"out of memory on {device} at step {step} with batch_size={batch_size}. {first}, or a "
+        "source that needs less: "
+        "tvp.load_mllm(name, dtype='bfloat16', gradient_checkpointing=True), "
+        f"quantization='8bit' or device_map='auto'. ({reason})"
+    )

@@ -22,12 +22,14 @@ from .images import Pictures, is_hidden
 @dataclass(frozen=True)
 class Source:
     "Where a data set lies on the hub and what it holds there."
+
     hub: str  # id of the data set
     files: Mapping[str, str]  # split -> pattern of its parquet files
     rows: Mapping[str, int]  # split -> number of rows
     columns: Mapping[str, str]  # column -> kind: "image", "class 10", "string", "int", "list"
     revision: str | None = None  # branch, tag or commit; None: the main branch
-    config: str | None = None  # its name in the data set's card, for folders laid out in another way
+    # its name in the data set's card, for folders laid out in another way
+    config: str | None = None
 
 # %% ../nbs/api/12_hub.ipynb #90343201
 def kind_of(
@@ -35,11 +37,19 @@ def kind_of(
 ) -> str:  # "image", "class 10", "string", "int", "list", or the feature itself as text
     "A column's kind, in the words of `Source.columns`."
     from datasets import ClassLabel, Image, List, Value
-    if isinstance(feature, Image): return "image"
-    if isinstance(feature, ClassLabel): return f"class {feature.num_classes}"
-    if isinstance(feature, (List, list, dict)) and not (isinstance(feature, dict) and set(feature) == {"bytes", "path"}): return "list"
-    if isinstance(feature, dict): return "image"  # a table written without the hub's features
-    if isinstance(feature, Value) and "string" in feature.dtype: return "string"
+
+    if isinstance(feature, Image):
+        return "image"
+    if isinstance(feature, ClassLabel):
+        return f"class {feature.num_classes}"
+    if isinstance(feature, (List, list, dict)) and not (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    ):
+        return "list"
+    if isinstance(feature, dict):
+        return "image"  # a table written without the hub's features
+    if isinstance(feature, Value) and "string" in feature.dtype:
+        return "string"
     return "int" if isinstance(feature, Value) and "int" in feature.dtype else str(feature)
 
 # %% ../nbs/api/12_hub.ipynb #bb0f832f
@@ -51,15 +61,30 @@ def check_tables(
 ) -> None:
     "Refuse tables that are not the documented data set, or not a part of it."
     for split, expected in source.rows.items():
-        if split not in tables: raise ValueError(f"{where}: there must be a split {split!r}, got {', '.join(tables) or 'none'}.")
-        rows, features = len(tables[split]), tables[split].features
+        if split not in tables:
+            raise ValueError(
+                f"{where}: there must be a split {split!r}, got {', '.join(tables) or 'none'}."
+            )
+        rows = len(tables[split])
+        features = tables[split].features
         if rows == 0 or rows > expected or (whole and rows != expected):
-            raise ValueError(f"{where}: the split {split!r} must have {expected:,} rows, got {rows:,}. This is another version of the data set, a part of it, or "
-                             f"several of its variants in one. {'Delete it to fetch it again, or name another `revision`' if whole else 'Point `data_dir` to one variant'}.")
+            raise ValueError(
+                f"{where}: the split {split!r} must have {expected:,} rows, got {rows:,}. This "
+                "is another version of the data set, a part of it, or "
+                "several of its variants in one. "
+                f"{'Delete it to fetch it again, or name another `revision`' if whole else 'Point `data_dir` to one variant'}."
+            )
         for column, kind in source.columns.items():
-            if column not in features: raise ValueError(f"{where}: the split {split!r} must have a column {column!r}, got {', '.join(features)}.")
+            if column not in features:
+                raise ValueError(
+                    f"{where}: the split {split!r} must have a column {column!r}, got "
+                    f"{', '.join(features)}."
+                )
             if whole and kind_of(features[column]) != kind:
-                raise ValueError(f"{where}: the column {column!r} of {split!r} must be of the kind {kind!r}, got {kind_of(features[column])!r}.")
+                raise ValueError(
+                    f"{where}: the column {column!r} of {split!r} must be of the kind {kind!r}, "
+                    f"got {kind_of(features[column])!r}."
+                )
 
 # %% ../nbs/api/12_hub.ipynb #977f3df7
 def find_files(
@@ -67,21 +92,35 @@ def find_files(
     patterns: Mapping[str, str],  # split -> pattern; `*` also matches `/`
 ) -> dict[str, list[str]]:  # split -> parquet files; empty unless every split has some
     "The parquet files of each split."
-    names = {path.relative_to(folder).as_posix(): str(path) for path in sorted(folder.rglob("*.parquet")) if not is_hidden(path.name)}
-    found = {split: [path for name, path in names.items() if fnmatch(name, pattern)] for split, pattern in patterns.items()}
+    names = {
+        path.relative_to(folder).as_posix(): str(path)
+        for path in sorted(folder.rglob("*.parquet"))
+        if not is_hidden(path.name)
+    }
+    found = {
+        split: [path for name, path in names.items() if fnmatch(name, pattern)]
+        for split, pattern in patterns.items()
+    }
     return found if all(found.values()) else {}
 
 
 def check_cache() -> None:
-    "Refuse a cache of `datasets` that cannot be written: everything that it reads goes there first."
+    """Refuse a cache of `datasets` that cannot be written: everything that it reads goes there
+    first."""
     from datasets import config
+
     cache = Path(config.HF_DATASETS_CACHE)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache) as file: file.write(bytes(2**16))
+        with tempfile.TemporaryFile(dir=cache) as file:
+            file.write(bytes(2**16))
     except OSError as error:
-        raise OSError(error.errno, f"the cache of `datasets` cannot be written: {cache} ({error.strerror}). Set the environment variable HF_HOME to a folder "
-                                   "that can be written and has room.") from None
+        raise OSError(
+            error.errno,
+            f"the cache of `datasets` cannot be written: {cache} ({error.strerror}). Set the "
+            "environment variable HF_HOME to a folder "
+            "that can be written and has room.",
+        ) from None
 
 
 def load_parquet(
@@ -90,29 +129,47 @@ def load_parquet(
     "Parquet files as tables; a cached copy that does not match them is made again."
     import pyarrow.parquet as pq
     from datasets import load_dataset
-    rows = {split: sum(pq.read_metadata(path).num_rows for path in paths) for split, paths in files.items()}
+
+    rows = {
+        split: sum(pq.read_metadata(path).num_rows for path in paths)
+        for split, paths in files.items()
+    }
     for mode in ("reuse_dataset_if_exists", "force_redownload"):
-        try: tables = load_dataset("parquet", data_files=dict(files), download_mode=mode, verification_mode="no_checks")  # we check ourselves
+        # we check ourselves
+        try:
+            tables = load_dataset(
+                "parquet", data_files=dict(files), download_mode=mode, verification_mode="no_checks"
+            )
         except OSError:
             check_cache()
             raise
-        if {split: len(table) for split, table in tables.items()} == rows: return dict(tables)
-    raise ValueError(f"the parquet files must hold {rows} rows, got {({split: len(table) for split, table in tables.items()})}. Are they being written?")
+        if {split: len(table) for split, table in tables.items()} == rows:
+            return dict(tables)
+    raise ValueError(
+        f"the parquet files must hold {rows} rows, got "
+        f"{ ({split: len(table) for split, table in tables.items()}) }. Are they being written?"
+    )
 
 # %% ../nbs/api/12_hub.ipynb #1a9c869e
 def open_folder(
     folder: Path,  # must exist
     source: Source,  # what is looked for
 ) -> dict[str, Any]:  # split -> Dataset
-    "A data set from a folder: the hub's files, a saved data set, or whatever `load_dataset` makes of it."
+    """A data set from a folder: the hub's files, a saved data set, or whatever `load_dataset` makes
+    of it."""
     from datasets import DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        saved = load_from_disk(str(folder)).with_format(None)  # a format is saved, too: torch would make tensors of the labels
+        # a format is saved, too: torch would make tensors of the labels
+        saved = load_from_disk(str(folder)).with_format(None)
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-    if files := find_files(folder, source.files): return load_parquet(files)
-    for kind, ending in (("json", "jsonl"), ("csv", "csv")):  # beside pictures `load_dataset` would see the pictures only
+    if files := find_files(folder, source.files):
+        return load_parquet(files)
+    # beside pictures `load_dataset` would see the pictures only
+    for kind, ending in (("json", "jsonl"), ("csv", "csv")):
         rows = {split: str(folder / f"{split}.{ending}") for split in source.files}
-        if all(Path(path).exists() for path in rows.values()): return dict(load_dataset(kind, data_files=rows))
+        if all(Path(path).exists() for path in rows.values()):
+            return dict(load_dataset(kind, data_files=rows))
     config = source.config if source.config in get_dataset_config_names(str(folder)) else None
     return dict(load_dataset(str(folder), config))
 
@@ -124,11 +181,19 @@ def ask_hub(
     "Is the data set on the hub? Raises if the hub says no."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-    try: HfApi().dataset_info(source.hub, revision=source.revision, timeout=10)
+
+    try:
+        HfApi().dataset_info(source.hub, revision=source.revision, timeout=10)
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise LookupError(f"{task}: the hub has no data set {source.hub} at revision {source.revision or 'main'} that we may read ({str(error).splitlines()[0]}). "
-                          f"Name another with `hub` and `revision`, or give a local copy: load_task({task!r}, data_dir=...).") from error
-    except Exception as error: return str(error).splitlines()[0]  # offline mode, no network, no answer: each version of the hub's client has other classes
+        raise LookupError(
+            f"{task}: the hub has no data set {source.hub} at revision "
+            f"{source.revision or 'main'} that we may read ({str(error).splitlines()[0]}). "
+            f"Name another with `hub` and `revision`, or give a local copy: load_task({task!r}, "
+            "data_dir=...)."
+        ) from error
+    # offline mode, no network, no answer: each version of the hub's client has other classes
+    except Exception as error:
+        return str(error).splitlines()[0]
 
 # %% ../nbs/api/12_hub.ipynb #085a23c8
 def fetch(
@@ -138,13 +203,26 @@ def fetch(
     "The files of a data set from the hub, or from its cache if the hub cannot be asked."
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    how = dict(repo_type="dataset", revision=source.revision, allow_patterns=[*source.files.values(), "README.md"])
-    if (reason := ask_hub(task, source)) is None: return Path(snapshot_download(source.hub, **how))
-    try: folder = Path(snapshot_download(source.hub, local_files_only=True, **how))
+
+    how = dict(
+        repo_type="dataset",
+        revision=source.revision,
+        allow_patterns=[*source.files.values(), "README.md"],
+    )
+    if (reason := ask_hub(task, source)) is None:
+        return Path(snapshot_download(source.hub, **how))
+    try:
+        folder = Path(snapshot_download(source.hub, local_files_only=True, **how))
     except LocalEntryNotFoundError:
-        raise ConnectionError(f"{task}: its pictures are the data set {source.hub} on the Hugging Face hub, which cannot be reached ({reason}), and they are not in the "
-                              f"hub's cache. Give a local copy: load_task({task!r}, data_dir=...).") from None
-    warnings.warn(f"{task}: the hub cannot be reached ({reason}), so {source.hub} is taken from the cache, commit {folder.name}.")
+        raise ConnectionError(
+            f"{task}: its pictures are the data set {source.hub} on the Hugging Face hub, which "
+            f"cannot be reached ({reason}), and they are not in the "
+            f"hub's cache. Give a local copy: load_task({task!r}, data_dir=...)."
+        ) from None
+    warnings.warn(
+        f"{task}: the hub cannot be reached ({reason}), so {source.hub} is taken from the cache, "
+        f"commit {folder.name}."
+    )
     return folder
 
 # %% ../nbs/api/12_hub.ipynb #637001e2
@@ -154,14 +232,21 @@ def open_source(
     data_dir: str | Path | None = None,  # a local copy; None: the hub
 ) -> tuple[dict[str, Any], Source, str]:  # split -> Dataset; the source it is; where it comes from
     "A public data set, checked."
-    if data_dir is not None: return open_copy(task, sources, data_dir)
+    if data_dir is not None:
+        return open_copy(task, sources, data_dir)
     missing = []
     for source in sources:
-        try: folder = fetch(task, source)
-        except LookupError as error: missing.append(error)
+        try:
+            folder = fetch(task, source)
+        except LookupError as error:
+            missing.append(error)
         else:
             if not (files := find_files(folder, source.files)):
-                raise ValueError(f"{task}: {source.hub} must have files like {', '.join(source.files.values())}; not all are in {folder}. Delete that folder, or give `files`.")
+                raise ValueError(
+                    f"{task}: {source.hub} must have files like "
+                    f"{', '.join(source.files.values())}; not all are in {folder}. Delete that "
+                    "folder, or give `files`."
+                )
             tables = load_parquet(files)
             check_tables(tables, source, f"{task} ({source.hub} in {folder})", whole=True)
             return tables, source, f"{source.hub} at {folder.name[:12]}"
@@ -176,7 +261,8 @@ def _rename(
     for kind in ("image", "class"):
         wanted = [c for c, k in source.columns.items() if k.startswith(kind)]
         there = [c for c, f in table.features.items() if kind_of(f).startswith(kind)]
-        if len(wanted) == len(there) == 1 and wanted[0] not in table.features: table = table.rename_column(there[0], wanted[0])
+        if len(wanted) == len(there) == 1 and wanted[0] not in table.features:
+            table = table.rename_column(there[0], wanted[0])
     return table
 
 # %% ../nbs/api/12_hub.ipynb #09b5d7e4
@@ -186,20 +272,37 @@ def open_copy(
     data_dir: str | Path,  # a folder; never looked for on the hub
 ) -> tuple[dict[str, Any], Source, str]:
     "A public data set from a folder of the user's, whole or a part of it."
-    folder, errors = Path(data_dir).expanduser().resolve(), []
-    if not folder.is_dir(): raise ValueError(f"{task}: `data_dir` must be a folder that exists, got {data_dir}.")
+    folder = Path(data_dir).expanduser().resolve()
+    errors = []
+    if not folder.is_dir():
+        raise ValueError(f"{task}: `data_dir` must be a folder that exists, got {data_dir}.")
     for source in sources:
         try:
-            tables = {split: _rename(table, source) for split, table in open_folder(folder, source).items()}
+            tables = {
+                split: _rename(table, source)
+                for split, table in open_folder(folder, source).items()
+            }
             check_tables(tables, source, f"{task} in {folder}", whole=False)
-            part = [f"{len(tables[split]):,} of {n:,} {split} rows" for split, n in source.rows.items() if len(tables[split]) < n]
-            return tables, source, f"the folder {folder.name}" + (f" ({', '.join(part)})" if part else "")
+            part = [
+                f"{len(tables[split]):,} of {n:,} {split} rows"
+                for split, n in source.rows.items()
+                if len(tables[split]) < n
+            ]
+            return (
+                tables,
+                source,
+                f"the folder {folder.name}" + (f" ({', '.join(part)})" if part else ""),
+            )
         except (ValueError, OSError) as error:
             check_cache()
             errors.append(error)
-    if isinstance(errors[0], ValueError) and str(errors[0]).startswith(task): raise errors[0]
-    raise ValueError(f"{task}: `data_dir` must hold the data set {sources[0].hub}: {', '.join(sources[0].columns)} in parquet files or another format that "
-                     f"`datasets` reads; {folder} cannot be read ({errors[0]}).") from errors[0]
+    if isinstance(errors[0], ValueError) and str(errors[0]).startswith(task):
+        raise errors[0]
+    raise ValueError(
+        f"{task}: `data_dir` must hold the data set {sources[0].hub}: "
+        f"{', '.join(sources[0].columns)} in parquet files or another format that "
+        f"`datasets` reads; {folder} cannot be read ({errors[0]})."
+    ) from errors[0]
 
 # %% ../nbs/api/12_hub.ipynb #d20ef226
 def stream_tables(
@@ -207,21 +310,51 @@ def stream_tables(
     source: Source,
     take: Mapping[str, int],  # split -> number of rows
     data_dir: str | Path | None = None,  # a local copy; None: the hub
-) -> tuple[dict[str, Any], Source, str]:  # split -> Dataset of encoded pictures; the source; where it comes from
+    # split -> Dataset of encoded pictures; the source; where it comes from
+) -> tuple[dict[str, Any], Source, str]:
     "The first rows of each split, without the rest."
     from datasets import Dataset, Image, load_dataset
+
     if data_dir is None and (reason := ask_hub(task, source)):
-        raise ConnectionError(f"{task}: it is read row by row from {source.hub} on the Hugging Face hub, which cannot be reached ({reason}). Give a local copy: load_task({task!r}, data_dir=...).")
+        raise ConnectionError(
+            f"{task}: it is read row by row from {source.hub} on the Hugging Face hub, which "
+            f"cannot be reached ({reason}). Give a local copy: load_task({task!r}, data_dir=...)."
+        )
     at = f"{source.hub}@{source.revision.replace('/', '%2F')}" if source.revision else source.hub
-    files = {s: f"hf://datasets/{at}/{source.files[s]}" for s in take} if data_dir is None else find_files(Path(data_dir).expanduser(), source.files)
-    if not files: raise ValueError(f"{task}: `data_dir` must hold files like {', '.join(source.files.values())}; {data_dir} does not.")
+    files = (
+        {s: f"hf://datasets/{at}/{source.files[s]}" for s in take}
+        if data_dir is None
+        else find_files(Path(data_dir).expanduser(), source.files)
+    )
+    if not files:
+        raise ValueError(
+            f"{task}: `data_dir` must hold files like {', '.join(source.files.values())}; "
+            f"{data_dir} does not."
+        )
     tables = {}
     for split, n in take.items():
-        rows = load_dataset("parquet", data_files={split: files[split]}, split=split, streaming=True, columns=list(source.columns))
-        for column in [c for c, kind in source.columns.items() if kind == "image"]: rows = rows.cast_column(column, Image(decode=False))
+        rows = load_dataset(
+            "parquet",
+            data_files={split: files[split]},
+            split=split,
+            streaming=True,
+            columns=list(source.columns),
+        )
+        for column in [c for c, kind in source.columns.items() if kind == "image"]:
+            rows = rows.cast_column(column, Image(decode=False))
         tables[split] = Dataset.from_list(list(rows.take(n)), features=rows.features)
-    check_tables(tables, Source(source.hub, source.files, dict(take), source.columns), f"{task} (the first rows of {source.hub})", whole=True)
-    return tables, source, f"the first {' and '.join(f'{n:,} {split}' for split, n in take.items())} rows of {Path(data_dir).name if data_dir else source.hub}"
+    check_tables(
+        tables,
+        Source(source.hub, source.files, dict(take), source.columns),
+        f"{task} (the first rows of {source.hub})",
+        whole=True,
+    )
+    return (
+        tables,
+        source,
+        f"the first {' and '.join(f'{n:,} {split}' for split, n in take.items())} rows of "
+        f"{Path(data_dir).name if data_dir else source.hub}",
+    )
 
 # %% ../nbs/api/12_hub.ipynb #73737724
 def column_pictures(
@@ -232,12 +365,20 @@ def column_pictures(
 ) -> Pictures:
     "Make `Pictures` of a column: decoded when asked for, whatever the format of the table."
     from datasets import Image
+
     table, feature = table.with_format(None), table.features[column]
-    if isinstance(feature, Image): return Pictures(table.cast_column(column, Image(decode=False))[column], name=name)
-    if kind_of(feature) == "image": return Pictures(table[column], name=name)
-    if kind_of(feature) != "string": raise ValueError(f"{name}: the column {column!r} must hold pictures or paths of pictures, got {feature}.")
+    if isinstance(feature, Image):
+        return Pictures(table.cast_column(column, Image(decode=False))[column], name=name)
+    if kind_of(feature) == "image":
+        return Pictures(table[column], name=name)
+    if kind_of(feature) != "string":
+        raise ValueError(
+            f"{name}: the column {column!r} must hold pictures or paths of pictures, got {feature}."
+        )
     paths = [None if path is None else os.path.expanduser(path) for path in table[column]]
-    return Pictures([None if path is None else str(Path(folder) / path) for path in paths], name=name)
+    return Pictures(
+        [None if path is None else str(Path(folder) / path) for path in paths], name=name
+    )
 
 # %% ../nbs/api/12_hub.ipynb #603d2083
 def column_labels(
@@ -250,11 +391,32 @@ def column_labels(
     values = {split: list(table.with_format(None)[column]) for split, table in tables.items()}
     kinds = {kind_of(feature).split()[0] for feature in features.values()}
     if kinds == {"string"}:
-        names = sorted({value for column in values.values() for value in column if value is not None})
-        values = {split: [names.index(v) if v is not None else None for v in column] for split, column in values.items()}
-    elif kinds == {"class"} and len({tuple(f.names) for f in features.values()}) == 1: names = list(next(iter(features.values())).names)
-    else: raise ValueError(f"{where}: the column {column!r} must hold classes with the same names in every split, or their names as text, got {features}.")
+        names = sorted(
+            {value for column in values.values() for value in column if value is not None}
+        )
+        values = {
+            split: [names.index(v) if v is not None else None for v in column]
+            for split, column in values.items()
+        }
+    elif kinds == {"class"} and len({tuple(f.names) for f in features.values()}) == 1:
+        names = list(next(iter(features.values())).names)
+    else:
+        raise ValueError(
+            f"{where}: the column {column!r} must hold classes with the same names in every "
+            f"split, or their names as text, got {features}."
+        )
     for split, labels in values.items():
-        wrong = next((row for row, label in enumerate(labels) if label is None or not 0 <= label < len(names)), None)
-        if wrong is not None: raise ValueError(f"{where}: the label in row {wrong} of {split!r} must be one of {len(names)} classes, got {labels[wrong]}. Is this split published without labels?")
+        wrong = next(
+            (
+                row
+                for row, label in enumerate(labels)
+                if label is None or not 0 <= label < len(names)
+            ),
+            None,
+        )
+        if wrong is not None:
+            raise ValueError(
+                f"{where}: the label in row {wrong} of {split!r} must be one of {len(names)} "
+                f"classes, got {labels[wrong]}. Is this split published without labels?"
+            )
     return names, values

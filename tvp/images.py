@@ -31,26 +31,51 @@ def to_rgb(
     image: Image.Image,  # of any mode
 ) -> Image.Image:  # RGB, 8 bits
     "Convert an image of any mode to RGB: transparent pixels become white, 16 bits become 8."
-    clear = image.info.get("transparency")  # what the file calls transparent: a color, or an index of the palette
-    if image.mode == "RGB" and not isinstance(clear, tuple): return image
+    # what the file calls transparent: a color, or an index of the palette
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and not isinstance(clear, tuple):
+        return image
     if image.mode.startswith("I"):  # 16 bits, also where Pillow widens them to 32
         values = np.asarray(image).astype(np.float32)
         levels = (values / (257 if values.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8)
-        if isinstance(clear, int): levels[values == clear] = 255
+        if isinstance(clear, int):
+            levels[values == clear] = 255
         return Image.fromarray(levels).convert("RGB")
-    if image.mode == "La": image = image.convert("LA")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode == "F": raise ValueError("its pixels are floating-point numbers, whose range is not known; convert it to 8 bits")
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers, whose range is not known; convert it to 8 bits"
+        )
     return image.convert("RGB")
 
 # %% ../nbs/api/06_images.ipynb #d586a842
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, EOFError, ArithmeticError, NotImplementedError,
-              struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises at broken images
-PRETENDERS = {b"version https://git-lfs": "it is a pointer of Git LFS, whose image was not fetched: run `git lfs pull`",
-              b"<!doctype html": "it is a web page, not an image", b"<html": "it is a web page, not an image"}  # first bytes -> what it is
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SyntaxError,
+    EOFError,
+    ArithmeticError,
+    NotImplementedError,
+    # what Pillow raises at broken images
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+PRETENDERS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, whose image was "
+    "not fetched: run `git lfs pull`",
+    # first bytes -> what it is
+    b"<!doctype html": "it is a web page, not an image",
+    b"<html": "it is a web page, not an image",
+}
 
 
 def _what_it_is(
@@ -58,30 +83,45 @@ def _what_it_is(
 ) -> str | None:  # None: not known
     "Say what a file is that is no image."
     if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file: source = file.read(64)
-    if not isinstance(source, bytes): return None
-    if not source: return "it is empty"
-    if source[4:8] == b"ftyp" and source[8:12] in (b"heic", b"heix", b"mif1", b"msf1"): return "it is an HEIC image, which Pillow does not read: convert it to JPEG"
+        with open(source, "rb") as file:
+            source = file.read(64)
+    if not isinstance(source, bytes):
+        return None
+    if not source:
+        return "it is empty"
+    if source[4:8] == b"ftyp" and source[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+        return "it is an HEIC image, which Pillow does not read: convert it to JPEG"
     start = source[:64].lstrip().lower()
     return next((name for first, name in PRETENDERS.items() if start.startswith(first)), None)
 
 
 def _open(
-    source: Any,  # path, bytes, dict with "bytes" or "path", (H, W) or (H, W, 3) uint8 array, or PIL picture
-    formats: Sequence[str] | None = None,  # what Pillow may take a file for; None: anything that it knows
+    # path, bytes, dict with "bytes" or "path", (H, W) or (H, W, 3) uint8 array, or PIL picture
+    source: Any,
+    # what Pillow may take a file for; None: anything that it knows
+    formats: Sequence[str] | None = None,
 ) -> Image.Image:  # not yet decoded, where that is possible
     "Open a picture wherever it lies."
-    if isinstance(source, dict): source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
-    if source is None: raise ValueError("there is nothing in its place")
-    if isinstance(source, Image.Image): return source
-    if isinstance(source, np.ndarray): return Image.fromarray(source)
-    try: return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats)
-    except UnidentifiedImageError as error: raise ValueError(_what_it_is(source) or error) from None
+    if isinstance(source, dict):
+        source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ValueError("there is nothing in its place")
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    try:
+        return Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats
+        )
+    except UnidentifiedImageError as error:
+        raise ValueError(_what_it_is(source) or error) from None
 
 # %% ../nbs/api/06_images.ipynb #1d6411de
 def read_picture(
     source: Any,  # path, bytes, dict with "bytes" or "path", uint8 array, or PIL picture
-    where: str | Callable[[], str] = "the picture",  # for the message when it cannot be read; a function is asked only then
+    # for the message when it cannot be read; a function is asked only then
+    where: str | Callable[[], str] = "the picture",
 ) -> Image.Image:  # RGB
     "One picture, decoded, upright and RGB."
     try:
@@ -89,23 +129,34 @@ def read_picture(
         image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
-        raise ValueError(f"{where() if callable(where) else where} cannot be read: {error}. Replace it, or leave out its row.") from error
+        raise ValueError(
+            f"{where() if callable(where) else where} cannot be read: {error}. Replace it, or "
+            "leave out its row."
+        ) from error
 
 # %% ../nbs/api/06_images.ipynb #8aca5a81
 def fingerprint(
     image: Any,  # encoded or not, or (3, H, W) tensor
 ) -> bytes:
     "Make a short fingerprint of a picture's bytes."
-    if isinstance(image, dict): image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
-    if image is None: raise ValueError("there is nothing in its place")
-    if isinstance(image, (str, Path)): image = Path(image).read_bytes()
-    if isinstance(image, Image.Image): image = to_rgb(image)  # the indices of a palette alone say nothing
-    if not isinstance(image, bytes): image = np.ascontiguousarray(image).tobytes() + repr(np.shape(image)).encode()
+    if isinstance(image, dict):
+        image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
+    if image is None:
+        raise ValueError("there is nothing in its place")
+    if isinstance(image, (str, Path)):
+        image = Path(image).read_bytes()
+    # the indices of a palette alone say nothing
+    if isinstance(image, Image.Image):
+        image = to_rgb(image)
+    if not isinstance(image, bytes):
+        image = np.ascontiguousarray(image).tobytes() + repr(np.shape(image)).encode()
     return hashlib.blake2b(image, digest_size=16).digest()
 
 
 class Pictures(Sequence):
-    "Pictures that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select` decode nothing."
+    """Pictures that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select`
+    decode nothing."""
+
     def __init__(
         self,
         sources: Sequence,  # what `read_picture` reads, one for each picture; never read as a whole
@@ -116,8 +167,11 @@ class Pictures(Sequence):
         self.rows = range(len(sources)) if rows is None else rows
         self.name = name
 
-    def __len__(self): return len(self.rows)
-    def __repr__(self): return f"Pictures({self.name!r}: {len(self)}, decoded when asked for)"
+    def __len__(self):
+        return len(self.rows)
+
+    def __repr__(self):
+        return f"Pictures({self.name!r}: {len(self)}, decoded when asked for)"
 
     def select(self, rows: Sequence[int]) -> "Pictures":
         "Select the pictures of some rows."
@@ -130,11 +184,13 @@ class Pictures(Sequence):
     def path(self, i: int) -> str | Path | None:
         "Return the file of picture `i`, if it has one."
         source = self.sources[int(self.rows[i])]
-        if isinstance(source, dict): source = source.get("path")
+        if isinstance(source, dict):
+            source = source.get("path")
         return source if isinstance(source, (str, Path)) else None
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return Pictures(self.sources, self.rows[i], self.name)
+        if isinstance(i, slice):
+            return Pictures(self.sources, self.rows[i], self.name)
         return read_picture(self.source(i), lambda: self.where(i))
 
     def where(self, i: int) -> str:
@@ -145,11 +201,16 @@ class Pictures(Sequence):
     def fingerprint(self, i: int) -> bytes:
         "Make a short fingerprint of picture `i`, without decoding it."
         source = self.source(i)
-        try: return fingerprint(source)
-        except UNREADABLE as error: raise ValueError(f"{self.where(i)} cannot be read: {error}. Replace it, or leave out its row.") from error
+        try:
+            return fingerprint(source)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{self.where(i)} cannot be read: {error}. Replace it, or leave out its row."
+            ) from error
 
 # %% ../nbs/api/06_images.ipynb #deec5a79
-HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin")  # in lower case, beside all that begins with a dot
+# in lower case, beside all that begins with a dot
+HIDDEN = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin")
 
 
 def is_hidden(
@@ -163,22 +224,33 @@ def folder_files(
     folder: Path,
 ) -> list[Path]:  # sorted
     "List the files of a folder and of all folders in it, hidden ones left out, links followed."
-    def fail(error: OSError): raise error
-    files, seen = [], set()
+
+    def fail(error: OSError):
+        raise error
+
+    files = []
+    seen = set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        if (real := os.path.realpath(place)) in seen: folders.clear()
-        else: files += [Path(place, name) for name in names if not is_hidden(name)]
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        else:
+            files += [Path(place, name) for name in names if not is_hidden(name)]
         seen.add(real)
     return sorted(files)
 
 # %% ../nbs/api/06_images.ipynb #503a73d3
-_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow recognizes and leaves to other programs
+# formats that Pillow recognizes and leaves to other programs
+_STUBS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 
 
 def image_endings() -> set[str]:  # in lower case, with the dot
     "List the endings of the images that Pillow reads."
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in _STUBS}
+    return {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _STUBS
+    }
 
 # %% ../nbs/api/06_images.ipynb #661cb176
 def to_tensor(
@@ -186,11 +258,19 @@ def to_tensor(
 ) -> Tensor:  # (3, H, W) uint8
     "A picture as a tensor; only RGB will do."
     if isinstance(image, Tensor):
-        if image.ndim == 3 and image.shape[0] == 3 and image.dtype == torch.uint8: return image
-        raise ValueError(f"`image` must be a (3, H, W) uint8 tensor, got {tuple(image.shape)} {image.dtype}. Try (image * 255).round().to(torch.uint8).")
+        if image.ndim == 3 and image.shape[0] == 3 and image.dtype == torch.uint8:
+            return image
+        raise ValueError(
+            f"`image` must be a (3, H, W) uint8 tensor, got {tuple(image.shape)} {image.dtype}. "
+            "Try (image * 255).round().to(torch.uint8)."
+        )
     if getattr(image, "mode", None) != "RGB":
-        raise ValueError(f"`image` must be an RGB picture, got {getattr(image, 'mode', type(image).__name__)}. Try image.convert('RGB').")
+        raise ValueError(
+            "`image` must be an RGB picture, got "
+            f"{getattr(image, 'mode', type(image).__name__)}. Try image.convert('RGB')."
+        )
     from torchvision.transforms.v2.functional import pil_to_tensor
+
     return pil_to_tensor(image)
 
 # %% ../nbs/api/06_images.ipynb #c13cfbb6
@@ -215,14 +295,20 @@ def _fit_one(
     "Resize, then crop or pad."
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resize
+
     h, w = image.shape[-2:]
     side = min(h, w) if how == "crop" else max(h, w)
     new = [max(1, round(h * size / side)), max(1, round(w * size / side))]
-    if new != [h, w]: image = resize(image, new, InterpolationMode.BICUBIC, antialias=True)
-    dy, dx = new[0] - size, new[1] - size
-    if how == "letterbox": return F.pad(image, (-dx // 2, -dx - -dx // 2, -dy // 2, -dy - -dy // 2))
-    top, left = (d // 2 if generator is None else int(_integers((), d + 1, generator)) for d in (dy, dx))
-    return image[..., top:top + size, left:left + size]
+    if new != [h, w]:
+        image = resize(image, new, InterpolationMode.BICUBIC, antialias=True)
+    dy = new[0] - size
+    dx = new[1] - size
+    if how == "letterbox":
+        return F.pad(image, (-dx // 2, -dx - -dx // 2, -dy // 2, -dy - -dy // 2))
+    top, left = (
+        d // 2 if generator is None else int(_integers((), d + 1, generator)) for d in (dy, dx)
+    )
+    return image[..., top : top + size, left : left + size]
 
 # %% ../nbs/api/06_images.ipynb #0bce05a7
 def fit(
@@ -232,41 +318,75 @@ def fit(
     generator: Generator | None = None,  # random state for the place of the crop; None: the middle
 ) -> Tensor:  # (B, 3, size, size) float32 in [0, 1]
     "Pictures of any size as one batch (bicubic, as in the paper)."
-    check_row("images", images), check_whole("size", size), check_choice("how", how, FITS), check_kind("generator", generator, (Generator, type(None)))
-    if not len(images): raise ValueError("`images` must hold at least one picture, got none.")
+    (
+        check_row("images", images),
+        check_whole("size", size),
+        check_choice("how", how, FITS),
+        check_kind("generator", generator, (Generator, type(None))),
+    )
+    if not len(images):
+        raise ValueError("`images` must hold at least one picture, got none.")
     tensors = [to_tensor(image) for image in images]
-    if generator is None and len({t.shape for t in tensors}) == 1: return _fit_one(torch.stack(tensors), size, how, None) / 255
+    if generator is None and len({t.shape for t in tensors}) == 1:
+        return _fit_one(torch.stack(tensors), size, how, None) / 255
     return torch.stack([_fit_one(t, size, how, generator) for t in tensors]) / 255
 
 # %% ../nbs/api/06_images.ipynb #c7e14d00
 MAX_PICTURE_BYTES = 2**27  # 128 MB, of a file
 MAX_PIXELS = 2**26  # 67 million, of a picture
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".gif": "GIF",
-           ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"}  # suffix -> what Pillow may take it for
-FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if suffix in image_endings()}  # Pillow before 11.3 reads no AVIF
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    # suffix -> what Pillow may take it for
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+}
+# Pillow before 11.3 reads no AVIF
+FORMATS = {suffix: kind for suffix, kind in FORMATS.items() if suffix in image_endings()}
+
 
 def check_bytes_fit(
     size: int,  # of a file, or of its content
     where: str | Callable[[], str],  # how messages name it; a function is asked only then
 ) -> None:
     "Refuse a file that is larger than any picture."
-    if size > MAX_PICTURE_BYTES: raise ValueError(f"{where() if callable(where) else where} has {size:,} bytes, at most {MAX_PICTURE_BYTES:,} are read.")
+    if size > MAX_PICTURE_BYTES:
+        raise ValueError(
+            f"{where() if callable(where) else where} has {size:,} bytes, at most "
+            f"{MAX_PICTURE_BYTES:,} are read."
+        )
+
 
 def open_picture(
     source: Any,  # path, bytes, PIL picture, or (H, W) or (H, W, 3) uint8 array
     where: str,  # how messages name it
 ) -> Image.Image:  # not decoded yet, where that is possible
     "Open a picture, with limits and known formats only."
-    if isinstance(source, Image.Image): return source
+    if isinstance(source, Image.Image):
+        return source
     if isinstance(source, (str, os.PathLike)):
-        if not (path := as_path(source, "picture")).is_file(): raise FileNotFoundError(f"there is no picture at {str(path)!r}.")
+        if not (path := as_path(source, "picture")).is_file():
+            raise FileNotFoundError(f"there is no picture at {str(path)!r}.")
         check_bytes_fit(path.stat().st_size, where)
         source = path
     elif not isinstance(source, (bytes, np.ndarray)):
-        raise TypeError(f"`picture` must be a path, a PIL picture, bytes or an array, got {type(source).__name__}. A batch of tensors is composed with prompt(images).")
-    try: return _open(source, sorted(set(FORMATS.values())))
+        raise TypeError(
+            "`picture` must be a path, a PIL picture, bytes or an array, got "
+            f"{type(source).__name__}. A batch of tensors is composed with prompt(images)."
+        )
+    try:
+        return _open(source, sorted(set(FORMATS.values())))
     except UNREADABLE as error:
-        raise ValueError(f"{where} cannot be read: {error}. It must be one of {', '.join(FORMATS)}.") from None
+        raise ValueError(
+            f"{where} cannot be read: {error}. It must be one of {', '.join(FORMATS)}."
+        ) from None
 
 # %% ../nbs/api/06_images.ipynb #e66cd6d1
 def check_pixels_fit(
@@ -278,6 +398,12 @@ def check_pixels_fit(
 ) -> None:
     "Refuse a picture that would fill the memory, now or when it is scaled."
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"{where() if callable(where) else where} has {width} x {height} pixels, at most {MAX_PIXELS:,} in all are read.")
+        raise ValueError(
+            f"{where() if callable(where) else where} has {width} x {height} pixels, at most "
+            f"{MAX_PIXELS:,} in all are read."
+        )
     if how == "crop" and side**2 * max(width, height) / min(width, height) > MAX_PIXELS / 4:
-        raise ValueError(f"{where() if callable(where) else where} has {width} x {height} pixels: too long and thin to be cropped. Try fit='letterbox'.")
+        raise ValueError(
+            f"{where() if callable(where) else where} has {width} x {height} pixels: too long "
+            "and thin to be cropped. Try fit='letterbox'."
+        )

@@ -27,17 +27,34 @@ def check_images(
 ) -> None:
     "Refuse what cannot be a batch of pictures."
     if isinstance(images, (list, tuple)):
-        sizes = sorted({tuple(getattr(image, "shape", ())) or getattr(image, "size", "?") for image in images}, key=str)
-        raise TypeError(f"`images` must be one tensor (B, 3, H, W) of pictures of one size, got a {type(images).__name__} of {len(images)} with sizes "
-                        f"{sizes}. Bring them to one size first: tvp.images.fit, then torch.stack.")
+        sizes = sorted(
+            {tuple(getattr(image, "shape", ())) or getattr(image, "size", "?") for image in images},
+            key=str,
+        )
+        raise TypeError(
+            "`images` must be one tensor (B, 3, H, W) of pictures of one size, got a "
+            f"{type(images).__name__} of {len(images)} with sizes "
+            f"{sizes}. Bring them to one size first: tvp.images.fit, then torch.stack."
+        )
     if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         got = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
-        raise ValueError(f"`images` must be RGB pictures of shape (B, 3, H, W) with B > 0, got {got}. Add the batch dimension, convert to RGB.")
+        raise ValueError(
+            f"`images` must be RGB pictures of shape (B, 3, H, W) with B > 0, got {got}. Add the "
+            "batch dimension, convert to RGB."
+        )
     if not images.is_floating_point():
-        raise TypeError(f"`images` must be floating point in [0, 1], got {images.dtype}. Divide by 255: images.float() / 255.")
-    if images.requires_grad and images.device.type != "cpu": return  # in a training: its numbers are watched by `tvp.learner`, where no card has to wait
+        raise TypeError(
+            f"`images` must be floating point in [0, 1], got {images.dtype}. Divide by 255: "
+            "images.float() / 255."
+        )
+    # in a training: its numbers are watched by `tvp.learner`, where no card has to wait
+    if images.requires_grad and images.device.type != "cpu":
+        return
     low, high = images.detach().aminmax()
-    if not torch.isfinite(high - low): raise ValueError("`images` must be finite, got NaN or infinity. Check the prompt and the learning rate.")
+    if not torch.isfinite(high - low):
+        raise ValueError(
+            "`images` must be finite, got NaN or infinity. Check the prompt and the learning rate."
+        )
     if low >= 0 and high > 10:  # large and nowhere negative: not a prompt that ran away, but bytes
         raise ValueError(f"`images` must be in [0, 1], got values up to {high:.0f}. Divide by 255.")
 
@@ -49,9 +66,15 @@ def check_texts(
     "One text per picture."
     for name, values in texts.items():
         if isinstance(values, str):
-            raise TypeError(f"`{name}` must be a list with one text per picture, got one string. Use [{values!r}] * {batch}.")
+            raise TypeError(
+                f"`{name}` must be a list with one text per picture, got one string. Use "
+                f"[{values!r}] * {batch}."
+            )
         if len(check_list(name, values)) != batch:
-            raise ValueError(f"`{name}` must have one text per picture, got {len(values)} texts for {batch} pictures. Give one per picture.")
+            raise ValueError(
+                f"`{name}` must have one text per picture, got {len(values)} texts for {batch} "
+                "pictures. Give one per picture."
+            )
 
 # %% ../nbs/api/19_inputs.ipynb #861f3c5a
 def check_processor(
@@ -60,10 +83,16 @@ def check_processor(
     "The pixels must pass through torchvision, or no gradient reaches the prompt."
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is None:
-        raise TypeError(f"`processor` must have an `image_processor`, got {type(processor).__name__}. Load it with transformers.AutoProcessor.")
+        raise TypeError(
+            f"`processor` must have an `image_processor`, got {type(processor).__name__}. Load "
+            "it with transformers.AutoProcessor."
+        )
     if getattr(image_processor, "backend", "torchvision") != "torchvision":
-        raise ValueError(f"`processor` must have a torchvision image processor, got {type(image_processor).__name__}, through which no gradient "
-                         'passes. Load it with AutoProcessor.from_pretrained(..., backend="torchvision").')
+        raise ValueError(
+            "`processor` must have a torchvision image processor, got "
+            f"{type(image_processor).__name__}, through which no gradient "
+            'passes. Load it with AutoProcessor.from_pretrained(..., backend="torchvision").'
+        )
 
 # %% ../nbs/api/19_inputs.ipynb #2afb51ba
 def begins(
@@ -81,16 +110,24 @@ def call_processor(
     images,  # B pictures of 0..255, (3, H, W) each, bytes or floats
 ) -> dict[str, Tensor]:  # pixels and text
     "The model's own preprocessing, one picture per text."
-    problems, how = [], {"return_tensors": "pt"}
-    if begins(processor.tokenizer, texts[0]) and not hasattr(processor, "markers"):  # a MarkerProcessor looks itself
+    problems = []
+    how = {"return_tensors": "pt"}
+    # a MarkerProcessor looks itself
+    if begins(processor.tokenizer, texts[0]) and not hasattr(processor, "markers"):
         how["add_special_tokens"] = False
     for pictures in ([[image] for image in images], list(images)):  # GOT-OCR2 wants a flat list
-        try: return dict(processor(text=texts, images=pictures, **how))
-        except (TypeError, ValueError) as problem: problems.append(problem)
-    if "PIL" not in str(problems[0]): raise problems[0]
+        try:
+            return dict(processor(text=texts, images=pictures, **how))
+        except (TypeError, ValueError) as problem:
+            problems.append(problem)
+    if "PIL" not in str(problems[0]):
+        raise problems[0]
     from torchvision.transforms.functional import to_pil_image
-    drawn = [[to_pil_image(image.detach().cpu().clamp(0, 255).byte())] for image in images]  # a processor that insists on PIL: its text, and
-    own = processor.image_processor([[image] for image in images], return_tensors="pt")  # the pixels from its image processor
+
+    # a processor that insists on PIL: its text, and
+    drawn = [[to_pil_image(image.detach().cpu().clamp(0, 255).byte())] for image in images]
+    # the pixels from its image processor
+    own = processor.image_processor([[image] for image in images], return_tensors="pt")
     return {**processor(text=texts, images=drawn, **how), **own}
 
 # %% ../nbs/api/19_inputs.ipynb #7e831f1b
@@ -102,25 +139,35 @@ def text_row(
 ) -> dict[str, Tensor]:  # input_ids (1, L), attention_mask and whatever else is not made of pixels
     "Text inputs of one sample, placeholders for the visual tokens included."
     pixels = pixel_names(processor, size) if pixels is None else pixels
-    return {name: torch.as_tensor(value) for name, value in call_processor(processor, [text], torch.zeros(1, 3, *size)).items() if name not in pixels}
+    return {
+        name: torch.as_tensor(value)
+        for name, value in call_processor(processor, [text], torch.zeros(1, 3, *size)).items()
+        if name not in pixels
+    }
 
 
 def pixel_names(
     processor,  # a processor of transformers
     size: tuple[int, int],  # height and width of the pictures
 ) -> set[str]:  # "pixel_values", ...
-    "Which outputs are made of pictures: what the image processor makes by itself, or says that it makes."
+    """Which outputs are made of pictures: what the image processor makes by itself, or says that it
+    makes."""
     made = processor.image_processor([[torch.zeros(3, *size)]], return_tensors="pt")
-    names = {*made, *getattr(processor.image_processor, "model_input_names", ()), "labels"}  # PaliGemma's processor adds labels
-    return names - {"input_ids", "attention_mask"}  # Kosmos-2.5's image processor has a mask of that name, too
+    # PaliGemma's processor adds labels
+    names = {*made, *getattr(processor.image_processor, "model_input_names", ()), "labels"}
+    # Kosmos-2.5's image processor has a mask of that name, too
+    return names - {"input_ids", "attention_mask"}
 
 
 def chat_template(
     processor,  # a processor of transformers
 ) -> str | None:  # Jinja; None: there is none
     "Find the chat template of a processor, or of its tokenizer, where many fine-tunes keep it."
-    if not hasattr(processor, "apply_chat_template"): return None
-    found = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not hasattr(processor, "apply_chat_template"):
+        return None
+    found = getattr(processor, "chat_template", None) or getattr(
+        processor.tokenizer, "chat_template", None
+    )
     return found.get("default", next(iter(found.values()))) if isinstance(found, dict) else found
 
 
@@ -130,21 +177,35 @@ def render_chat(
     instruction: str,  # one question or request
     image: bool = True,  # False: without the image, to see whether the template has a place for it
 ) -> str:  # the text of one user turn with one image
-    "Write an instruction as the chat template has it, without a thought where the template offers that."
+    """Write an instruction as the chat template has it, without a thought where the template offers
+    that."""
     content = [{"type": "image"}] * image + [{"type": "text", "text": instruction}]
-    switches = {name: False for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", template)}
-    return processor.apply_chat_template([{"role": "user", "content": content}], chat_template=template,
-                                         add_generation_prompt=True, **switches)
+    switches = {
+        name: False
+        for name in ("enable_thinking", "thinking")
+        if re.search(rf"\b{name}\b", template)
+    }
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=template,
+        add_generation_prompt=True,
+        **switches,
+    )
 
 
 def opened_thought(
     text: str,  # rendered instruction
     instruction: str,  # that it holds
 ) -> str:  # the symbol that opens the thought; empty: an answer comes next
-    "Find a thought that is open behind the instruction: candidates would be scored as its first words."
-    symbols = re.findall(r"[<\[◁][^<>\[\]◁▷\s]*(?:think|thought|reason)[^<>\[\]◁▷\s]*[>\]▷]",
-                         text[text.rfind(instruction) + len(instruction):], re.IGNORECASE)
-    if not symbols or re.search(r"/|(?<![a-z])end(?![a-z])", symbols[-1], re.IGNORECASE): return ""
+    """Find a thought that is open behind the instruction: candidates would be scored as its first
+    words."""
+    symbols = re.findall(
+        r"[<\[◁][^<>\[\]◁▷\s]*(?:think|thought|reason)[^<>\[\]◁▷\s]*[>\]▷]",
+        text[text.rfind(instruction) + len(instruction) :],
+        re.IGNORECASE,
+    )
+    if not symbols or re.search(r"/|(?<![a-z])end(?![a-z])", symbols[-1], re.IGNORECASE):
+        return ""
     return symbols[-1]
 
 # %% ../nbs/api/19_inputs.ipynb #9ceab919
@@ -154,12 +215,13 @@ def pad_rows(
     left: bool,  # pad on the left, else on the right
 ) -> Tensor:  # (B, L, ...)
     "Rows of unequal length as one tensor."
-    if all(row is rows[0] for row in rows): return rows[0].expand(len(rows), *rows[0].shape[1:])
+    if all(row is rows[0] for row in rows):
+        return rows[0].expand(len(rows), *rows[0].shape[1:])
     length = max(row.shape[1] for row in rows)
     out = rows[0].new_full((len(rows), length, *rows[0].shape[2:]), value)
     for i, row in enumerate(rows):
         start = length - row.shape[1] if left else 0
-        out[i, start:start + row.shape[1]] = row[0]
+        out[i, start : start + row.shape[1]] = row[0]
     return out
 
 # %% ../nbs/api/19_inputs.ipynb #fb3df033
@@ -170,20 +232,37 @@ def answer_tokens(
     end: str = "",  # end symbol
 ) -> tuple[int, ...]:  # at least one token id
     "Token ids of an answer where it stands."
-    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     alone = ids(answer + end)
-    if not answer.strip() or not ids(answer): raise ValueError(f"an answer must have at least one token, got {answer!r}. Give it some text.")
-    if before is None: return tuple(alone)
-    gap = "" if not before or before[-1].isspace() or before.endswith(tuple(tokenizer.all_special_tokens)) else " "
-    first, both = ids(before), ids(before + gap + answer + end)
-    return tuple(both[len(first):]) if both[:len(first)] == first else tuple(alone)
+    if not answer.strip() or not ids(answer):
+        raise ValueError(
+            f"an answer must have at least one token, got {answer!r}. Give it some text."
+        )
+    if before is None:
+        return tuple(alone)
+    gap = (
+        ""
+        if not before
+        or before[-1].isspace()
+        or before.endswith(tuple(tokenizer.all_special_tokens))
+        else " "
+    )
+    first = ids(before)
+    both = ids(before + gap + answer + end)
+    return tuple(both[len(first) :]) if both[: len(first)] == first else tuple(alone)
 
 # %% ../nbs/api/19_inputs.ipynb #afd0d87f
 def is_encoder_decoder(
     model: nn.Module,  # an image-text model of transformers
 ) -> bool:  # True for T5 and its like
     "InstructBLIP's own flag stays False with T5, so the text config is asked too."
-    return bool(model.config.is_encoder_decoder or getattr(model.config.get_text_config(), "is_encoder_decoder", False))
+    return bool(
+        model.config.is_encoder_decoder
+        or getattr(model.config.get_text_config(), "is_encoder_decoder", False)
+    )
 
 # %% ../nbs/api/19_inputs.ipynb #f0b4f3d1
 def plain_template(
@@ -191,16 +270,28 @@ def plain_template(
     has_picture: Callable[[dict], bool],  # does a row of text inputs have a place for the picture?
 ) -> Callable[[str], str]:  # instruction -> text
     "The instruction as it is, or behind the processor's own image token."
-    named = (getattr(processor, name, None) for name in ("boi_token", "image_token"))  # Gemma 3 expands its begin-of-image token
-    marks, rows, problem = ["", *(str(mark) for mark in named if mark)], {}, "no image token came out"
+    # Gemma 3 expands its begin-of-image token
+    named = (getattr(processor, name, None) for name in ("boi_token", "image_token"))
+    marks = ["", *(str(mark) for mark in named if mark)]
+    rows = {}
+    problem = "no image token came out"
     for mark in marks:
-        try: rows[mark] = text_row(processor, mark + "a", (64, 64))
-        except Exception as error: problem = error  # processors fail in many ways when the text has no place for the picture
+        try:
+            rows[mark] = text_row(processor, mark + "a", (64, 64))
+        # processors fail in many ways when the text has no place for the picture
+        except Exception as error:
+            problem = error
     good = [mark for mark in rows if has_picture(rows[mark])]
-    same = [mark for mark in good if rows[mark]["input_ids"].equal(rows[good[0]]["input_ids"])]  # PaliGemma's takes both and grumbles at the bare one
-    if good: return partial(add, same[-1])
-    raise ValueError(f"`template` must be given for {type(processor).__name__}: it has no chat template, and neither an instruction alone nor one "
-                     f"behind an image token will do ({problem}). For example template=lambda instruction: '<image> ' + instruction.")
+    # PaliGemma's takes both and grumbles at the bare one
+    same = [mark for mark in good if rows[mark]["input_ids"].equal(rows[good[0]]["input_ids"])]
+    if good:
+        return partial(add, same[-1])
+    raise ValueError(
+        f"`template` must be given for {type(processor).__name__}: it has no chat template, and "
+        "neither an instruction alone nor one "
+        f"behind an image token will do ({problem}). For example template=lambda instruction: "
+        "'<image> ' + instruction."
+    )
 
 # %% ../nbs/api/19_inputs.ipynb #3ea7aa30
 def image_symbols(
@@ -210,48 +301,81 @@ def image_symbols(
     "Collect the symbols that stand for an image or stand around one."
     words = re.compile("image|vision|video|boi_|eoi_")
     named = [*vars(processor).items(), *processor.tokenizer.special_tokens_map.items()]
-    found = {value for name, value in named if name.endswith("_token") and words.search(name) and isinstance(value, str)}
-    if image_token_id is not None: found.add(processor.tokenizer.convert_ids_to_tokens(image_token_id))
+    found = {
+        value
+        for name, value in named
+        if name.endswith("_token") and words.search(name) and isinstance(value, str)
+    }
+    if image_token_id is not None:
+        found.add(processor.tokenizer.convert_ids_to_tokens(image_token_id))
     return {symbol for symbol in {*found, *getattr(processor, "markers", ())} if symbol}
 
 
 def position_limits(
     model: nn.Module,  # an image-text model of transformers
 ) -> dict[str, int]:  # name of the ids -> how many; a name is missing where there is no end
-    "Count the tokens for which a model has learned positions, in its language model and in a Q-Former."
-    limits, elsewhere = {}, re.compile("vis|image|audio|perceiver|resampler")
+    """Count the tokens for which a model has learned positions, in its language model and in a
+    Q-Former."""
+    limits = {}
+    elsewhere = re.compile("vis|image|audio|perceiver|resampler")
     for path, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or "pos" not in path.rsplit(".")[-1] or elsewhere.search(path): continue
+        if (
+            not isinstance(module, nn.Embedding)
+            or "pos" not in path.rsplit(".")[-1]
+            or elsewhere.search(path)
+        ):
+            continue
         name = "qformer_input_ids" if "qformer" in path else "input_ids"
-        limits[name] = min(limits.get(name, module.num_embeddings), module.num_embeddings - getattr(module, "offset", 0))
+        limits[name] = min(
+            limits.get(name, module.num_embeddings),
+            module.num_embeddings - getattr(module, "offset", 0),
+        )
     return limits
 
 # %% ../nbs/api/19_inputs.ipynb #d99cb0d5
 class TextInputs:
     "Token ids of instructions and answers, made by a model's own processor and kept."
+
     def __init__(
         self,
         model: nn.Module,  # an image-text model of transformers
         processor,  # its processor
-        template=None,  # instruction -> text; None: the chat template if there is one, else `plain_template`
+        # instruction -> text; None: the chat template if there is one, else `plain_template`
+        template=None,
     ):
         if template is not None and not callable(template):
-            raise TypeError(f"`template` must be a function from the instruction to the text, got {template!r}. Try template={template!r}.format.")
-        self.processor, self.tokenizer, self.template = processor, processor.tokenizer, template
+            raise TypeError(
+                "`template` must be a function from the instruction to the text, got "
+                f"{template!r}. Try template={template!r}.format."
+            )
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = template
         self._pixels = {}  # size of the images -> names of inputs made of them
         self._ends = {}  # instruction -> length of its row and its last token
         self.short = {}  # size and dtype of the images -> from `shortcut`
         self.limits = position_limits(model)
-        self.seq2seq, self.alone = is_encoder_decoder(model), is_encoder_decoder(model) or bool(getattr(processor, "alone", ()))
-        self.image_token_id = next((i for i in (getattr(model.config, f"image_token_{x}", None) for x in ("id", "index")) if i is not None), None)
+        self.seq2seq = is_encoder_decoder(model)
+        self.alone = is_encoder_decoder(model) or bool(getattr(processor, "alone", ()))
+        self.image_token_id = next(
+            (
+                i
+                for i in (getattr(model.config, f"image_token_{x}", None) for x in ("id", "index"))
+                if i is not None
+            ),
+            None,
+        )
         self.image_symbols = image_symbols(processor, self.image_token_id)
         self._remember()
 
     def _remember(self) -> None:
-        self.row, self.answer_ids = lru_cache(8192)(self._row), lru_cache(8192)(self._answer_ids)
+        self.row = lru_cache(8192)(self._row)
+        self.answer_ids = lru_cache(8192)(self._answer_ids)
 
     def __getstate__(self) -> dict:  # a cache cannot be pickled, and a copy's must not ask the original
-        return {name: value for name, value in vars(self).items() if name not in ("row", "answer_ids")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("row", "answer_ids")
+        }
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -260,28 +384,49 @@ class TextInputs:
     @cached_property
     def render(self) -> Callable[[str], str]:
         "Instruction -> the text that the processor is given."
-        if self.template: return self.template
+        if self.template:
+            return self.template
         render = self._chat() or plain_template(self.processor, self.has_picture)
         if symbol := opened_thought(render("What is this?"), "What is this?"):
-            warnings.warn(f"the chat template opens a thought ({symbol}) before every answer, so candidates are scored as its first words. "
-                          "Give a `template` that closes it.")
+            warnings.warn(
+                f"the chat template opens a thought ({symbol}) before every answer, so "
+                "candidates are scored as its first words. "
+                "Give a `template` that closes it."
+            )
         return render
 
     def _chat(self) -> Callable[[str], str] | None:
-        if (template := chat_template(self.processor)) is None: return None
+        if (template := chat_template(self.processor)) is None:
+            return None
         render = partial(render_chat, self.processor, template)
-        if getattr(self.processor, "chat_template", None): return render
+        if getattr(self.processor, "chat_template", None):
+            return render
         try:  # a tokenizer's template may know text only
             text = render("a")
-            knows = text != render("a", image=False) and "'type'" not in text and self.has_picture(text_row(self.processor, text, (64, 64)))
-        except Exception: knows = False  # templates raise whatever their authors wrote
-        if knows: return render
-        warnings.warn("the tokenizer's chat template has no place for an image, so the instruction is asked without it. "
-                      "Give a `template` if the model was trained with turns.")
+            knows = (
+                text != render("a", image=False)
+                and "'type'" not in text
+                and self.has_picture(text_row(self.processor, text, (64, 64)))
+            )
+        except Exception:
+            knows = False  # templates raise whatever their authors wrote
+        if knows:
+            return render
+        warnings.warn(
+            "the tokenizer's chat template has no place for an image, so the instruction is "
+            "asked without it. "
+            "Give a `template` if the model was trained with turns."
+        )
 
     def has_picture(self, row: dict[str, Tensor]) -> bool:
-        "Whether the visual tokens have a place in a row, as far as the model names a token for them."
-        return self.image_token_id is None or bool((row["input_ids"] == self.image_token_id).any()) or "image_embeds_position_mask" in row  # Kosmos-2
+        """Whether the visual tokens have a place in a row, as far as the model names a token for
+        them."""
+        # Kosmos-2
+        return (
+            self.image_token_id is None
+            or bool((row["input_ids"] == self.image_token_id).any())
+            or "image_embeds_position_mask" in row
+        )
 
     def _row(self, instruction: str, size: tuple[int, int]) -> dict[str, Tensor]:
         self._check_symbols(instruction)
@@ -291,53 +436,94 @@ class TextInputs:
         return row
 
     def _made_row(self, instruction: str, size: tuple[int, int]) -> dict[str, Tensor]:
-        text, problem = instruction, "no image token came out"
+        text = instruction
+        problem = "no image token came out"
         try:
             text = self.render(instruction)
-            if size not in self._pixels: self._pixels[size] = pixel_names(self.processor, size)
+            if size not in self._pixels:
+                self._pixels[size] = pixel_names(self.processor, size)
             row = text_row(self.processor, text, size, self._pixels[size])
-            if not self.seq2seq: row = without_end(row, self.tokenizer)
-            if self.has_picture(row): return row
-        except Exception as error: problem = error  # processors fail in many ways when the text has no place for the picture
-        raise ValueError(f"`template` must put the picture into the text as the processor wants it, got {text!r} ({problem}). "
-                         "Give a `template` with the image token: lambda instruction: '<image> ' + instruction.")
+            if not self.seq2seq:
+                row = without_end(row, self.tokenizer)
+            if self.has_picture(row):
+                return row
+        # processors fail in many ways when the text has no place for the picture
+        except Exception as error:
+            problem = error
+        raise ValueError(
+            "`template` must put the picture into the text as the processor wants it, got "
+            f"{text!r} ({problem}). "
+            "Give a `template` with the image token: lambda instruction: '<image> ' + instruction."
+        )
 
     def _check_symbols(self, instruction: str) -> None:
-        named = (getattr(self.tokenizer, name, None) for name in ("bos_token", "eos_token", "cls_token", "sep_token"))
-        symbols = {*self.image_symbols, *(symbol for symbol in named if symbol and len(symbol.strip()) > 1)}
+        named = (
+            getattr(self.tokenizer, name, None)
+            for name in ("bos_token", "eos_token", "cls_token", "sep_token")
+        )
+        symbols = {
+            *self.image_symbols,
+            *(symbol for symbol in named if symbol and len(symbol.strip()) > 1),
+        }
         if found := sorted(symbol for symbol in symbols if symbol in instruction):
-            raise ValueError(f"an instruction must not hold the model's own symbols, got {found[0]!r} in {instruction[:80]!r}. "
-                             "Remove it: `template` puts the image and the turns around the instruction.")
+            raise ValueError(
+                f"an instruction must not hold the model's own symbols, got {found[0]!r} in "
+                f"{instruction[:80]!r}. "
+                "Remove it: `template` puts the image and the turns around the instruction."
+            )
 
     def _check_length(self, row: dict[str, Tensor], instruction: str) -> None:
         for name, limit in self.limits.items():
             if name in row and row[name].shape[1] > limit:
-                raise ValueError(f"an instruction must fit into the {limit} positions that the model has learned, got {row[name].shape[1]} "
-                                 f"tokens for {instruction[:40]!r}... Make it shorter.")
+                raise ValueError(
+                    f"an instruction must fit into the {limit} positions that the model has "
+                    f"learned, got {row[name].shape[1]} "
+                    f"tokens for {instruction[:40]!r}... Make it shorter."
+                )
 
     def _answer_ids(self, instruction: str, answer: str, end: str = "") -> tuple[int, ...]:
         if found := sorted(symbol for symbol in self.image_symbols if symbol in answer):
-            raise ValueError(f"an answer must not hold the model's symbol for an image, got {found[0]!r} in {answer[:80]!r}. Remove it.")
-        ids = answer_tokens(self.tokenizer, None if self.alone else self.before(instruction), answer, end)
+            raise ValueError(
+                f"an answer must not hold the model's symbol for an image, got {found[0]!r} in "
+                f"{answer[:80]!r}. Remove it."
+            )
+        ids = answer_tokens(
+            self.tokenizer, None if self.alone else self.before(instruction), answer, end
+        )
         limit = self.limits.get("input_ids")
-        if limit is None: return ids
+        if limit is None:
+            return ids
         length = len(ids) if self.seq2seq else self._end(instruction)[0] + len(ids)
-        if length <= limit: return ids
-        raise ValueError(f"an answer must fit, with its instruction, into the {limit} positions that the model has learned, "
-                         f"got {length} tokens for {answer[:40]!r}... Make it shorter.")
+        if length <= limit:
+            return ids
+        raise ValueError(
+            f"an answer must fit, with its instruction, into the {limit} positions that the "
+            "model has learned, "
+            f"got {length} tokens for {answer[:40]!r}... Make it shorter."
+        )
 
     def _end(self, instruction: str) -> tuple[int, list[int]]:
-        if instruction not in self._ends: self.row(instruction, (64, 64))
+        if instruction not in self._ends:
+            self.row(instruction, (64, 64))
         return self._ends[instruction]
 
     def before(self, instruction: str) -> str:
-        "The text that an answer continues; PaliGemma's processor puts a line break behind the instruction."
-        text, (_, last) = self.render(instruction), self._end(instruction)
-        return text if self.tokenizer(text, add_special_tokens=False).input_ids[-1:] == last else self.tokenizer.decode(last)
+        """The text that an answer continues; PaliGemma's processor puts a line break behind the
+        instruction."""
+        text = self.render(instruction)
+        (_, last) = self._end(instruction)
+        return (
+            text
+            if self.tokenizer(text, add_special_tokens=False).input_ids[-1:] == last
+            else self.tokenizer.decode(last)
+        )
 
     def pad_value(self, name: str) -> int:
-        "Padding of an input, by its name: a token that is no picture for ids, zero for masks and the rest."
-        tokenizer = self.processor.qformer_tokenizer if name.startswith("qformer_") else self.tokenizer
+        """Padding of an input, by its name: a token that is no picture for ids, zero for masks and
+        the rest."""
+        tokenizer = (
+            self.processor.qformer_tokenizer if name.startswith("qformer_") else self.tokenizer
+        )
         taken = {None, self.image_token_id} if name == "input_ids" else {None}
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id) if name.endswith("input_ids") else ()
         return next((i for i in ids if i not in taken), 0)
@@ -346,11 +532,20 @@ class TextInputs:
 def without_end(
     row: dict[str, Tensor],  # text inputs of one sample
     tokenizer,  # of a decoder
-) -> dict[str, Tensor]:  # the same, one column shorter where the tokenizer puts a symbol behind every text
+    # the same, one column shorter where the tokenizer puts a symbol behind every text
+) -> dict[str, Tensor]:
     "An answer continues its instruction, so nothing may close it (BERT's [SEP] in GIT)."
-    length, plain = row["input_ids"].shape[1], tokenizer("a", add_special_tokens=False).input_ids
-    if tokenizer("a").input_ids[-1:] == plain[-1:] or row["input_ids"][0, -1] != tokenizer("a").input_ids[-1]: return row
-    return {name: value[:, :-1] if value.ndim > 1 and value.shape[1] == length else value for name, value in row.items()}
+    length = row["input_ids"].shape[1]
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    if (
+        tokenizer("a").input_ids[-1:] == plain[-1:]
+        or row["input_ids"][0, -1] != tokenizer("a").input_ids[-1]
+    ):
+        return row
+    return {
+        name: value[:, :-1] if value.ndim > 1 and value.shape[1] == length else value
+        for name, value in row.items()
+    }
 
 # %% ../nbs/api/19_inputs.ipynb #1163c186
 def text_batch(
@@ -358,10 +553,18 @@ def text_batch(
     instructions: list[str],  # one per picture
     size: tuple[int, int],  # height and width of the pictures
 ) -> dict[str, Tensor]:  # input_ids (B, L), attention_mask, ...
-    "Rows of several instructions, padded on the left for decoders, so that every answer starts in the same column."
+    """Rows of several instructions, padded on the left for decoders, so that every answer starts in
+    the same column."""
     rows = [text.row(instruction, size) for instruction in instructions]
-    left = lambda name: not text.seq2seq and not name.startswith("qformer_")  # InstructBLIP's Q-Former reads its text from position 0
-    return {name: pad_rows([row[name] for row in rows], text.pad_value(name), left(name)) for name in rows[0]}
+
+    # InstructBLIP's Q-Former reads its text from position 0
+    def left(name):
+        return not text.seq2seq and not name.startswith("qformer_")
+
+    return {
+        name: pad_rows([row[name] for row in rows], text.pad_value(name), left(name))
+        for name in rows[0]
+    }
 
 
 def answer_batch(
@@ -372,7 +575,9 @@ def answer_batch(
 ) -> tuple[Tensor, Tensor]:  # ids (B, A), padded on the right, and mask (B, A)
     "Answer tokens with their end symbol."
     rows = [torch.tensor([text.answer_ids(i, a, end)]) for i, a in zip(instructions, answers)]
-    return pad_rows(rows, text.pad_value("input_ids"), False), pad_rows([torch.ones_like(row) for row in rows], 0, False)
+    return pad_rows(rows, text.pad_value("input_ids"), False), pad_rows(
+        [torch.ones_like(row) for row in rows], 0, False
+    )
 
 # %% ../nbs/api/19_inputs.ipynb #d11d0567
 def image_scale(
@@ -380,14 +585,21 @@ def image_scale(
 ) -> int:  # 255, or 1 for one that takes images in [0, 1]
     "By what images in [0, 1] are multiplied for an image processor."
     mean = getattr(image_processor, "image_mean", None)
-    if getattr(image_processor, "do_rescale", True) or not getattr(image_processor, "do_normalize", False) or mean is None: return 255
+    if (
+        getattr(image_processor, "do_rescale", True)
+        or not getattr(image_processor, "do_normalize", False)
+        or mean is None
+    ):
+        return 255
     return 1 if torch.as_tensor(mean).max() <= 1 else 255
 
 
 def as_saved(
     image_processor,  # of transformers
     images: Tensor,  # (B, 3, H, W) in [0, 1]
-) -> Tensor:  # of the same shape: bytes, or multiples of 1/255 for an image processor that takes images in [0, 1]
+    # of the same shape: bytes, or multiples of 1/255 for an image processor that takes images in
+    # [0, 1]
+) -> Tensor:
     "Round images to what a saved file holds, in the units of an image processor."
     levels = (images.clamp(0, 1) * 255).round()
     return levels.byte() if image_scale(image_processor) == 255 else levels / 255
@@ -401,9 +613,15 @@ def pixel_inputs(
 ) -> dict[str, Tensor]:  # pixel_values and what else is made of pictures, differentiable
     "Pixels as the model's own processor makes them."
     made = processed(text, images * image_scale(text.processor.image_processor), instruction)
-    if not straight_through: return made
+    if not straight_through:
+        return made
     exact = processed(text, as_saved(text.processor.image_processor, images.detach()), instruction)
-    return {name: exact[name].to(value.dtype) + (value - value.detach()) if value.is_floating_point() else value for name, value in made.items()}
+    return {
+        name: exact[name].to(value.dtype) + (value - value.detach())
+        if value.is_floating_point()
+        else value
+        for name, value in made.items()
+    }
 
 
 def processed(
@@ -411,12 +629,17 @@ def processed(
     pictures: Tensor,  # (B, 3, H, W) of 0..255, bytes or floats
     instruction: str,  # any one
 ) -> dict[str, Tensor]:  # what is made of pictures
-    "From the image processor alone where that comes to the same, which is found out once per size; else from the whole processor."
+    """From the image processor alone where that comes to the same, which is found out once per
+    size; else from the whole processor."""
     how = (tuple(pictures.shape[1:]), pictures.dtype)
-    if how not in text.short: text.short[how] = shortcut(text, pictures, instruction)
-    if text.short[how] is None: return from_all(text, pictures, instruction)
+    if how not in text.short:
+        text.short[how] = shortcut(text, pictures, instruction)
+    if text.short[how] is None:
+        return from_all(text, pictures, instruction)
     nested, names = text.short[how]
-    return {name: value for name, value in from_images(text, pictures, nested).items() if name in names}
+    return {
+        name: value for name, value in from_images(text, pictures, nested).items() if name in names
+    }
 
 
 def from_all(
@@ -436,7 +659,11 @@ def from_images(
     nested: bool,  # one list per image? Idefics takes a flat list for one sample with many images
 ) -> dict[str, Tensor]:  # what is made of images
     "Ask the image processor alone."
-    return dict(text.processor.image_processor([[image] for image in images] if nested else list(images), return_tensors="pt"))
+    return dict(
+        text.processor.image_processor(
+            [[image] for image in images] if nested else list(images), return_tensors="pt"
+        )
+    )
 
 
 @torch.no_grad()
@@ -444,12 +671,18 @@ def shortcut(
     text: TextInputs,  # of the model
     images: Tensor,  # (B, 3, H, W) as the processor takes them
     instruction: str,  # any one
-) -> tuple[bool, set[str]] | None:  # `nested` for `from_images`, and which of its outputs; None: there is no shortcut
-    "Find out how the image processor alone makes what the whole processor makes, for one image and for two."
-    batches = [images[:1], images[[0, -1]]]  # two even where one came: what holds for one need not hold for more
+    # `nested` for `from_images`, and which of its outputs; None: there is no shortcut
+) -> tuple[bool, set[str]] | None:
+    """Find out how the image processor alone makes what the whole processor makes, for one image
+    and for two."""
+    # two even where one came: what holds for one need not hold for more
+    batches = [images[:1], images[[0, -1]]]
     wholes = [from_all(text, batch, instruction) for batch in batches]
     for nested in (False, True):
-        if all(same_tensors(whole, partial(from_images, text, batch, nested)) for whole, batch in zip(wholes, batches)):
+        if all(
+            same_tensors(whole, partial(from_images, text, batch, nested))
+            for whole, batch in zip(wholes, batches)
+        ):
             return nested, {*wholes[0]}
 
 
@@ -458,6 +691,13 @@ def same_tensors(
     make: Callable[[], dict[str, Tensor]],  # may fail
 ) -> bool:
     "Whether a second way makes the same."
-    try: those = make()
-    except Exception: return False  # the first way remains
-    return all(torch.is_tensor(those.get(name)) and those[name].dtype == value.dtype and those[name].equal(value) for name, value in these.items())
+    try:
+        those = make()
+    except Exception:
+        return False  # the first way remains
+    return all(
+        torch.is_tensor(those.get(name))
+        and those[name].dtype == value.dtype
+        and those[name].equal(value)
+        for name, value in these.items()
+    )

@@ -26,11 +26,16 @@ def through_file(
     images: Tensor,  # (B, 3, H, W), any range: clipped to [0, 1]
     quality: int | None = None,  # of a JPEG, 1 to 95; None: a PNG, which only rounds and clips
 ) -> Tensor:  # (B, 3, H, W), multiples of 1 / 255
-    "What is left of pictures that were saved and opened again; a JPEG with Pillow's settings (colour at half the resolution)."
-    if quality is not None and not (type(quality) is int and 1 <= quality <= 95): raise ValueError(f"`quality` must be a whole number in [1, 95] or None, got {quality!r}. Try 95.")
+    """What is left of pictures that were saved and opened again; a JPEG with Pillow's settings
+    (colour at half the resolution)."""
+    if quality is not None and not (type(quality) is int and 1 <= quality <= 95):
+        raise ValueError(
+            f"`quality` must be a whole number in [1, 95] or None, got {quality!r}. Try 95."
+        )
     opened = []
     for image in images:
-        picture, file = pixels_to_pil(image), io.BytesIO()
+        picture = pixels_to_pil(image)
+        file = io.BytesIO()
         if quality is not None:
             picture.save(file, "JPEG", quality=quality)
             picture = Image.open(file)
@@ -40,14 +45,24 @@ def through_file(
 # %% ../nbs/api/64_jpeg.ipynb #ef91a02a
 class Sent:
     "A prompt whose pictures are saved and opened again before a model sees them."
-    def __init__(self, prompt: VisualPrompt,
-                 quality: int | None = None):  # of a JPEG; None: a PNG
-        self.prompt, self.quality = prompt, quality
+
+    def __init__(
+        self,
+        prompt: VisualPrompt,
+        quality: int | None = None,  # of a JPEG; None: a PNG
+    ):
+        self.prompt = prompt
+        self.quality = quality
         through_file(torch.zeros(1, 3, 8, 8), quality)  # a wrong quality is said now
 
-    def __getattr__(self, name: str) -> Any: return getattr(self.__dict__["prompt"], name)
-    def __call__(self, images: Tensor) -> Tensor: return through_file(self.prompt(images), self.quality)
-    def __repr__(self) -> str: return f"Sent({self.prompt}, {'PNG' if self.quality is None else f'JPEG {self.quality}'})"
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["prompt"], name)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return through_file(self.prompt(images), self.quality)
+
+    def __repr__(self) -> str:
+        return f"Sent({self.prompt}, {'PNG' if self.quality is None else f'JPEG {self.quality}'})"
 
 # %% ../nbs/api/64_jpeg.ipynb #fe4a59bf
 def sent_prompts(
@@ -56,8 +71,11 @@ def sent_prompts(
 ) -> dict[str, Sent]:  # name for a table -> what to evaluate
     "A prompt, and no prompt, as files of falling quality."
     check_kind("prompt", prompt, VisualPrompt)
-    for quality in check_row("qualities", qualities): check_whole("qualities", quality, 1, 95)
-    nothing = VisualPrompt(prompt.size, prompt.width, "whole", provenance={"source": prompt.provenance.get("source")}).to(prompt.delta)
+    for quality in check_row("qualities", qualities):
+        check_whole("qualities", quality, 1, 95)
+    nothing = VisualPrompt(
+        prompt.size, prompt.width, "whole", provenance={"source": prompt.provenance.get("source")}
+    ).to(prompt.delta)
     sent = {"prompt, PNG": Sent(prompt)} | {f"prompt, JPEG {q}": Sent(prompt, q) for q in qualities}
     return sent | {f"no prompt, JPEG {q}": Sent(nothing, q) for q in qualities}
 

@@ -31,12 +31,15 @@ from .transformers_compat import hub_file
 # %% ../nbs/api/25_lavis.ipynb #ce408257
 class LavisBlip2Config(Blip2Config):
     "BLIP-2 as LAVIS computes it."
+
     model_type = "lavis-blip2"
-    vision_norm_eps: float = 1e-5  # of the layer norm behind the vision tower; its blocks keep their own
+    # of the layer norm behind the vision tower; its blocks keep their own
+    vision_norm_eps: float = 1e-5
 
 
 class LavisInstructBlipConfig(InstructBlipConfig):
     "InstructBLIP as LAVIS computes it."
+
     model_type = "lavis-instructblip"
     vision_norm_eps: float = 1e-5  # as in LavisBlip2Config
 
@@ -46,15 +49,22 @@ def as_in_lavis(
 ) -> None:
     "The norm's epsilon, and T5's own output layer."
     model.vision_model.post_layernorm.eps = model.config.vision_norm_eps
-    if getattr(model.config.text_config, "scale_decoder_outputs", True): return  # not a T5, or one that shares its embeddings
+    # not a T5, or one that shares its embeddings
+    if getattr(model.config.text_config, "scale_decoder_outputs", True):
+        return
     head = model.language_model.lm_head
     head.weight = nn.Parameter(head.weight.detach().clone())
-    for owner, name in ((model, "language_model.lm_head.weight"), (model.language_model, "lm_head.weight")):
+    for owner, name in (
+        (model, "language_model.lm_head.weight"),
+        (model.language_model, "lm_head.weight"),
+    ):
         owner.all_tied_weights_keys.pop(name, None)
 
 # %% ../nbs/api/25_lavis.ipynb #513df807
 class LavisBlip2(Blip2ForConditionalGeneration):
-    "BLIP-2 (Li et al. 2023), and with a Llama behind it MiniGPT-4 (Zhu et al. 2023) and VPGTrans (Zhang et al. 2023)."
+    """BLIP-2 (Li et al. 2023), and with a Llama behind it MiniGPT-4 (Zhu et al. 2023) and VPGTrans
+    (Zhang et al. 2023)."""
+
     config_class = LavisBlip2Config
     renames = ()  # after the table below
 
@@ -65,8 +75,10 @@ class LavisBlip2(Blip2ForConditionalGeneration):
 
 class LavisInstructBlip(InstructBlipForConditionalGeneration):
     "InstructBLIP (Dai et al. 2023): a BLIP-2 whose Q-Former reads the instruction."
+
     config_class = LavisInstructBlipConfig
-    renames = (("qformer.layernorm.", "qformer.embeddings.layernorm."),)  # the Q-Former with text keeps its first norm elsewhere
+    # the Q-Former with text keeps its first norm elsewhere
+    renames = (("qformer.layernorm.", "qformer.embeddings.layernorm."),)
 
     def __init__(self, config: LavisInstructBlipConfig):
         super().__init__(config)
@@ -75,34 +87,69 @@ class LavisInstructBlip(InstructBlipForConditionalGeneration):
 # %% ../nbs/api/25_lavis.ipynb #2d88eff9
 class BlivaConfig(LavisInstructBlipConfig):
     "InstructBLIP with patch tokens."
+
     model_type = "bliva"
 
 # %% ../nbs/api/25_lavis.ipynb #10e7ed3a
 class Bliva(LavisInstructBlip):
-    "BLIVA (Hu et al. 2023): the queries of an InstructBLIP, then the projected patches of its vision tower."
+    """BLIVA (Hu et al. 2023): the queries of an InstructBLIP, then the projected patches of its
+    vision tower."""
+
     config_class = BlivaConfig
 
     def __init__(self, config: BlivaConfig):
         super().__init__(config)
-        self.patch_projection = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.patch_projection = nn.Linear(
+            config.vision_config.hidden_size, config.text_config.hidden_size
+        )
         self.post_init()
 
-    def get_image_features(self, pixel_values, qformer_input_ids, qformer_attention_mask=None, interpolate_pos_encoding=False, **kwargs):
-        "Query tokens and patch tokens, (B, queries + patches, D), in `pooler_output`; the parameters are those of InstructBLIP."
+    def get_image_features(
+        self,
+        pixel_values,
+        qformer_input_ids,
+        qformer_attention_mask=None,
+        interpolate_pos_encoding=False,
+        **kwargs,
+    ):
+        """Query tokens and patch tokens, (B, queries + patches, D), in `pooler_output`; the
+        parameters are those of InstructBLIP."""
         ask = {**kwargs, "return_dict": True, "output_hidden_states": True}
-        out = super().get_image_features(pixel_values, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding, **ask)
+        out = super().get_image_features(
+            pixel_values, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding, **ask
+        )
         patches = self.patch_projection(out.vision_outputs.hidden_states[-2][:, 1:])
         out.pooler_output = torch.cat([out.pooler_output, patches], 1)
         return out
 
-    def forward(self, pixel_values, qformer_input_ids, qformer_attention_mask=None, input_ids=None, interpolate_pos_encoding=False,
-                mm_encoder_outputs=None, **kwargs):
+    def forward(
+        self,
+        pixel_values,
+        qformer_input_ids,
+        qformer_attention_mask=None,
+        input_ids=None,
+        interpolate_pos_encoding=False,
+        mm_encoder_outputs=None,
+        **kwargs,
+    ):
         "InstructBLIP's forward pass with as many visual tokens as `input_ids` has places for."
         if mm_encoder_outputs is None:
-            features = self.get_image_features(pixel_values, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding)
-            if input_ids is not None: features.pooler_output = features.pooler_output[:, :(input_ids[0] == self.config.image_token_id).sum()]
-            pixel_values, mm_encoder_outputs = None, {"image": features}
-        return super().forward(pixel_values, qformer_input_ids, input_ids=input_ids, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+            features = self.get_image_features(
+                pixel_values, qformer_input_ids, qformer_attention_mask, interpolate_pos_encoding
+            )
+            if input_ids is not None:
+                features.pooler_output = features.pooler_output[
+                    :, : (input_ids[0] == self.config.image_token_id).sum()
+                ]
+            pixel_values = None
+            mm_encoder_outputs = {"image": features}
+        return super().forward(
+            pixel_values,
+            qformer_input_ids,
+            input_ids=input_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
 
 # %% ../nbs/api/25_lavis.ipynb #0567adb6
 for _model in (LavisBlip2, LavisInstructBlip, Bliva):
@@ -114,34 +161,65 @@ BEGINNINGS = (
     ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
     ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
     ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
-    ("visual_encoder.blocks.", "vision_model.encoder.layers."), ("ln_vision.", "vision_model.post_layernorm."),
-    ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."), ("Qformer.bert.", "qformer."),
-    ("llama_proj.", "language_projection."), ("llm_proj.", "language_projection."), ("t5_proj.", "language_projection."),
-    ("opt_proj.", "language_projection."), ("vision_project.", "patch_projection."),
-    ("llama_model.", "language_model."), ("llm_model.", "language_model."), ("t5_model.", "language_model."), ("opt_model.", "language_model."),
+    ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    ("ln_vision.", "vision_model.post_layernorm."),
+    ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
+    ("Qformer.bert.", "qformer."),
+    ("llama_proj.", "language_projection."),
+    ("llm_proj.", "language_projection."),
+    ("t5_proj.", "language_projection."),
+    ("opt_proj.", "language_projection."),
+    ("vision_project.", "patch_projection."),
+    ("llama_model.", "language_model."),
+    ("llm_model.", "language_model."),
+    ("t5_model.", "language_model."),
+    ("opt_model.", "language_model."),
 )
-INSIDE = ((".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."), (".attn.proj.", ".self_attn.projection."), (".attn.", ".self_attn."),
-          ("attention.self.", "attention.attention."))
-PLACES = ("vision_model.", "query_tokens", "qformer.", "language_projection.", "patch_projection.", "language_model.")
-TOWER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")  # a vision tower by itself, eva_vit_g.pth
-UNUSED = ("Qformer.cls.", "itm_head.", "vision_proj.", "text_proj.", "temp")  # heads of BLIP-2's first stage of training
-SPARE = ("vision_model.encoder.layers.39.",)  # EVA-CLIP's last block: BLIP-2 looks one block before the end
+INSIDE = (
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".attn.", ".self_attn."),
+    ("attention.self.", "attention.attention."),
+)
+PLACES = (
+    "vision_model.",
+    "query_tokens",
+    "qformer.",
+    "language_projection.",
+    "patch_projection.",
+    "language_model.",
+)
+# a vision tower by itself, eva_vit_g.pth
+TOWER = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+# heads of BLIP-2's first stage of training
+UNUSED = ("Qformer.cls.", "itm_head.", "vision_proj.", "text_proj.", "temp")
+# EVA-CLIP's last block: BLIP-2 looks one block before the end
+SPARE = ("vision_model.encoder.layers.39.",)
 BUFFERS = ("inv_freq", "position_ids")  # computed, not stored, by transformers
 
 # %% ../nbs/api/25_lavis.ipynb #f6fae12f
 def transformers_name(
-    name: str,  # of a tensor in a checkpoint of LAVIS or transformers, of a vision tower alone or a language model alone
+    # of a tensor in a checkpoint of LAVIS or transformers, of a vision tower alone or a language
+    # model alone
+    name: str,
     renames: tuple[tuple[str, str], ...] = (),  # beginnings that a class wants otherwise
 ) -> str | None:  # None: no model of the paper has such a parameter
     "Where a tensor belongs in the classes above."
-    if name.endswith(BUFFERS) or name.startswith(UNUSED): return None
-    if name.startswith(TOWER): name = "visual_encoder." + name
+    if name.endswith(BUFFERS) or name.startswith(UNUSED):
+        return None
+    if name.startswith(TOWER):
+        name = "visual_encoder." + name
     for old, new in BEGINNINGS:
-        if name.startswith(old): name = new + name.removeprefix(old); break
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
     if name.startswith(("vision_model.", "qformer.")):
-        for old, new in INSIDE: name = name.replace(old, new)
+        for old, new in INSIDE:
+            name = name.replace(old, new)
     for old, new in renames:
-        if name.startswith(old): name = new + name.removeprefix(old)
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
     return name if name.startswith(PLACES) else "language_model." + name
 
 # %% ../nbs/api/25_lavis.ipynb #90bae9ca
@@ -153,8 +231,11 @@ def renamed(
     out = {transformers_name(name, renames): value for name, value in weights.items()}
     out.pop(None, None)
     for name in [n for n in out if n.endswith(".q_bias")]:
-        query, value = out.pop(name), out.pop(name.replace(".q_bias", ".v_bias"))
-        out[name.replace(".q_bias", ".qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+        query = out.pop(name)
+        value = out.pop(name.replace(".q_bias", ".v_bias"))
+        out[name.replace(".q_bias", ".qkv.bias")] = torch.cat(
+            [query, torch.zeros_like(query), value]
+        )
     return out
 
 # %% ../nbs/api/25_lavis.ipynb #d2a2c8ac
@@ -167,43 +248,78 @@ def fetch(
     name: str,  # of a file in it
 ) -> Path | None:  # on this machine, downloaded if need be; None: it has no such file
     "One file of a folder or of a hub repository."
-    if Path(place).is_dir(): return Path(place) / name if (Path(place) / name).is_file() else None
+    if Path(place).is_dir():
+        return Path(place) / name if (Path(place) / name).is_file() else None
     return hub_file(str(place), name)
 
 
 def weight_files(
-    place: str | Path,  # a file, a folder, a hub id "owner/name", or a file on the hub "owner/name/file.pth"
+    # a file, a folder, a hub id "owner/name", or a file on the hub "owner/name/file.pth"
+    place: str | Path,
     wanted=lambda name: True,  # tensor name -> whether it is of interest
 ) -> list[Path]:  # files on this machine
     "The files of a checkpoint that hold something wanted."
-    if Path(place).is_file(): return [Path(place)]
+    if Path(place).is_file():
+        return [Path(place)]
     parts = str(place).split("/")
     try:
-        if not Path(place).is_dir() and len(parts) == 3: return [found] if (found := fetch("/".join(parts[:2]), parts[2])) else []
+        if not Path(place).is_dir() and len(parts) == 3:
+            return [found] if (found := fetch("/".join(parts[:2]), parts[2])) else []
         for index in filter(None, (fetch(place, name) for name in INDEXES)):
-            return [fetch(place, file) for file in sorted({f for n, f in read_index(index, Path(place).is_dir()).items() if wanted(n)})]
+            return [
+                fetch(place, file)
+                for file in sorted(
+                    {f for n, f in read_index(index, Path(place).is_dir()).items() if wanted(n)}
+                )
+            ]
         for name in SINGLE:
-            if file := fetch(place, name): return [file]
-    except OSError as problem: raise ValueError(_nothing_at(place)) from problem
+            if file := fetch(place, name):
+                return [file]
+    except OSError as problem:
+        raise ValueError(_nothing_at(place)) from problem
     raise ValueError(_nothing_at(place))
 
 
 def _nothing_at(place: str | Path) -> str:
-    return (f"no weights at {str(place)!r}. Give a file (.safetensors, .pth, .pt, .bin), a folder with model.safetensors or pytorch_model.bin "
-            "(or their shards), a hub id 'owner/name', or a file on the hub 'owner/name/file.pth'.")
+    return (
+        f"no weights at {str(place)!r}. Give a file (.safetensors, .pth, .pt, .bin), a folder "
+        "with model.safetensors or pytorch_model.bin "
+        "(or their shards), a hub id 'owner/name', or a file on the hub 'owner/name/file.pth'."
+    )
 
 # %% ../nbs/api/25_lavis.ipynb #415e971f
 def read_weights(
     file: str | Path,  # .safetensors, or what torch.save wrote
 ) -> dict[str, Tensor]:  # mapped from the disk, on the CPU
     "The tensors of one file; a training checkpoint's `model` is taken out of it."
-    if str(file).endswith(".safetensors"): return load_safetensors(file)
+    if str(file).endswith(".safetensors"):
+        return load_safetensors(file)
     weights = load_pth(file)
-    for key in ("model", "state_dict", "module"): weights = weights[key] if isinstance(weights, dict) and isinstance(weights.get(key), dict) else weights
-    tensors = {name: value for name, value in weights.items() if torch.is_tensor(value)} if isinstance(weights, dict) else {}
-    if not tensors: raise ValueError(f"{file} must hold a state dict, name -> tensor, got {type(weights).__name__} without tensors.")
-    if hollow := [str(name) for name, value in tensors.items() if value.is_meta or value.layout != torch.strided or not isinstance(name, str)]:
-        raise ValueError(f"{file} must hold dense tensors by name, which {hollow[0]!r} is not. Have its owner save the state dict of a model in memory.")
+    for key in ("model", "state_dict", "module"):
+        weights = (
+            weights[key]
+            if isinstance(weights, dict) and isinstance(weights.get(key), dict)
+            else weights
+        )
+    tensors = (
+        {name: value for name, value in weights.items() if torch.is_tensor(value)}
+        if isinstance(weights, dict)
+        else {}
+    )
+    if not tensors:
+        raise ValueError(
+            f"{file} must hold a state dict, name -> tensor, got {type(weights).__name__} "
+            "without tensors."
+        )
+    if hollow := [
+        str(name)
+        for name, value in tensors.items()
+        if value.is_meta or value.layout != torch.strided or not isinstance(name, str)
+    ]:
+        raise ValueError(
+            f"{file} must hold dense tensors by name, which {hollow[0]!r} is not. Have its owner "
+            "save the state dict of a model in memory."
+        )
     return tensors
 
 # %% ../nbs/api/25_lavis.ipynb #f7b5ab3e
@@ -218,6 +334,7 @@ def digest(
 @dataclass(frozen=True)
 class PartReport:
     "What became of the tensors of one part's files."
+
     part: str  # "vision", "language_model", ...
     source: str  # where it was read
     loaded: tuple[str, ...]  # names in the model
@@ -226,49 +343,83 @@ class PartReport:
     shapes: tuple[str, ...]  # "name: (file) in the file, (model) in the model"
 
     def __str__(self):
-        lines = [f"{self.part}: {self.source}", f"  {len(self.loaded)} tensors loaded, {len(self.set_aside)} set aside (of other parts)"]
-        if self.left_over: lines += ["  left over: " + digest(self.left_over)]
-        if self.shapes: lines += ["  shapes differ: " + digest(self.shapes)]
+        lines = [
+            f"{self.part}: {self.source}",
+            f"  {len(self.loaded)} tensors loaded, "
+            f"{len(self.set_aside)} set aside (of other parts)",
+        ]
+        if self.left_over:
+            lines += ["  left over: " + digest(self.left_over)]
+        if self.shapes:
+            lines += ["  shapes differ: " + digest(self.shapes)]
         return "\n".join(lines)
 
 # %% ../nbs/api/25_lavis.ipynb #1f3bacd3
 @dataclass(frozen=True, repr=False)
 class LoadReport:
     "Where a model's weights came from, and whether they are complete."
+
     parts: tuple[PartReport, ...]  # in the order of reading; what is read later wins
     missing: tuple[str, ...]  # parameters that nobody filled
 
     @property
-    def complete(self) -> bool: "Every weight was found, in its shape."; return not self.missing and not any(part.shapes for part in self.parts)
+    def complete(self) -> bool:
+        "Every weight was found, in its shape."
+        return not self.missing and not any(part.shapes for part in self.parts)
 
     @property
     def df(self):
         "A DataFrame, one row per part, numbers of tensors."
         import pandas as pd
-        rows = [{"part": p.part, "source": p.source, **{n: len(getattr(p, n)) for n in ("loaded", "set_aside", "left_over", "shapes")}} for p in self.parts]
+
+        rows = [
+            {
+                "part": p.part,
+                "source": p.source,
+                **{n: len(getattr(p, n)) for n in ("loaded", "set_aside", "left_over", "shapes")},
+            }
+            for p in self.parts
+        ]
         return pd.DataFrame(rows)
 
-    def __repr__(self): return "\n".join([*map(str, self.parts), "missing: " + (digest(self.missing) if self.missing else "nothing")])
+    def __repr__(self):
+        return "\n".join(
+            [
+                *map(str, self.parts),
+                "missing: " + (digest(self.missing) if self.missing else "nothing"),
+            ]
+        )
+
     def _repr_html_(self) -> str:
         rows = [list(self.df), *self.df.itertuples(index=False)]
-        return render("weights.html", rows=rows, missing=digest(self.missing) if self.missing else "nothing")
+        return render(
+            "weights.html", rows=rows, missing=digest(self.missing) if self.missing else "nothing"
+        )
 
 # %% ../nbs/api/25_lavis.ipynb #b3b85d25
 class IncompleteWeightsError(ValueError):
     "A model that would have been half loaded."
+
     def __init__(self, report: LoadReport):
         self.report = report
-        super().__init__(f"the files do not make a whole model, so none was built:\n{report}\n"
-                         "Add the file that holds what is missing, or a `config` of the geometry that the files have.")
+        super().__init__(
+            f"the files do not make a whole model, so none was built:\n{report}\n"
+            "Add the file that holds what is missing, or a `config` of the geometry that the "
+            "files have."
+        )
 
 # %% ../nbs/api/25_lavis.ipynb #29d8b805
 def shapes_of(
     model_class: type,  # one of the classes above
     config,  # its config
-) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # parameter name -> shape; name -> name of the parameter it may be a copy of
+    # parameter name -> shape; name -> name of the parameter it may be a copy of
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     "What a model needs, without building it."
-    with torch.device("meta"): skeleton = model_class(config)
-    return {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}, dict(skeleton.all_tied_weights_keys)
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    return {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}, dict(
+        skeleton.all_tied_weights_keys
+    )
 
 
 def take(
@@ -279,35 +430,67 @@ def take(
     renames: tuple[tuple[str, str], ...] = (),  # of the model's class
 ) -> tuple[dict[str, Tensor], PartReport]:  # what is used of it
     "Read one part, and account for every tensor."
-    ours = lambda name: bool(name) and name.startswith(fills)
+
+    def ours(name):
+        return bool(name) and name.startswith(fills)
+
     given = isinstance(place, dict)
-    files = [] if given else weight_files(place, lambda name: ours(transformers_name(name, renames)))
-    found = renamed(place if given else {name: value for file in files for name, value in read_weights(file).items()}, renames)
+    files = (
+        [] if given else weight_files(place, lambda name: ours(transformers_name(name, renames)))
+    )
+    found = renamed(
+        place
+        if given
+        else {name: value for file in files for name, value in read_weights(file).items()},
+        renames,
+    )
     asked = {name: value for name, value in found.items() if ours(name)}
-    wrong = {name for name, value in asked.items() if name in shapes and tuple(value.shape) != shapes[name]}
+    wrong = {
+        name
+        for name, value in asked.items()
+        if name in shapes and tuple(value.shape) != shapes[name]
+    }
     used = {name: value for name, value in asked.items() if name in shapes and name not in wrong}
-    described = tuple(f"{n}: {tuple(asked[n].shape)} in the file, {shapes[n]} in the model" for n in asked if n in wrong)
+    described = tuple(
+        f"{n}: {tuple(asked[n].shape)} in the file, {shapes[n]} in the model"
+        for n in asked
+        if n in wrong
+    )
     left = tuple(name for name in asked if name not in shapes and not name.startswith(SPARE))
-    aside = tuple(name for name in found if name not in asked or name not in shapes and name not in left)
-    return used, PartReport(part, "a state dict" if given else str(place), tuple(used), aside, left, described)
+    aside = tuple(
+        name for name in found if name not in asked or name not in shapes and name not in left
+    )
+    return used, PartReport(
+        part, "a state dict" if given else str(place), tuple(used), aside, left, described
+    )
 
 # %% ../nbs/api/25_lavis.ipynb #6664d5f5
 def assemble(
     model_class: type,  # LavisBlip2, LavisInstructBlip or Bliva
     config,  # its config, of the geometry that the files have
-    sources: dict[str, tuple[str | Path | dict, tuple[str, ...]]],  # part: where it lies (see `take`), beginnings of the names it fills; later parts win
+    # part: where it lies (see `take`), beginnings of the names it fills; later parts win
+    sources: dict[str, tuple[str | Path | dict, tuple[str, ...]]],
     dtype: torch.dtype | str = "auto",  # "auto": that of the language model's weights
     **how,  # passed to transformers' from_pretrained: device_map, quantization_config, ...
 ) -> tuple[nn.Module, LoadReport]:  # the model, in eval mode
     "A whole model out of several files, or an error that says what is wrong with them."
     shapes, tied = shapes_of(model_class, config)
-    weights, reports = {}, []
+    weights = {}
+    reports = []
     for part, (place, fills) in sources.items():
         used, report = take(part, place, fills, shapes, model_class.renames)
         weights.update(used), reports.append(report)
-        if report.left_over: warnings.warn(f"{part} ({report.source}) has tensors that the model has no place for, {digest(report.left_over)}")
+        if report.left_over:
+            warnings.warn(
+                f"{part} ({report.source}) has tensors that the model has no place for, "
+                f"{digest(report.left_over)}"
+            )
     covered = {*weights, *(a for pair in tied.items() if set(pair) & set(weights) for a in pair)}
     report = LoadReport(tuple(reports), tuple(name for name in shapes if name not in covered))
-    if not report.complete: raise IncompleteWeightsError(report)
-    if dtype == "auto": dtype = next(value.dtype for name, value in weights.items() if name.startswith("language_model."))
+    if not report.complete:
+        raise IncompleteWeightsError(report)
+    if dtype == "auto":
+        dtype = next(
+            value.dtype for name, value in weights.items() if name.startswith("language_model.")
+        )
     return build_model(model_class, config, weights, dtype=dtype, **how), report

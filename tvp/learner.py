@@ -60,6 +60,7 @@ from .updates import NormalizedGradient, cosine_by_epoch, parameter_groups
 @dataclass(frozen=True)
 class StepRecord:
     "What happened in one update."
+
     step: int  # 1 for the learner's first update
     epoch: int  # 1 for its first epoch
     loss: float  # the weighted total
@@ -73,29 +74,46 @@ class StepRecord:
 # %% ../nbs/api/50_learner.ipynb #9a9caee3
 class CleanTokens:
     "Visual tokens of clean pictures, without gradient, remembered by row."
-    def __init__(self, sources: Sequence[Mllm],
-                 room: int = 2**30):  # bytes to keep at most, for all of them together
-        self.sources, self.room, self.rows = list(sources), room, {}
-        self.place, self.filled = (0, 0), []  # epoch and number of the current batch; places at which something was remembered
 
-    def __call__(self, images: Tensor,  # (B, 3, size, size), clean
-                 batch: Batch,
-                 number: int = 0) -> Tensor:  # (B, T, D); the number is that of the source, from 0
+    def __init__(
+        self,
+        sources: Sequence[Mllm],
+        room: int = 2**30,  # bytes to keep at most, for all of them together
+    ):
+        self.sources = list(sources)
+        self.room = room
+        self.rows = {}
+        # epoch and number of the current batch; places at which something was remembered
+        self.place = (0, 0)
+        self.filled = []
+
+    def __call__(
+        self,
+        images: Tensor,  # (B, 3, size, size), clean
+        batch: Batch,
+        number: int = 0,
+    ) -> Tensor:  # (B, T, D); the number is that of the source, from 0
         "All from memory if every row is known, else one encode of the batch."
         keys = [(number, *row) for row in zip(batch.index.tolist(), batch.instructions)]
-        if all(key in self.rows for key in keys): return torch.stack([self.rows[key] for key in keys])
-        with torch.no_grad(): tokens = self.sources[number].visual_tokens(images, batch.instructions)
+        if all(key in self.rows for key in keys):
+            return torch.stack([self.rows[key] for key in keys])
+        with torch.no_grad():
+            tokens = self.sources[number].visual_tokens(images, batch.instructions)
         known = len(self.rows)
         for key, row in zip(keys, tokens):
-            if key in self.rows or row.nbytes > self.room: continue
-            self.rows[key], self.room = row, self.room - row.nbytes
-        if len(self.rows) > known: self.filled.append(self.place)
+            if key in self.rows or row.nbytes > self.room:
+                continue
+            self.rows[key] = row
+            self.room = self.room - row.nbytes
+        if len(self.rows) > known:
+            self.filled.append(self.place)
         return tokens
 
 # %% ../nbs/api/50_learner.ipynb #e86ec474
 @dataclass
 class Position:
     "Where a training stands: all that decides which pictures come next."
+
     epochs: int  # passes over the train split in this training
     before: int = 0  # epochs of the learner's earlier trainings
     done: int = 0  # updates made in this one
@@ -103,69 +121,126 @@ class Position:
 # %% ../nbs/api/50_learner.ipynb #b3eba8b1
 class Learner:
     "Trains a prompt on frozen source models: the loop of TVP (sec. 3), of EVP, and of VP."
-    def __init__(self, prompt: VisualPrompt,  # moved to the first source's device
-                 source: Mllm | Sequence[Mllm],  # frozen; several are an ensemble
-                 task: Task,  # only its train split is used
-                 losses: list | None = None,  # see tvp_losses; None: the task loss alone, which is EVP
-                 optimizer: Optimizer | None = None,  # None: NormalizedGradient(lr=10) over the whole canvas
-                 scheduler: Callable = cosine_by_epoch,  # (optimizer, per_epoch, epochs) -> torch scheduler, stepped after each update
-                 batch_size: int = 16,  # pictures per update
-                 seed: int = 42,  # of the order of pictures and of their augmentation
-                 augment: bool = False,  # the task's own random crops and flips
-                 epochs: int = 1,  # passes over the train split, unless `fit` or `steps` is told otherwise
-                 accumulation: int = 1,  # pieces in which a batch goes through the source, one after the other: more need less memory
-                 accelerator: Any = None,  # accelerate.Accelerator or PartialState, for its processes; None: those of the running program
-                 combine: str = "mean",  # how the gradients of several sources become one: a name in tvp.ensembles.COMBINERS
-                 gradient: Callable | None = None,  # (learner, pieces) -> numbers of the update; None: `combined_gradient`; others in tvp.gradients
-                 views: Sequence[Callable] = (),  # ways to look at the prompted picture, see tvp.views; every update uses all of them
-                 filters: Sequence[Callable] = (),  # what of the gradient is used, see tvp.filters
-                 average: int = 0):  # the prompt becomes the mean of those after the last so many updates
+
+    def __init__(
+        self,
+        prompt: VisualPrompt,  # moved to the first source's device
+        source: Mllm | Sequence[Mllm],  # frozen; several are an ensemble
+        task: Task,  # only its train split is used
+        losses: list | None = None,  # see tvp_losses; None: the task loss alone, which is EVP
+        optimizer: Optimizer | None = None,  # None: NormalizedGradient(lr=10) over the whole canvas
+        # (optimizer, per_epoch, epochs) -> torch scheduler, stepped after each update
+        scheduler: Callable = cosine_by_epoch,
+        batch_size: int = 16,  # pictures per update
+        seed: int = 42,  # of the order of pictures and of their augmentation
+        augment: bool = False,  # the task's own random crops and flips
+        epochs: int = 1,  # passes over the train split, unless `fit` or `steps` is told otherwise
+        # pieces in which a batch goes through the source, one after the other: more need less
+        # memory
+        accumulation: int = 1,
+        # accelerate.Accelerator or PartialState, for its processes; None: those of the running
+        # program
+        accelerator: Any = None,
+        # how the gradients of several sources become one: a name in tvp.ensembles.COMBINERS
+        combine: str = "mean",
+        # (learner, pieces) -> numbers of the update; None: `combined_gradient`; others in
+        # tvp.gradients
+        gradient: Callable | None = None,
+        # ways to look at the prompted picture, see tvp.views; every update uses all of them
+        views: Sequence[Callable] = (),
+        filters: Sequence[Callable] = (),  # what of the gradient is used, see tvp.filters
+        average: int = 0,  # the prompt becomes the mean of those after the last so many updates
+    ):
         self.sources = check_sources(source)
         check_parts(prompt, task, scheduler, augment, accelerator)
-        self.source, self.device = self.sources[0], self.sources[0].device
-        self.prompt, self.task, self.losses = prompt.to(self.device), task, check_terms([TaskLoss()] if losses is None else losses)
+        self.source = self.sources[0]
+        self.device = self.sources[0].device
+        self.prompt = prompt.to(self.device)
+        self.task = task
+        self.losses = check_terms([TaskLoss()] if losses is None else losses)
         check_tricks(combine, gradient, views, filters, average, self.losses, len(self.sources))
-        self.combine, self.gradient, self.views, self.filters, self.average = combine, gradient or combined_gradient, list(views), list(filters), int(average)
-        if optimizer is None: optimizer = NormalizedGradient(parameter_groups(prompt), 10.0, prompt.canvas_gradient_norm)
-        self.optimizer, self.scheduler, self.augment = check_optimizer(optimizer, prompt), scheduler, bool(augment)
-        self.batch_size, self.seed, self.epochs = check_rows(task, batch_size), check_whole("seed", seed, 0, 2**32), check_whole("epochs", epochs)
+        self.combine = combine
+        self.gradient = gradient or combined_gradient
+        self.views = list(views)
+        self.filters = list(filters)
+        self.average = int(average)
+        if optimizer is None:
+            optimizer = NormalizedGradient(
+                parameter_groups(prompt), 10.0, prompt.canvas_gradient_norm
+            )
+        self.optimizer = check_optimizer(optimizer, prompt)
+        self.scheduler = scheduler
+        self.augment = bool(augment)
+        self.batch_size = check_rows(task, batch_size)
+        self.seed = check_whole("seed", seed, 0, 2**32)
+        self.epochs = check_whole("epochs", epochs)
         self.accumulation = check_whole("accumulation", accumulation)
         begin_books(self)
-        if accelerator is not None: self.accelerator = accelerator
+        if accelerator is not None:
+            self.accelerator = accelerator
 
-    def steps(self, epochs: int | None = None, resume: bool = False, read_every: int = 1) -> Iterator[StepRecord]:
+    def steps(
+        self, epochs: int | None = None, resume: bool = False, read_every: int = 1
+    ) -> Iterator[StepRecord]:
         "One record per update, made when pulled; see `training_steps`."
         return training_steps(self, epochs, resume, read_every)
 
-    def fit(self, epochs: int | None = None, checkpoint: str | Path | None = None, every: int = 100, resume: bool = False) -> VisualPrompt:
+    def fit(
+        self,
+        epochs: int | None = None,
+        checkpoint: str | Path | None = None,
+        every: int = 100,
+        resume: bool = False,
+    ) -> VisualPrompt:
         "All the steps, with a progress bar and checkpoints; see `fit`."
         return fit(self, epochs, checkpoint, every, resume)
 
-    history = property(lambda self: records_frame(self.records), doc="The records as a pandas DataFrame, one row per update.")
+    @property
+    def history(self):
+        "The records as a pandas DataFrame, one row per update."
+        return records_frame(self.records)
 
     @cached_property
     def accelerator(self):
-        "The processes that share this training, as `accelerate launch` or `torchrun` has started them."
+        """The processes that share this training, as `accelerate launch` or `torchrun` has started
+        them."""
         from accelerate import (
-            PartialState,  # an Accelerator would obey its environment variables, and whatever was set up before
+            # an Accelerator would obey its environment variables, and whatever was set up before
+            PartialState,
         )
+
         return PartialState(cpu=self.device.type == "cpu")
 
-    def plot(self): "The records over the updates, as matplotlib Axes."; from tvp.plots import plot_history; return plot_history(self.history)
+    def plot(self):
+        "The records over the updates, as matplotlib Axes."
+        from tvp.plots import plot_history
+
+        return plot_history(self.history)
 
 # %% ../nbs/api/50_learner.ipynb #81df47ef
 def begin_books(
     learner: Learner,  # its parts are in place
 ) -> None:
     "Nothing has happened yet."
-    learner.clean_tokens = None if learner.augment or learner.views else CleanTokens(learner.sources)  # changed pictures never come back
-    learner.records, learner.unread, learner.sound = [], [], torch.ones((), dtype=torch.bool, device=learner.device)
-    learner.stopping = learner.stopped = False  # has this process been asked to stop; have all agreed to?
-    learner.epoch, learner.per_epoch, learner.position = 0, len(learner.task.split("train")) // learner.batch_size, None
+    # changed pictures never come back
+    learner.clean_tokens = (
+        None if learner.augment or learner.views else CleanTokens(learner.sources)
+    )
+    learner.records = []
+    learner.unread = []
+    learner.sound = torch.ones((), dtype=torch.bool, device=learner.device)
+    # has this process been asked to stop; have all agreed to?
+    learner.stopping = learner.stopped = False
+    learner.epoch = 0
+    learner.per_epoch = len(learner.task.split("train")) // learner.batch_size
+    learner.position = None
     learner.summed = []  # sums of the prompts to be averaged, one tensor for each parameter
-    learner.columns = [term.name for term in learner.losses]  # of the numbers of an update, behind the total
-    if len(learner.sources) > 1 and "task" in learner.columns: learner.columns += [f"task {source.name}" for source in learner.sources]
-    learner.rule, learner.provenance = update_rule(learner.optimizer), training_facts(learner)
+    # of the numbers of an update, behind the total
+    learner.columns = [term.name for term in learner.losses]
+    if len(learner.sources) > 1 and "task" in learner.columns:
+        learner.columns += [f"task {source.name}" for source in learner.sources]
+    learner.rule = update_rule(learner.optimizer)
+    learner.provenance = training_facts(learner)
 
 # %% ../nbs/api/50_learner.ipynb #7562ab5e
 def update(
@@ -173,12 +248,15 @@ def update(
     batch: Batch,  # this process's part of it
 ) -> None:
     "One update: compose, encode, weigh, go backward, move."
-    pieces, lr = [batch_part(batch, part, learner.accumulation) for part in range(learner.accumulation)], learner.optimizer.param_groups[0]["lr"]
+    pieces = [batch_part(batch, part, learner.accumulation) for part in range(learner.accumulation)]
+    lr = learner.optimizer.param_groups[0]["lr"]
     numbers = learner.gradient(learner, pieces)
     filter_gradient(learner)
     norm = learner.prompt.canvas_gradient_norm().to(numbers.dtype)
     moved = move(learner, torch.isfinite(norm) & numbers.isfinite().all()).to(numbers.dtype)
-    learner.unread.append((learner.epoch, lr, torch.cat([numbers[:-1], norm[None], moved[None], numbers[-1:]])))
+    learner.unread.append(
+        (learner.epoch, lr, torch.cat([numbers[:-1], norm[None], moved[None], numbers[-1:]]))
+    )
 
 
 def forward(
@@ -188,17 +266,28 @@ def forward(
     batch: Batch,  # a piece of the update's batch
     share: Tensor | None = None,  # how much its answers count; None: it is the whole batch
     view: Callable | None = None,  # how the pictures are looked at; None: as they are
-) -> tuple[Tensor, Tensor]:  # the weighted total, to go backward from; (1 + losses,) the total and each loss unweighted
+    # the weighted total, to go backward from; (1 + losses,) the total and each loss unweighted
+) -> tuple[Tensor, Tensor]:
     "Compose, encode, weigh."
     clean = learner.prompt.canvas(batch.images).to(learner.device, non_blocking=True)
     prompted = lay(learner.prompt, clean)
-    if view is not None: clean, prompted = seen_alike(view, learner.prompt.generator, clean, prompted)
-    output = None if source is None else source(prompted, batch.instructions, batch.answers)  # the one encode with gradient
-    if share is not None: output = SimpleNamespace(**vars(output) | {"loss": output.loss * share})
-    number = 0 if source is None else next(n for n, one in enumerate(learner.sources) if one is source)
+    if view is not None:
+        clean, prompted = seen_alike(view, learner.prompt.generator, clean, prompted)
+    # the one encode with gradient
+    output = None if source is None else source(prompted, batch.instructions, batch.answers)
+    if share is not None:
+        output = SimpleNamespace(**vars(output) | {"loss": output.loss * share})
+    number = (
+        0 if source is None else next(n for n, one in enumerate(learner.sources) if one is source)
+    )
     encode = learner.clean_tokens and partial(learner.clean_tokens, number=number)
-    total, values = weigh(losses, StepContext(batch, clean, prompted, source, output, encode, learner.prompt.generator))
-    return total, torch.stack([value.detach().to(learner.device, total.dtype) for value in (total, *values.values())])
+    total, values = weigh(
+        losses,
+        StepContext(batch, clean, prompted, source, output, encode, learner.prompt.generator),
+    )
+    return total, torch.stack(
+        [value.detach().to(learner.device, total.dtype) for value in (total, *values.values())]
+    )
 
 # %% ../nbs/api/50_learner.ipynb #d72c4527
 def source_gradient(
@@ -206,19 +295,25 @@ def source_gradient(
     pieces: list[Batch],  # of this process
     source: Mllm | None,  # None: none of the losses needs one
     losses: list,  # to weigh
-) -> Tensor:  # (2 + losses,) the weighted total, each loss unweighted, and the share of processes that want to stop
+    # (2 + losses,) the weighted total, each loss unweighted, and the share of processes that want
+    # to stop
+) -> Tensor:
     "The gradient for one source, left in the prompt: the mean over views, pieces and processes."
-    prompt, parameters = learner.prompt, list(learner.prompt.parameters())
+    prompt = learner.prompt
+    parameters = list(learner.prompt.parameters())
     learner.optimizer.zero_grad()
-    passes, numbers = list(all_passes(learner, pieces, source)), 0
+    passes = list(all_passes(learner, pieces, source))
+    numbers = 0
     for each in passes:
         total, values = forward(learner, source, losses, *each)
-        (total / len(passes)).backward(inputs=parameters)  # of nothing else, not even of weights that somebody has set free
+        # of nothing else, not even of weights that somebody has set free
+        (total / len(passes)).backward(inputs=parameters)
         numbers = numbers + values
     numbers = torch.cat([numbers / len(passes), numbers.new_full((1,), learner.stopping)])
     found = [numbers, prompt.canvas_gradient, *(parameter.grad for parameter in parameters)]
     numbers, prompt.canvas_gradient, *gradients = mean_over_processes(found, learner.accelerator)
-    for parameter, gradient in zip(parameters, gradients): parameter.grad = gradient
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
     return numbers
 
 
@@ -226,11 +321,13 @@ def all_passes(
     learner: Learner,
     pieces: list[Batch],  # of this process
     source: Mllm | None,
-) -> Iterator[tuple[Batch, Tensor | None, Callable | None]]:  # piece, how much its answers count, view
+    # piece, how much its answers count, view
+) -> Iterator[tuple[Batch, Tensor | None, Callable | None]]:
     "What one source looks at in one update: every piece in every view."
     alone = source is None or len(pieces) == learner.accelerator.num_processes == 1
     shares = [None] * len(pieces) if alone else token_shares(source, pieces, learner.accelerator)
-    for view in learner.views or [None]: yield from ((piece, share, view) for piece, share in zip(pieces, shares))
+    for view in learner.views or [None]:
+        yield from ((piece, share, view) for piece, share in zip(pieces, shares))
 
 
 def seen_alike(
@@ -239,7 +336,8 @@ def seen_alike(
     clean: Tensor,  # (B, 3, size, size)
     prompted: Tensor,  # same
 ) -> tuple[Tensor, Tensor]:  # both, changed in the same way
-    "FCA compares a prompted picture with the clean one: what a view does to one of them it does to both."
+    """FCA compares a prompted picture with the clean one: what a view does to one of them it does
+    to both."""
     state = generator.get_state()
     clean = view(clean, generator)
     generator.set_state(state)
@@ -248,45 +346,66 @@ def seen_alike(
 # %% ../nbs/api/50_learner.ipynb #00049455
 def parts_of(
     learner: Learner,
-) -> list[tuple[Mllm | None, list]]:  # each source with its losses; last, without a source, the losses that need none
+    # each source with its losses; last, without a source, the losses that need none
+) -> list[tuple[Mllm | None, list]]:
     "What an update computes one after the other. With a single source that is one thing."
-    if len(learner.sources) == 1: return [(learner.source, learner.losses)]
-    own, common = ([term for term in learner.losses if getattr(term, "needs_source", True) is needed] for needed in (True, False))
+    if len(learner.sources) == 1:
+        return [(learner.source, learner.losses)]
+    own, common = (
+        [term for term in learner.losses if getattr(term, "needs_source", True) is needed]
+        for needed in (True, False)
+    )
     return [(source, own) for source in learner.sources] + ([(None, common)] if common else [])
 
 
 def combined_gradient(
     learner: Learner,
     pieces: list[Batch],  # of this process
-) -> Tensor:  # (2 + columns,) the numbers of the update: total, columns, share of processes that want to stop
+    # (2 + columns,) the numbers of the update: total, columns, share of processes that want to stop
+) -> Tensor:
     "The gradient of one source, or those of several put together; left in the prompt."
-    numbers, gradients, parameters = [], [], list(learner.prompt.parameters())
+    numbers = []
+    gradients = []
+    parameters = list(learner.prompt.parameters())
     for source, losses in parts_of(learner):
         numbers.append(source_gradient(learner, pieces, source, losses))
         gradients.append([learner.prompt.canvas_gradient, *(p.grad for p in parameters)])
-    if len(numbers) == 1: return numbers[0]
+    if len(numbers) == 1:
+        return numbers[0]
     count = len(learner.sources)
     flat = torch.stack([border.flatten() for _, border, *_ in gradients[:count]])
-    weights = combine_weights(learner.combine, flat, torch.stack([each[0] for each in numbers[:count]]).to(flat))
+    weights = combine_weights(
+        learner.combine, flat, torch.stack([each[0] for each in numbers[:count]]).to(flat)
+    )
     weights = [*weights, 1.0]  # what needs no source is added as it is
-    learner.prompt.canvas_gradient, *together = [sum(w * g for w, g in zip(weights, same)) for same in zip(*gradients)]
-    for parameter, gradient in zip(parameters, together): parameter.grad = gradient
+    learner.prompt.canvas_gradient, *together = [
+        sum(w * g for w, g in zip(weights, same)) for same in zip(*gradients)
+    ]
+    for parameter, gradient in zip(parameters, together):
+        parameter.grad = gradient
     return joined_numbers(learner, numbers)
 
 # %% ../nbs/api/50_learner.ipynb #5941dbd9
 def joined_numbers(
     learner: Learner,
-    numbers: list[Tensor],  # of each of its parts: total, losses, share of processes that want to stop
+    # of each of its parts: total, losses, share of processes that want to stop
+    numbers: list[Tensor],
 ) -> Tensor:  # (2 + columns,)
     "The numbers of an update with several sources: means over them, then the task loss of each."
-    if len(numbers) == 1: return numbers[0]
-    count, (own, *_, common) = len(learner.sources), [[term.name for term in losses] for _, losses in parts_of(learner)]
+    if len(numbers) == 1:
+        return numbers[0]
+    count = len(learner.sources)
+    (own, *_, common) = [[term.name for term in losses] for _, losses in parts_of(learner)]
     each = torch.stack(numbers[:count])
-    mean, values = each.mean(0), dict(zip(own, each.mean(0)[1:-1]))
-    if len(numbers) > count: values |= dict(zip(common, numbers[count][1:-1]))
+    mean = each.mean(0)
+    values = dict(zip(own, each.mean(0)[1:-1]))
+    if len(numbers) > count:
+        values |= dict(zip(common, numbers[count][1:-1]))
     total = mean[0] + sum(part[0] for part in numbers[count:])
     alone = each[:, 1 + own.index("task")] if "task" in own else each[0, :0]
-    return torch.cat([torch.stack([total, *(values[term.name] for term in learner.losses)]), alone, mean[-1:]])
+    return torch.cat(
+        [torch.stack([total, *(values[term.name] for term in learner.losses)]), alone, mean[-1:]]
+    )
 
 
 def let_through(
@@ -294,17 +413,21 @@ def let_through(
     border: Tensor,  # numbers for its pixels
 ) -> Tensor:  # same shape
     "What the filters let through, inside the mask."
-    for keep in learner.filters: border = keep(border)
+    for keep in learner.filters:
+        border = keep(border)
     return border if learner.prompt.kind == "random-patch" else border * learner.prompt.mask
 
 
 def filter_gradient(
     learner: Learner,
 ) -> None:
-    "Keep what the filters let through; of the whole canvas, too, whose norm sets the length of a step."
-    if not learner.filters: return
+    """Keep what the filters let through; of the whole canvas, too, whose norm sets the length of a
+    step."""
+    if not learner.filters:
+        return
     prompt = learner.prompt
-    for keep in learner.filters: prompt.canvas_gradient = keep(prompt.canvas_gradient)
+    for keep in learner.filters:
+        prompt.canvas_gradient = keep(prompt.canvas_gradient)
     prompt.delta.grad = let_through(learner, prompt.delta.grad)
 
 # %% ../nbs/api/50_learner.ipynb #45679b48
@@ -314,12 +437,17 @@ def move(
 ) -> Tensor:  # scalar, bool: was the step made?
     "The optimizer's step, or none."
     parameters = list(learner.prompt.parameters())
-    before, sound = [p.detach().clone() for p in parameters], learner.sound & sound
-    for parameter in parameters: parameter.grad = torch.where(sound, parameter.grad, 0)  # nothing that is not a number enters a momentum
+    before = [p.detach().clone() for p in parameters]
+    sound = learner.sound & sound
+    # nothing that is not a number enters a momentum
+    for parameter in parameters:
+        parameter.grad = torch.where(sound, parameter.grad, 0)
     learner.optimizer.step()
-    for parameter in parameters[1:]: parameter.data.clamp_(-MAX_ADJUSTMENT, MAX_ADJUSTMENT)
+    for parameter in parameters[1:]:
+        parameter.data.clamp_(-MAX_ADJUSTMENT, MAX_ADJUSTMENT)
     learner.sound = torch.stack([sound, *(p.isfinite().all() for p in parameters)]).all()
-    for parameter, was in zip(parameters, before): parameter.data.copy_(torch.where(learner.sound, parameter, was))
+    for parameter, was in zip(parameters, before):
+        parameter.data.copy_(torch.where(learner.sound, parameter, was))
     return learner.sound
 
 # %% ../nbs/api/50_learner.ipynb #0a6e5a49
@@ -327,13 +455,20 @@ def average_prompt(
     learner: Learner,
     made: int,  # updates of this training so far
 ) -> None:
-    "Add the prompt to the sum if it is among the last ones; after the very last update it becomes their mean."
-    total, parameters = learner.position.epochs * learner.per_epoch, list(learner.prompt.parameters())
-    if not learner.average or made <= total - min(learner.average, total): return
+    """Add the prompt to the sum if it is among the last ones; after the very last update it becomes
+    their mean."""
+    total = learner.position.epochs * learner.per_epoch
+    parameters = list(learner.prompt.parameters())
+    if not learner.average or made <= total - min(learner.average, total):
+        return
     values = [p.detach().clone() for p in parameters]
     learner.summed = [s + v for s, v in zip(learner.summed, values)] if learner.summed else values
-    if made < total: return
-    for parameter, summed in zip(parameters, learner.summed): parameter.data.copy_(torch.where(learner.sound, summed / min(learner.average, total), parameter))
+    if made < total:
+        return
+    for parameter, summed in zip(parameters, learner.summed):
+        parameter.data.copy_(
+            torch.where(learner.sound, summed / min(learner.average, total), parameter)
+        )
     learner.summed = []
 
 
@@ -341,14 +476,18 @@ def settle(
     learner: Learner,
 ) -> list[StepRecord]:  # of the updates made since the last reading; also kept in learner.records
     "Read the numbers of several updates at once, and stop if one of them could not be made."
-    waiting, learner.unread, made = learner.unread, [], []
+    waiting = learner.unread
+    learner.unread = []
+    made = []
     rows = torch.stack([numbers for *_, numbers in waiting]).tolist() if waiting else []
     for (epoch, lr, _), (*numbers, moved, stopping) in zip(waiting, rows):
         record = step_record(learner, epoch, lr, numbers)
-        if not moved: learner.sound = torch.ones_like(learner.sound)
+        if not moved:
+            learner.sound = torch.ones_like(learner.sound)
         check_finite(record, [term.name for term in learner.losses], moved)
         learner.records.append(record)
-        learner.position.done, learner.stopped = learner.position.done + 1, stopping > 0
+        learner.position.done = learner.position.done + 1
+        learner.stopped = stopping > 0
         made.append(record)
         learner.prompt.provenance = learner.provenance | {"steps": record.step}
     return made
@@ -358,14 +497,18 @@ def guarded_update(
     learner: Learner,
     batch: Batch,
 ) -> None:
-    "An update that says what to try when memory runs out, and leaves the places of a random patch as they were if it fails."
-    step, places = len(learner.records) + len(learner.unread) + 1, learner.prompt.generator.get_state()
+    """An update that says what to try when memory runs out, and leaves the places of a random patch
+    as they were if it fails."""
+    step = len(learner.records) + len(learner.unread) + 1
+    places = learner.prompt.generator.get_state()
     check_inputs(batch, step)
-    try: return update(learner, batch)
+    try:
+        return update(learner, batch)
     except (RuntimeError, MemoryError) as error:
         learner.prompt.generator.set_state(places)
         told = memory_error(error, step, learner.batch_size, learner.device)
-        if told is None: raise
+        if told is None:
+            raise
     raise told
 
 # %% ../nbs/api/50_learner.ipynb #239be5f6
@@ -376,12 +519,19 @@ def start_training(
     "Full learning rate, a fresh schedule, and the first picture of the next epoch."
     epochs = check_whole("epochs", learner.epochs if epochs is None else epochs)
     check_shares(learner.batch_size, learner.accumulation, learner.accelerator.num_processes)
-    for group in learner.optimizer.param_groups: group["lr"] = group.get("initial_lr", group["lr"])
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group.get("initial_lr", group["lr"])
     scheduler = learner.scheduler(learner.optimizer, learner.per_epoch, epochs)
     if not (hasattr(scheduler, "step") and hasattr(scheduler, "state_dict")):
         raise TypeError(f"`scheduler` must return a torch scheduler, got {scheduler!r}.")
-    learner.position, learner.lr_scheduler, learner.stopping, learner.stopped, learner.summed = Position(epochs, before=learner.epoch), scheduler, False, False, []
-    if "epochs" in learner.provenance: learner.provenance["epochs"] = epochs  # what the recipe had planned
+    learner.position = Position(epochs, before=learner.epoch)
+    learner.lr_scheduler = scheduler
+    learner.stopping = False
+    learner.stopped = False
+    learner.summed = []
+    # what the recipe had planned
+    if "epochs" in learner.provenance:
+        learner.provenance["epochs"] = epochs
 
 # %% ../nbs/api/50_learner.ipynb #0cd6cce3
 @contextmanager
@@ -391,7 +541,8 @@ def update_mode(
     "Set what an update needs of the process, and restore it at the end of the block."
     check_switches(learner.sources, learner.device)
     check_optimizer(learner.optimizer, learner.prompt)
-    with torch_settings(*learner.sources), torch.inference_mode(False), torch.enable_grad(): yield
+    with torch_settings(*learner.sources), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _each_in_update_mode(
@@ -401,23 +552,36 @@ def _each_in_update_mode(
     "Make each step in `update_mode`, which is left before its record is handed out."
     with closing(steps):
         while True:
-            with update_mode(learner): record = next(steps, None)
-            if record is None: return
+            with update_mode(learner):
+                record = next(steps, None)
+            if record is None:
+                return
             yield record
 
 # %% ../nbs/api/50_learner.ipynb #b0966a4a
 def training_steps(
     learner: Learner,
-    epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
+    # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
+    epochs: int | None = None,
     resume: bool = False,  # go on after the last update of the training under way?
     read_every: int = 1,  # updates whose numbers are read together
 ) -> Iterator[StepRecord]:  # one per update
     "The steps of a new training, or those that are left of the one under way."
-    if not resume: start_training(learner, epochs)
-    if learner.position is None: raise ValueError("`resume`: there is no training to go on with. Start one, or give its checkpoint: fit(resume=True, checkpoint=...).")
+    if not resume:
+        start_training(learner, epochs)
+    if learner.position is None:
+        raise ValueError(
+            "`resume`: there is no training to go on with. Start one, or give its checkpoint: "
+            "fit(resume=True, checkpoint=...)."
+        )
     if epochs not in (None, learner.position.epochs):
-        raise ValueError(f"`epochs` must be {learner.position.epochs} or None to go on with this training, got {epochs!r}: the learning rate depends on it.")
-    return _each_in_update_mode(learner, remaining_steps(learner, check_whole("read_every", read_every)))
+        raise ValueError(
+            f"`epochs` must be {learner.position.epochs} or None to go on with this training, "
+            f"got {epochs!r}: the learning rate depends on it."
+        )
+    return _each_in_update_mode(
+        learner, remaining_steps(learner, check_whole("read_every", read_every))
+    )
 
 # %% ../nbs/api/50_learner.ipynb #172c6a61
 def remaining_steps(
@@ -431,7 +595,8 @@ def remaining_steps(
     for epoch in range(first, at.epochs):
         learner.epoch = at.before + epoch + 1
         for number, batch in islice(enumerate(training_batches(learner)), skip, None):
-            if learner.clean_tokens: learner.clean_tokens.place = (learner.epoch, number)
+            if learner.clean_tokens:
+                learner.clean_tokens.place = (learner.epoch, number)
             guarded_update(learner, batch)
             average_prompt(learner, epoch * learner.per_epoch + number + 1)
             made = settle(learner) if len(learner.unread) == read_every else []
@@ -444,33 +609,62 @@ def remaining_steps(
 def training_batches(
     learner: Learner,
 ) -> Iterator[Batch]:  # this process's part of each batch
-    "The current epoch's batches, in an order that the seed and the epoch decide; decoded in advance unless the source is on a CPU."
+    """The current epoch's batches, in an order that the seed and the epoch decide; decoded in
+    advance unless the source is on a CPU."""
     generator = torch.Generator().manual_seed(learner.seed + 1_000_003 * learner.epoch)
-    parts, part = learner.accelerator.num_processes, learner.accelerator.process_index
+    parts = learner.accelerator.num_processes
+    part = learner.accelerator.process_index
     shared = {"part": (part, parts)} if parts > 1 else {}
-    batches = learner.task.batches("train", size=learner.prompt.inner, batch_size=learner.batch_size, shuffle=True,
-                                   augment=learner.augment, generator=generator, **shared)
+    batches = learner.task.batches(
+        "train",
+        size=learner.prompt.inner,
+        batch_size=learner.batch_size,
+        shuffle=True,
+        augment=learner.augment,
+        generator=generator,
+        **shared,
+    )
     full = islice(batches, learner.per_epoch)  # the last, short one is left out
-    if learner.device.type == "cpu": return full
+    if learner.device.type == "cpu":
+        return full
     return ahead(full, pinned) if learner.device.type == "cuda" else ahead(full)
 
 # %% ../nbs/api/50_learner.ipynb #c460d9e0
 def training_facts(
     learner: Learner,
 ) -> dict:  # for the prompt's provenance
-    "With what a prompt is trained; the provenance of a prompt that was trained before is kept under `before`."
-    facts = {"task": learner.task.name, "fit": getattr(learner.task, "fit", "crop"), "range": learner.prompt.range, "source": " + ".join(source.name for source in learner.sources), "seed": learner.seed, "batch_size": learner.batch_size,
-             "optimizer": type(learner.optimizer).__name__, "lr": learner.optimizer.param_groups[0]["lr"],
-             "losses": {term.name: term.weight for term in learner.losses}}
-    return facts | tricks(learner) | ({"before": learner.prompt.provenance} if learner.prompt.provenance else {})
+    """With what a prompt is trained; the provenance of a prompt that was trained before is kept
+    under `before`."""
+    facts = {
+        "task": learner.task.name,
+        "fit": getattr(learner.task, "fit", "crop"),
+        "range": learner.prompt.range,
+        "source": " + ".join(source.name for source in learner.sources),
+        "seed": learner.seed,
+        "batch_size": learner.batch_size,
+        "optimizer": type(learner.optimizer).__name__,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "losses": {term.name: term.weight for term in learner.losses},
+    }
+    return (
+        facts
+        | tricks(learner)
+        | ({"before": learner.prompt.provenance} if learner.prompt.provenance else {})
+    )
 
 
 def tricks(
     learner: Learner,
 ) -> dict:  # names and values; empty for the paper's training
     "What of a training is out of the ordinary, in plain words."
-    told = {"combine": learner.combine if len(learner.sources) > 1 else "", "gradient": "" if learner.gradient is combined_gradient else in_words(learner.gradient),
-            "views": [*map(in_words, learner.views)], "filters": [*map(in_words, learner.filters)], "average": learner.average, "adjust": list(learner.prompt.adjust)}
+    told = {
+        "combine": learner.combine if len(learner.sources) > 1 else "",
+        "gradient": "" if learner.gradient is combined_gradient else in_words(learner.gradient),
+        "views": [*map(in_words, learner.views)],
+        "filters": [*map(in_words, learner.filters)],
+        "average": learner.average,
+        "adjust": list(learner.prompt.adjust),
+    }
     return {name: value for name, value in told.items() if value}
 
 
@@ -478,17 +672,33 @@ def in_words(
     piece: Any,  # a function or a dataclass
 ) -> str:  # its name, and its numbers if it shows them
     "A trick by name: the same words in every process."
-    return getattr(piece, "__qualname__", None) or (repr(piece) if " at 0x" not in repr(piece) else type(piece).__qualname__)
+    return getattr(piece, "__qualname__", None) or (
+        repr(piece) if " at 0x" not in repr(piece) else type(piece).__qualname__
+    )
 
 # %% ../nbs/api/50_learner.ipynb #5abee1f6
 def update_rule(
     optimizer: Optimizer,  # as it was handed in
 ) -> dict:  # its name and its numbers
     "With what rule a prompt moves."
-    plain = {name: value for name, value in optimizer.defaults.items() if value is None or isinstance(value, (bool, int, float, str, tuple))}
+    plain = {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if value is None or isinstance(value, (bool, int, float, str, tuple))
+    }
     lr, *others = (float(group["lr"]) for group in optimizer.param_groups)
-    norm = {"norm": getattr(optimizer.norm, "__name__", "own")} if getattr(optimizer, "norm", None) else {}
-    return {"name": type(optimizer).__name__} | plain | {"lr": lr} | norm | ({"lr of the others": others} if others else {})
+    norm = (
+        {"norm": getattr(optimizer.norm, "__name__", "own")}
+        if getattr(optimizer, "norm", None)
+        else {}
+    )
+    return (
+        {"name": type(optimizer).__name__}
+        | plain
+        | {"lr": lr}
+        | norm
+        | ({"lr of the others": others} if others else {})
+    )
 
 # %% ../nbs/api/50_learner.ipynb #d98e87b5
 def step_record(
@@ -501,22 +711,30 @@ def step_record(
     loss, *values, grad_norm = numbers
     others = dict(zip(learner.columns, values))
     known = {name: others.pop(name, math.nan) for name in ("task", "fca", "tse")}
-    return StepRecord(len(learner.records) + 1, epoch, loss, **known, grad_norm=grad_norm, lr=lr, others=others)
+    return StepRecord(
+        len(learner.records) + 1, epoch, loss, **known, grad_norm=grad_norm, lr=lr, others=others
+    )
 
 # %% ../nbs/api/50_learner.ipynb #398ffe7e
 def records_frame(
+    # pandas DataFrame, one row per update
     records: list[StepRecord],
-):  # pandas DataFrame, one row per update
+):
     "The records as a table; losses of one's own become columns."
     import pandas as pd
+
     known = [name for name in StepRecord.__dataclass_fields__ if name != "others"]
     others = dict.fromkeys(name for record in records for name in record.others)
     columns = {name: [getattr(record, name) for record in records] for name in known}
-    return pd.DataFrame(columns | {name: [record.others.get(name, math.nan) for record in records] for name in others})
+    return pd.DataFrame(
+        columns
+        | {name: [record.others.get(name, math.nan) for record in records] for name in others}
+    )
 
 # %% ../nbs/api/50_learner.ipynb #607c30e2
 class LiveCurve:
     "The learner's curves in a notebook, redrawn in place now and then; nothing outside a notebook."
+
     SHARE = 0.03  # of the time so far that drawing may take
     POINTS = 1000  # of a curve, at most, before the last drawing
 
@@ -538,16 +756,23 @@ class LiveCurve:
         self.live = hasattr(shell, "kernel")  # IPython in a terminal has a shell but no kernel
 
     def is_due(self) -> bool:
-        "Say whether the last drawing is long enough ago, and the next one stays within the share of time."
+        """Say whether the last drawing is long enough ago, and the next one stays within the share
+        of time."""
         now = self.clock()
-        return now - self.drawn > self.every and self.spent + self.cost < self.SHARE * (now - self.started)
+        return now - self.drawn > self.every and self.spent + self.cost < self.SHARE * (
+            now - self.started
+        )
 
     def update(self, last: bool = False) -> None:
-        "Draw, if there is a notebook and a drawing is due or it is the `last` one, with every point."
-        if not (self.live and (last or self.is_due())): return
+        """Draw, if there is a notebook and a drawing is due or it is the `last` one, with every
+        point."""
+        if not (self.live and (last or self.is_due())):
+            return
         began = self.clock()
-        if last: self._show(self.learner.plot())
-        else: self._redraw()
+        if last:
+            self._show(self.learner.plot())
+        else:
+            self._redraw()
         self.drawn = self.clock()
         self.cost = self.drawn - began
         self.spent += self.cost
@@ -555,8 +780,9 @@ class LiveCurve:
     def _redraw(self) -> None:
         "Move the curves that are there to their new places."
         from tvp.plots import plot_history, redraw_history
+
         records = self.learner.records
-        history = records_frame(records[::-(-len(records) // self.POINTS)])
+        history = records_frame(records[:: -(-len(records) // self.POINTS)])
         if self.axes is None:
             self.axes = plot_history(history)
             self._show(self.axes)
@@ -569,37 +795,60 @@ class LiveCurve:
         "Put a figure where the last one was."
         import matplotlib.pyplot as plt
         from IPython.display import display
+
         figure = axes[0].figure
-        if self.handle is None: self.handle = display(figure, display_id=True)
-        else: self.handle.update(figure)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
         plt.close(figure)
 
 # %% ../nbs/api/50_learner.ipynb #b822f9b5
 def fit(
     learner: Learner,
-    epochs: int | None = None,  # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
-    checkpoint: str | Path | None = None,  # where to keep the state: a folder, or a .safetensors file; None: nowhere
+    # passes over the train split, > 0; None: learner.epochs, or those of the training that goes on
+    epochs: int | None = None,
+    # where to keep the state: a folder, or a .safetensors file; None: nowhere
+    checkpoint: str | Path | None = None,
     every: int = 100,  # updates between two checkpoints, > 0
-    resume: bool = False,  # go on from the checkpoint, if there is one? It keeps its own epochs: others in `epochs` are refused, another learner.epochs is warned of
+    # go on from the checkpoint, if there is one? It keeps its own epochs: others in `epochs` are
+    # refused, another learner.epochs is warned of
+    resume: bool = False,
 ) -> VisualPrompt:  # the trained prompt (also learner.prompt)
     "Drain the steps with a progress bar, checkpoints and, in a notebook, a live curve."
     from tvp.resume import begin, save_checkpoint
-    file, every = None if checkpoint is None else checkpoint_file(checkpoint), check_whole("every", every)
+
+    file = None if checkpoint is None else checkpoint_file(checkpoint)
+    every = check_whole("every", every)
     check_kind("resume", resume, bool)
     read_every = 1 if learner.device.type == "cpu" else min(10, every)
     with update_mode(learner):
         lock, steps = begin(learner, epochs, file, resume, read_every)
-    at, curve = learner.position, LiveCurve(learner)
-    alone, kept, quiet = learner.accelerator.num_processes == 1, at.done, {} if learner.accelerator.is_main_process else {"disable": True}
-    bar = tqdm(steps, desc=learner.task.name, initial=at.done, total=at.epochs * learner.per_epoch, unit="step", delay=2, **quiet)
+    at = learner.position
+    curve = LiveCurve(learner)
+    alone = learner.accelerator.num_processes == 1
+    kept = at.done
+    quiet = {} if learner.accelerator.is_main_process else {"disable": True}
+    bar = tqdm(
+        steps,
+        desc=learner.task.name,
+        initial=at.done,
+        total=at.epochs * learner.per_epoch,
+        unit="step",
+        delay=2,
+        **quiet,
+    )
     with lock, held_signals() as came, bar, kept_if_lost(learner, file):
         for record in bar:
             bar.set_postfix(loss=f"{record.loss:.3f}", refresh=False)
             curve.update()
-            if file and at.done // every > kept // every: kept = save_checkpoint(learner, file)
+            if file and at.done // every > kept // every:
+                kept = save_checkpoint(learner, file)
             learner.stopping = bool(came)
-            if came and alone or learner.stopped: break
-        if file and at.done > kept: save_checkpoint(learner, file)
+            if came and alone or learner.stopped:
+                break
+        if file and at.done > kept:
+            save_checkpoint(learner, file)
     curve.update(last=True)
     return learner.prompt
 
@@ -611,11 +860,17 @@ def kept_if_lost(
 ) -> Iterator[None]:
     "A training that has lost a process keeps what it has, and says how to go on."
     from tvp.resume import save_checkpoint
-    try: yield
+
+    try:
+        yield
     except ProcessLost as error:
         settle(learner)
         if file is not None:
             save_checkpoint(learner, file)
-            error = ProcessLost(f"{error} Everything up to step {len(learner.records)} is kept in {str(file)!r}: go on with resume=True.")
-        logging.getLogger(__name__).error("%s", error)  # at once: the launcher is about to end this process, too
+            error = ProcessLost(
+                f"{error} Everything up to step {len(learner.records)} is kept in {str(file)!r}: "
+                "go on with resume=True."
+            )
+        # at once: the launcher is about to end this process, too
+        logging.getLogger(__name__).error("%s", error)
         raise error from None

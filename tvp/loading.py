@@ -31,12 +31,14 @@ def _refuse_pointer(
     name: str,
 ) -> None:
     "Name a file that git-lfs has left out."
-    if head.startswith(POINTER): raise ValueError(f"{name} is a git-lfs pointer, not the file itself. {AGAIN}")
+    if head.startswith(POINTER):
+        raise ValueError(f"{name} is a git-lfs pointer, not the file itself. {AGAIN}")
 
 
 def _called(path: Path) -> str:
     "A folder's name; of a copy of the hub's, its name there."
-    if path.parent.name == "snapshots": return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
     return path.name if path.is_dir() else str(path)
 
 
@@ -51,7 +53,8 @@ def _one_line(
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     "A JSON object whose names are all different."
     found = dict(pairs)
-    if len(found) == len(pairs): return found
+    if len(found) == len(pairs):
+        return found
     names = [name for name, _ in pairs]
     twice = next(name for name in found if names.count(name) > 1)
     raise ValueError(f"it has {twice[:60]!r} twice")
@@ -59,7 +62,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
 
 def _whole(digits: str) -> int:
     "A whole number of a sensible size."
-    if len(digits) > MAX_DIGITS: raise ValueError(f"it has a number of {len(digits)} digits, at most {MAX_DIGITS} are read")
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it has a number of {len(digits)} digits, at most {MAX_DIGITS} are read")
     return int(digits)
 
 
@@ -72,48 +76,138 @@ def parse_json(
         if isinstance(data, bytes):
             _refuse_pointer(data, name)
             data = data.decode("utf-8")
-    except UnicodeDecodeError as error: raise ValueError(f"{name} must be text in UTF-8, {_one_line(error)}. {AGAIN}") from None
-    if data.startswith("\ufeff"): raise ValueError(f"{name} must not begin with a byte order mark. Save it as plain UTF-8, or download it again.")
-    try: return json.loads(data, object_pairs_hook=_unique, parse_int=_whole)
-    except RecursionError: raise ValueError(f"{name} is nested too deeply. {AGAIN}") from None
-    except ValueError as error: raise ValueError(f"{name} is damaged ({error}). {AGAIN}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be text in UTF-8, {_one_line(error)}. {AGAIN}") from None
+    if data.startswith("\ufeff"):
+        raise ValueError(
+            f"{name} must not begin with a byte order mark. Save it as plain UTF-8, or download "
+            "it again."
+        )
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_int=_whole)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply. {AGAIN}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged ({error}). {AGAIN}") from None
 
 # %% ../nbs/api/01_loading.ipynb #433e51fd
 NUMBER = (int, float)
 _CODE = {"auto_map": (dict, list)}
-_IMAGES = _CODE | {"image_processor_type": str, "feature_extractor_type": str, "video_processor_type": str, "processor_class": str, "image_mean": (list, *NUMBER),
-                   "image_std": (list, *NUMBER), "rescale_factor": NUMBER, "do_rescale": bool, "do_normalize": bool, "do_resize": bool, "size": (dict, list, int),
-                   "crop_size": (dict, list, int)}
+_IMAGES = _CODE | {
+    "image_processor_type": str,
+    "feature_extractor_type": str,
+    "video_processor_type": str,
+    "processor_class": str,
+    "image_mean": (list, *NUMBER),
+    "image_std": (list, *NUMBER),
+    "rescale_factor": NUMBER,
+    "do_rescale": bool,
+    "do_normalize": bool,
+    "do_resize": bool,
+    "size": (dict, list, int),
+    "crop_size": (dict, list, int),
+}
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # file -> field -> types
-    "config.json": _CODE | {"model_type": str, "architectures": list, "text_config": dict, "vision_config": dict, "qformer_config": dict, "dtype": str,
-                            "torch_dtype": str, "quantization_config": dict, "image_token_index": int, "image_token_id": int, "num_query_tokens": int},
-    "generation_config.json": {"max_length": int, "max_new_tokens": int, "num_beams": int, "do_sample": bool, "temperature": NUMBER, "top_p": NUMBER,
-                               "bos_token_id": (int, list), "eos_token_id": (int, list), "pad_token_id": (int, list)},
-    "tokenizer_config.json": _CODE | {"tokenizer_class": str, "processor_class": str, "model_max_length": NUMBER, "chat_template": (str, list, dict),
-                                      "added_tokens_decoder": dict, "additional_special_tokens": list, "extra_special_tokens": (dict, list), "padding_side": str},
+    "config.json": _CODE
+    | {
+        "model_type": str,
+        "architectures": list,
+        "text_config": dict,
+        "vision_config": dict,
+        "qformer_config": dict,
+        "dtype": str,
+        "torch_dtype": str,
+        "quantization_config": dict,
+        "image_token_index": int,
+        "image_token_id": int,
+        "num_query_tokens": int,
+    },
+    "generation_config.json": {
+        "max_length": int,
+        "max_new_tokens": int,
+        "num_beams": int,
+        "do_sample": bool,
+        "temperature": NUMBER,
+        "top_p": NUMBER,
+        "bos_token_id": (int, list),
+        "eos_token_id": (int, list),
+        "pad_token_id": (int, list),
+    },
+    "tokenizer_config.json": _CODE
+    | {
+        "tokenizer_class": str,
+        "processor_class": str,
+        "model_max_length": NUMBER,
+        "chat_template": (str, list, dict),
+        "added_tokens_decoder": dict,
+        "additional_special_tokens": list,
+        "extra_special_tokens": (dict, list),
+        "padding_side": str,
+    },
     "tokenizer.json": {"model": dict, "added_tokens": list, "version": str},
-    "special_tokens_map.json": {"additional_special_tokens": list}, "added_tokens.json": {}, "vocab.json": {},
-    "preprocessor_config.json": _IMAGES, "video_preprocessor_config.json": _IMAGES,
-    "processor_config.json": _CODE | {"processor_class": str, "image_processor": dict, "video_processor": dict, "feature_extractor": dict, "chat_template": (str, dict)},
+    "special_tokens_map.json": {"additional_special_tokens": list},
+    "added_tokens.json": {},
+    "vocab.json": {},
+    "preprocessor_config.json": _IMAGES,
+    "video_preprocessor_config.json": _IMAGES,
+    "processor_config.json": _CODE
+    | {
+        "processor_class": str,
+        "image_processor": dict,
+        "video_processor": dict,
+        "feature_extractor": dict,
+        "chat_template": (str, dict),
+    },
     "chat_template.json": {"chat_template": (str, list, dict)},
     "adapter_config.json": _CODE | {"base_model_name_or_path": str, "peft_type": str},
-    "model.safetensors.index.json": {"weight_map": dict, "metadata": dict}, "pytorch_model.bin.index.json": {"weight_map": dict, "metadata": dict},
-    "marker_processor.json": {"num_image_tokens": int, "image_token": str, "alone": list, "num_patch_tokens": int},
-    "tvp.json": {"format": str, "version": int, "name": str, "modules": list, "wrapper": dict}}
-REQUIRED = {"model.safetensors.index.json": ("weight_map",), "pytorch_model.bin.index.json": ("weight_map",),
-            "marker_processor.json": ("num_image_tokens", "image_token"), "tvp.json": ("format", "version")}
+    "model.safetensors.index.json": {"weight_map": dict, "metadata": dict},
+    "pytorch_model.bin.index.json": {"weight_map": dict, "metadata": dict},
+    "marker_processor.json": {
+        "num_image_tokens": int,
+        "image_token": str,
+        "alone": list,
+        "num_patch_tokens": int,
+    },
+    "tvp.json": {"format": str, "version": int, "name": str, "modules": list, "wrapper": dict},
+}
+REQUIRED = {
+    "model.safetensors.index.json": ("weight_map",),
+    "pytorch_model.bin.index.json": ("weight_map",),
+    "marker_processor.json": ("num_image_tokens", "image_token"),
+    "tvp.json": ("format", "version"),
+}
 MAX_JSON = 2**24  # bytes of a file, 16 MB
-LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**26}  # a vocabulary may be larger, and is read by its own library
-BOUNDS = {"num_hidden_layers": 1000, "num_layers": 1000, "depth": 1000, "num_attention_heads": 2**12, "hidden_size": 2**17, "d_model": 2**17,
-          "intermediate_size": 2**20, "vocab_size": 2**23, "image_size": 2**14, "num_query_tokens": 2**16, "image_length": 2**16,
-          "max_position_embeddings": 2**27}  # largest value
+# a vocabulary may be larger, and is read by its own library
+LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**26}
+BOUNDS = {
+    "num_hidden_layers": 1000,
+    "num_layers": 1000,
+    "depth": 1000,
+    "num_attention_heads": 2**12,
+    "hidden_size": 2**17,
+    "d_model": 2**17,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**23,
+    "image_size": 2**14,
+    "num_query_tokens": 2**16,
+    "image_length": 2**16,
+    "max_position_embeddings": 2**27,
+}  # largest value
 MAX_WHOLE = 2**63
-UNBOUNDED = ("model_max_length", "time_step_limit")  # tokenizers and state space models write "no limit" as 1e30 and Infinity
+# tokenizers and state space models write "no limit" as 1e30 and Infinity
+UNBOUNDED = ("model_max_length", "time_step_limit")
 
 # %% ../nbs/api/01_loading.ipynb #8d59b8a9
 def _type_names(kinds: type | tuple[type, ...]) -> str:
     "Types in JSON's words."
-    words = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    words = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+    }
     return " or ".join(words[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 
 
@@ -125,13 +219,21 @@ def check_fields(
     advice: str = AGAIN,  # what to do about it
 ) -> dict:  # the same
     "Refuse JSON that is no object, lacks a field, or has one of another type."
-    if not isinstance(value, dict): raise ValueError(f"{name} must hold {_type_names(dict)}, got {str(value)[:60]}. {advice}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must hold {_type_names(dict)}, got {str(value)[:60]}. {advice}")
     for field in required:
-        if value.get(field) is None: raise ValueError(f"{name} lacks `{field}`. {advice}")
+        if value.get(field) is None:
+            raise ValueError(f"{name} lacks `{field}`. {advice}")
     for field, kinds in fields.items():
-        found, kinds = value.get(field), kinds if isinstance(kinds, tuple) else (kinds,)
-        if found is not None and (not isinstance(found, kinds) or isinstance(found, bool) and bool not in kinds):
-            raise ValueError(f"`{field}` in {name} must be {_type_names(kinds)}, got {str(found)[:60]!r}. {advice}")
+        found = value.get(field)
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if found is not None and (
+            not isinstance(found, kinds) or isinstance(found, bool) and bool not in kinds
+        ):
+            raise ValueError(
+                f"`{field}` in {name} must be "
+                f"{_type_names(kinds)}, got {str(found)[:60]!r}. {advice}"
+            )
     return value
 
 
@@ -143,12 +245,18 @@ def _check_numbers(
     waiting = [("", "", value)]
     while waiting:
         place, field, value = waiting.pop()
-        if isinstance(value, dict): waiting += [(f"{place}.{key}" if place else key, key, item) for key, item in value.items()]
-        elif isinstance(value, list): waiting += [(place, field, item) for item in value]
+        if isinstance(value, dict):
+            waiting += [
+                (f"{place}.{key}" if place else key, key, item) for key, item in value.items()
+            ]
+        elif isinstance(value, list):
+            waiting += [(place, field, item) for item in value]
         elif type(value) in NUMBER and field not in UNBOUNDED:
             said = f"`{place[:80]}` in {name}"
-            if not abs(value) <= MAX_WHOLE: raise ValueError(f"{said} must be a finite number, got {value}. {AGAIN}")
-            if field in BOUNDS and not 0 <= value <= BOUNDS[field]: raise ValueError(f"{said} must be in [0, {BOUNDS[field]}], got {value}. {AGAIN}")
+            if not abs(value) <= MAX_WHOLE:
+                raise ValueError(f"{said} must be a finite number, got {value}. {AGAIN}")
+            if field in BOUNDS and not 0 <= value <= BOUNDS[field]:
+                raise ValueError(f"{said} must be in [0, {BOUNDS[field]}], got {value}. {AGAIN}")
 
 
 def read_json(
@@ -156,13 +264,19 @@ def read_json(
 ) -> dict:  # a JSON object
     "Read a JSON file of somebody else's: size, text, types and numbers are checked."
     path = Path(path)
-    limit, name = LARGE.get(path.name, MAX_JSON), f"{path.name} of {_called(path.parent)}"
+    limit = LARGE.get(path.name, MAX_JSON)
+    name = f"{path.name} of {_called(path.parent)}"
     try:
-        if (size := path.stat().st_size) > limit: raise ValueError(f"{name} has {size:,} bytes, at most {limit:,} are read. {AGAIN}")
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"{name} has {size:,} bytes, at most {limit:,} are read. {AGAIN}")
         data = path.read_bytes()
-    except OSError as error: raise ValueError(f"{name} cannot be read ({error.strerror}).") from None
-    found = check_fields(parse_json(data, name), name, FIELDS.get(path.name, {}), REQUIRED.get(path.name, ()))
-    if path.name not in LARGE: _check_numbers(found, name)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror}).") from None
+    found = check_fields(
+        parse_json(data, name), name, FIELDS.get(path.name, {}), REQUIRED.get(path.name, ())
+    )
+    if path.name not in LARGE:
+        _check_numbers(found, name)
     return found
 
 # %% ../nbs/api/01_loading.ipynb #0fd2f271
@@ -172,12 +286,18 @@ def read_index(
 ) -> dict[str, str]:  # weight -> file
     "Read the index of a checkpoint in several files."
     path = Path(path)
-    found, name = read_json(path)["weight_map"], f"`weight_map` in {path.name} of {_called(path.parent)}"
+    found = read_json(path)["weight_map"]
+    name = f"`weight_map` in {path.name} of {_called(path.parent)}"
     for file in found.values():
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.(safetensors|bin)", file):
-            raise ValueError(f"{name} must name files of the same folder, got {str(file)[:60]!r}. {AGAIN}")
-    lost = sorted({file for file in found.values() if complete and not (path.parent / file).is_file()})
-    if lost: raise ValueError(f"{name}: there is no {', '.join(lost[:3])}. {AGAIN}")
+            raise ValueError(
+                f"{name} must name files of the same folder, got {str(file)[:60]!r}. {AGAIN}"
+            )
+    lost = sorted(
+        {file for file in found.values() if complete and not (path.parent / file).is_file()}
+    )
+    if lost:
+        raise ValueError(f"{name}: there is no {', '.join(lost[:3])}. {AGAIN}")
     return found
 
 # %% ../nbs/api/01_loading.ipynb #7a0d0cdb
@@ -188,12 +308,18 @@ def check_safetensors(
     path = Path(path)
     name = f"{path.name} of {_called(path.parent)}"
     try:
-        with path.open("rb") as file: _refuse_pointer(file.read(64), name)
-        with safe_open(path, "pt"): pass
-    except OSError as error: raise ValueError(f"{name} cannot be read ({error.strerror or error}).") from None
+        with path.open("rb") as file:
+            _refuse_pointer(file.read(64), name)
+        with safe_open(path, "pt"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror or error}).") from None
     except (SafetensorError, ValueError, OverflowError) as error:
-        if "git-lfs" in str(error): raise
-        raise ValueError(f"{name} is damaged or half downloaded ({_one_line(error)}). {AGAIN}") from None
+        if "git-lfs" in str(error):
+            raise
+        raise ValueError(
+            f"{name} is damaged or half downloaded ({_one_line(error)}). {AGAIN}"
+        ) from None
 
 
 def load_safetensors(
@@ -201,6 +327,7 @@ def load_safetensors(
 ) -> dict[str, Tensor]:  # mapped from the disk, on the CPU
     "Read the tensors of a safetensors file."
     from safetensors.torch import load_file
+
     check_safetensors(path)
     return load_file(path)
 
@@ -211,18 +338,29 @@ def load_pth(
     "Read a torch file without running anything in it."
     path = Path(path)
     name = f"{path.name} of {_called(path.parent)}"
-    with path.open("rb") as file: _refuse_pointer(file.read(64), name)
+    with path.open("rb") as file:
+        _refuse_pointer(file.read(64), name)
     try:
-        try: return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        try:
+            return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         except RuntimeError as error:
-            if "mmap" not in str(error): raise
-            return torch.load(path, weights_only=True, map_location="cpu")  # written by a torch before 1.6, whose format cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            # written by a torch before 1.6, whose format cannot be mapped
+            return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        if type(error).__name__ == "UnpicklingError":  # torch's own words would recommend to switch the protection off
-            raise ValueError(f"{name} holds more than tensors and plain values, and opening that could run foreign code. Have its owner save the "
-                             "state dict alone.") from None
-        if isinstance(error, (OSError, MemoryError)): raise
-        raise ValueError(f"{name} is damaged or half downloaded ({_one_line(error)}). {AGAIN}") from None
+        # torch's own words would recommend to switch the protection off
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"{name} holds more than tensors and plain values, and opening that could run "
+                "foreign code. Have its owner save the "
+                "state dict alone."
+            ) from None
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        raise ValueError(
+            f"{name} is damaged or half downloaded ({_one_line(error)}). {AGAIN}"
+        ) from None
 
 # %% ../nbs/api/01_loading.ipynb #fdacb66d
 def _objects(
@@ -232,12 +370,17 @@ def _objects(
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, dict): yield value
-        if isinstance(value, (dict, list)): waiting += value.values() if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            yield value
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
 
 
-CODE = ("Python code of its own, which was not run. Read it; if you trust it, pass trust_remote_code=True to load_mllm, or load the model with transformers "
-        "and give it to tvp.Mllm.")
+CODE = (
+    "Python code of its own, which was not run. Read it; if you trust it, pass "
+    "trust_remote_code=True to load_mllm, or load the model with transformers "
+    "and give it to tvp.Mllm."
+)
 
 
 def check_code(
@@ -246,14 +389,23 @@ def check_code(
 ) -> None:
     "Refuse a configuration that cannot be used without its repository's code."
     from transformers import CONFIG_MAPPING
+
     for part in _objects(config):
         kind = part.get("model_type")
         if part.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
-            raise ValueError(f"`trust_remote_code` must be True for {name}: the type {str(kind)[:60]!r} in its config.json is not part of transformers and "
-                             f"needs {CODE}")
+            raise ValueError(
+                f"`trust_remote_code` must be True for {name}: the type {str(kind)[:60]!r} in "
+                "its config.json is not part of transformers and "
+                f"needs {CODE}"
+            )
         for field, value in part.items():
-            if field.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-                raise ValueError(f"`trust_remote_code` must be True for {name}: `{field}` in its config.json names {str(value)[:60]!r}, {CODE}")
+            if field.endswith(("attn_implementation", "experts_implementation")) and "/" in str(
+                value
+            ):
+                raise ValueError(
+                    f"`trust_remote_code` must be True for {name}: `{field}` in its config.json "
+                    f"names {str(value)[:60]!r}, {CODE}"
+                )
 
 
 def _check_outside(
@@ -262,10 +414,23 @@ def _check_outside(
 ) -> None:
     "Refuse a tokenizer that reads a file of this machine."
     for field, value in found.items():
-        if not field.endswith("_file") or field == "special_tokens_map_file" or not isinstance(value, str) or "\0" in value: continue
+        if (
+            not field.endswith("_file")
+            or field == "special_tokens_map_file"
+            or not isinstance(value, str)
+            or "\0" in value
+        ):
+            continue
         place = folder / value
-        if place.is_file() and folder.resolve() not in place.resolve().parents and place.parent.resolve() != folder.resolve():
-            raise ValueError(f"`{field}` in tokenizer_config.json of {_called(folder)} must name a file of the same folder, got {value[:60]!r}.")
+        if (
+            place.is_file()
+            and folder.resolve() not in place.resolve().parents
+            and place.parent.resolve() != folder.resolve()
+        ):
+            raise ValueError(
+                f"`{field}` in tokenizer_config.json of {_called(folder)} must name a file of "
+                f"the same folder, got {value[:60]!r}."
+            )
 
 
 def check_folder(
@@ -275,13 +440,23 @@ def check_folder(
     "Look at every file of a folder that transformers would read."
     folder = Path(folder)
     for name in FIELDS:
-        if not (folder / name).is_file(): continue
-        found = read_index(folder / name) if name.endswith(".index.json") else read_json(folder / name)
-        if name == "tokenizer_config.json": _check_outside(found, folder)
-        if name == "config.json" and not trust_remote_code: check_code(found, _called(folder))
-    for path in sorted(folder.glob("*.safetensors")): check_safetensors(path)
+        if not (folder / name).is_file():
+            continue
+        found = (
+            read_index(folder / name) if name.endswith(".index.json") else read_json(folder / name)
+        )
+        if name == "tokenizer_config.json":
+            _check_outside(found, folder)
+        if name == "config.json" and not trust_remote_code:
+            check_code(found, _called(folder))
+    for path in sorted(folder.glob("*.safetensors")):
+        check_safetensors(path)
     for path in folder.glob("*.jinja"):
-        if path.stat().st_size > MAX_JSON: raise ValueError(f"{path.name} of {_called(folder)} has {path.stat().st_size:,} bytes, at most {MAX_JSON:,} are read.")
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(
+                f"{path.name} of {_called(folder)} has {path.stat().st_size:,} bytes, at most "
+                f"{MAX_JSON:,} are read."
+            )
 
 # %% ../nbs/api/01_loading.ipynb #c3f178a5
 @contextmanager
@@ -292,18 +467,34 @@ def loading_errors(
     "Say in one line which place could not be read, and why."
     place = Path(place)
     name = _called(place)
-    try: yield
-    except (ImportError, ConnectionError, PermissionError, MemoryError, torch.OutOfMemoryError): raise
+    try:
+        yield
+    except (ImportError, ConnectionError, PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         said = str(error)
-        if "CUDA" in said: raise
+        if "CUDA" in said:
+            raise
         if "trust_remote_code" in said:
-            names = [name for name in FIELDS if (place / name).is_file() and any(part.get("auto_map") for part in _objects(read_json(place / name)))]
+            names = [
+                name
+                for name in FIELDS
+                if (place / name).is_file()
+                and any(part.get("auto_map") for part in _objects(read_json(place / name)))
+            ]
             files = " and ".join(names) or "its files"
-            raise ValueError(f"`trust_remote_code` must be True for {name}: {files} asks for {CODE}") from None
+            raise ValueError(
+                f"`trust_remote_code` must be True for {name}: {files} asks for {CODE}"
+            ) from None
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in said:
-            raise ValueError(f"{name} is damaged or half downloaded: weights have other shapes than config.json says. {AGAIN}") from None
-        raise ValueError(f"{name} cannot be read by {what} ({_one_line(error)}). If it was damaged, download it again.") from error
+            raise ValueError(
+                f"{name} is damaged or half downloaded: weights have other shapes than "
+                f"config.json says. {AGAIN}"
+            ) from None
+        raise ValueError(
+            f"{name} cannot be read by {what} ({_one_line(error)}). If it was damaged, download "
+            "it again."
+        ) from error
 
 
 def from_pretrained(
@@ -315,19 +506,31 @@ def from_pretrained(
 ) -> Any:  # what the class makes of it
     "Load a processor, tokenizer or image processor; nothing is asked on the terminal."
     import transformers
-    if Path(place).is_dir(): check_folder(Path(place) / options.get("subfolder", ""), trust_remote_code)
-    with loading_errors(place, kind): return getattr(transformers, kind).from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+
+    if Path(place).is_dir():
+        check_folder(Path(place) / options.get("subfolder", ""), trust_remote_code)
+    with loading_errors(place, kind):
+        return getattr(transformers, kind).from_pretrained(
+            place, trust_remote_code=trust_remote_code, **options
+        )
 
 
 def load_auto_processor(
     place: str | Path,  # a folder, or a hub id
     **options,  # revision, trust_remote_code
-) -> Any:  # a processor of transformers, its image processor with the torchvision backend if it has one
+    # a processor of transformers, its image processor with the torchvision backend if it has one
+) -> Any:
     "Load a processor that works on tensors."
-    # AutoProcessor hands `backend` to every part, and video processors of transformers 5.18 stop with it
+    # AutoProcessor hands `backend` to every part, and video processors of transformers 5.18 stop
+    # with it
     processor = from_pretrained("AutoProcessor", place, **options)
-    if getattr(getattr(processor, "image_processor", None), "backend", "torchvision") != "torchvision":
-        processor.image_processor = from_pretrained("AutoImageProcessor", place, backend="torchvision", **options)
+    if (
+        getattr(getattr(processor, "image_processor", None), "backend", "torchvision")
+        != "torchvision"
+    ):
+        processor.image_processor = from_pretrained(
+            "AutoImageProcessor", place, backend="torchvision", **options
+        )
     return processor
 
 
@@ -338,11 +541,22 @@ def load_model(
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
     **options,  # dtype, device_map, quantization_config, revision
 ) -> nn.Module:  # in evaluation mode
-    "Load a model with all of its weights, which must be safetensors unless `use_safetensors` says otherwise (transformers reads others with `weights_only=True`)."
-    model, report = from_pretrained(kind, place, trust_remote_code=trust_remote_code, output_loading_info=True, **{"use_safetensors": True} | options)
+    """Load a model with all of its weights, which must be safetensors unless `use_safetensors` says
+    otherwise (transformers reads others with `weights_only=True`)."""
+    model, report = from_pretrained(
+        kind,
+        place,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **{"use_safetensors": True} | options,
+    )
     if lost := sorted(report["missing_keys"]):
-        raise ValueError(f"{_called(Path(place))} is damaged or half downloaded: {len(lost)} weights are missing and would be random, {lost[0]} first. {AGAIN} "
-                         "If it is meant to be so, load the model yourself and give it to tvp.Mllm(model, processor).")
+        raise ValueError(
+            f"{_called(Path(place))} is damaged or half downloaded: {len(lost)} weights are "
+            f"missing and would be random, {lost[0]} first. {AGAIN} "
+            "If it is meant to be so, load the model yourself and give it to tvp.Mllm(model, "
+            "processor)."
+        )
     return model.eval()
 
 

@@ -25,45 +25,62 @@ from .tasks import Batch
 @dataclass
 class StepContext:
     "What one update knows, handed to every loss."
+
     batch: Batch  # pictures, texts, labels and row numbers
     clean: Tensor  # (B, 3, size, size), the padded pictures without prompt
     prompted: Tensor  # (B, 3, size, size), the same with prompt
     source: Mllm | None  # the frozen model that the prompt is trained on; None: no loss needs it
-    output: MllmOutput | None  # of the prompted pictures: loss, visual_tokens (B, T, D) and layers; None: no loss needs it
+    # of the prompted pictures: loss, visual_tokens (B, T, D) and layers; None: no loss needs it
+    output: MllmOutput | None
     encode: Callable | None = None  # (images, batch) -> clean tokens; None: ask the source
-    generator: torch.Generator | None = None  # where a loss that draws anything takes it from, so that a checkpoint holds its state; None: nothing is drawn
+    # where a loss that draws anything takes it from, so that a checkpoint holds its state; None:
+    # nothing is drawn
+    generator: torch.Generator | None = None
 
     @cached_property
     def clean_tokens(self) -> Tensor:  # (B, T, D)
         "Visual tokens of the clean pictures, without gradient, computed at most once."
         with torch.no_grad():
-            if not hasattr(self.source, "visual_tokens"): raise TypeError(f"`losses`: FCA compares visual tokens, and {self.source.name} gives none. Leave it out.")
-            if self.encode is not None: return self.encode(self.clean, self.batch)
+            if not hasattr(self.source, "visual_tokens"):
+                raise TypeError(
+                    f"`losses`: FCA compares visual tokens, and {self.source.name} gives none. "
+                    "Leave it out."
+                )
+            if self.encode is not None:
+                return self.encode(self.clean, self.batch)
             return self.source.visual_tokens(self.clean, self.batch.instructions)
 
     @cached_property
     def clean_layers(self) -> tuple[Tensor, ...]:  # (B, T, D) behind each block of the vision tower
         "Hidden states of the clean pictures, without gradient, computed at most once."
-        with torch.no_grad(): return encode_layers(self.source, self.clean, self.batch.instructions)[1]
+        with torch.no_grad():
+            return encode_layers(self.source, self.clean, self.batch.instructions)[1]
 
 # %% ../nbs/api/40_losses.ipynb #f87dcbdc
 def check_weight(
     term,  # a loss with `name` and `weight`
 ) -> None:
     "Weights are finite and not negative; the sign belongs to the term."
-    if not (isinstance(term.weight, (int, float)) and math.isfinite(term.weight) and term.weight >= 0):
-        raise ValueError(f"`weight` of the {term.name} loss must be a finite number >= 0, got {term.weight!r}. "
-                         "Its sign is built in: TSE is already subtracted.")
+    if not (
+        isinstance(term.weight, (int, float)) and math.isfinite(term.weight) and term.weight >= 0
+    ):
+        raise ValueError(
+            f"`weight` of the {term.name} loss must be a finite number >= 0, got {term.weight!r}. "
+            "Its sign is built in: TSE is already subtracted."
+        )
 
 # %% ../nbs/api/40_losses.ipynb #c104704a
 @dataclass
 class TaskLoss:
     "Cross-entropy of the answer (TVP, sec. 3; all that VP and EVP have)."
+
     weight: float = 1.0  # factor in the total, >= 0
     name = "task"
     sign = 1
 
-    def __post_init__(self): check_weight(self)
+    def __post_init__(self):
+        check_weight(self)
+
     def __call__(self, context: StepContext) -> Tensor:  # scalar
         return context.output.loss
 
@@ -92,7 +109,11 @@ def relative_distance(
     return euclidean_distance(prompted, clean) / clean.float().norm(dim=-1).clamp(min=1e-6)
 
 
-DISTANCES = {"euclidean": euclidean_distance, "cosine": cosine_distance, "relative": relative_distance}
+DISTANCES = {
+    "euclidean": euclidean_distance,
+    "cosine": cosine_distance,
+    "relative": relative_distance,
+}
 
 # %% ../nbs/api/40_losses.ipynb #982ab203
 def mean_distance(
@@ -102,39 +123,57 @@ def mean_distance(
 ) -> Tensor:  # scalar
     "How far the prompt moves a token, on average."
     if prompted.shape != clean.shape:
-        raise ValueError(f"clean and prompted visual tokens must have one shape, got {tuple(clean.shape)} and "
-                         f"{tuple(prompted.shape)}. Are both made from the same batch?")
+        raise ValueError(
+            f"clean and prompted visual tokens must have one shape, got {tuple(clean.shape)} and "
+            f"{tuple(prompted.shape)}. Are both made from the same batch?"
+        )
     return DISTANCES[distance](prompted, clean).mean()
 
 
 @dataclass
 class FeatureConsistency:
     "FCA: how far the prompt moves the visual tokens of the source (TVP, sec. 3)."
+
     weight: float  # factor in the total, >= 0; the paper's is 0.005 on CIFAR-10
-    distance: str = "euclidean"  # how far is measured: a name in DISTANCES; the paper's is euclidean
+    # how far is measured: a name in DISTANCES; the paper's is euclidean
+    distance: str = "euclidean"
     name = "fca"
     sign = 1
 
-    def __post_init__(self): check_weight(self), check_choice("distance", self.distance, DISTANCES)
+    def __post_init__(self):
+        check_weight(self), check_choice("distance", self.distance, DISTANCES)
+
     def __call__(self, context: StepContext) -> Tensor:  # scalar
-        return mean_distance(self.distance, context.output.visual_tokens, context.clean_tokens)  # (B, T, D) both
+        # (B, T, D) both
+        return mean_distance(self.distance, context.output.visual_tokens, context.clean_tokens)
 
 # %% ../nbs/api/40_losses.ipynb #de9b3b82
 @dataclass
 class LayerConsistency:
     "FCA in every transformer block of the source's vision tower. A variant of this package."
+
     weight: float  # factor in the total, >= 0
     distance: str = "euclidean"  # how far is measured: a name in DISTANCES
     name = "layers"
     sign = 1
 
-    def __post_init__(self): check_weight(self), check_choice("distance", self.distance, DISTANCES)
+    def __post_init__(self):
+        check_weight(self), check_choice("distance", self.distance, DISTANCES)
+
     def __call__(self, context: StepContext) -> Tensor:  # scalar
         prompted = getattr(context.output, "layers", ())  # (B, T, D) each
         if not prompted:
-            raise ValueError(f"`losses`: LayerConsistency needs the blocks of a vision tower, and {context.source.name} gives none. "
-                             "Use FeatureConsistency, which needs its visual tokens only, or another source.")
-        return torch.stack([mean_distance(self.distance, *pair) for pair in zip(prompted, context.clean_layers, strict=True)]).mean()
+            raise ValueError(
+                "`losses`: LayerConsistency needs the blocks of a vision tower, and "
+                f"{context.source.name} gives none. "
+                "Use FeatureConsistency, which needs its visual tokens only, or another source."
+            )
+        return torch.stack(
+            [
+                mean_distance(self.distance, *pair)
+                for pair in zip(prompted, context.clean_layers, strict=True)
+            ]
+        ).mean()
 
 # %% ../nbs/api/40_losses.ipynb #7ad2237c
 def as_list(
@@ -150,15 +189,30 @@ def check_semantics(
     "Clips that are clips, templates with a gap, a number of crops, and different captions."
     for clip in as_list(term.clip) or [term.clip]:
         if isinstance(clip, type) or not hasattr(clip, "image_features"):
-            raise TypeError(f"`clip` must be a Clip or a list of them, got {type(clip).__name__} {str(clip)[:60]!r}. Pass clip=zoo.clip.")
+            raise TypeError(
+                f"`clip` must be a Clip or a list of them, got {type(clip).__name__} "
+                f"{str(clip)[:60]!r}. Pass clip=zoo.clip."
+            )
     for template in as_list(term.template) or [term.template]:
-        if not check_kind("template", template, str).count("{}") == template.count("{") == template.count("}") == 1:
-            raise ValueError(f"`template` must contain {{}} once, where the picture's content goes, got {template!r}.")
+        if (
+            not check_kind("template", template, str).count("{}")
+            == template.count("{")
+            == template.count("}")
+            == 1
+        ):
+            raise ValueError(
+                f"`template` must contain {{}} once, where the picture's content goes, got "
+                f"{template!r}."
+            )
     check_whole("crops", term.crops, 0)
-    if term.captions is None: return
+    if term.captions is None:
+        return
     several = check_texts("captions", term.captions)
     if len(several) < 2 or len(set(several)) < len(several):
-        raise ValueError(f"`captions` must be at least two, each once, got {several}. Name what else could be in the picture, or pass None.")
+        raise ValueError(
+            f"`captions` must be at least two, each once, got {several}. Name what else could be "
+            "in the picture, or pass None."
+        )
 
 # %% ../nbs/api/40_losses.ipynb #38c879c7
 def caption_score(
@@ -166,16 +220,29 @@ def caption_score(
     features: Tensor,  # (B, D) of the pictures, unit length
     semantics: Sequence[str],  # what each picture shows
     template: str,  # caption; {} is what the picture shows
-    captions: Sequence[str] | None = None,  # what a picture could show; None: only the true caption counts
+    # what a picture could show; None: only the true caption counts
+    captions: Sequence[str] | None = None,
 ) -> Tensor:  # scalar, more is better
     "CLIP's score of pictures with their captions, or its log-probability among all captions."
     if captions is None:
-        texts = clip.text_features([template.format(what) for what in semantics])  # (B, D), unit length
+        # (B, D), unit length
+        texts = clip.text_features([template.format(what) for what in semantics])
         return clip.logit_scale * (features * texts).sum(-1).mean()
     if unknown := sorted(set(semantics) - set(captions)):
-        raise ValueError(f"`captions` must name what the pictures show; {', '.join(map(repr, unknown))} is not among them: {list(captions)}.")
-    scores = clip.logit_scale * features @ clip.text_features([template.format(what) for what in captions]).T  # (B, N)
-    return -F.cross_entropy(scores, torch.tensor([list(captions).index(what) for what in semantics], device=scores.device))
+        raise ValueError(
+            f"`captions` must name what the pictures show; {', '.join(map(repr, unknown))} is "
+            f"not among them: {list(captions)}."
+        )
+    # (B, N)
+    scores = (
+        clip.logit_scale
+        * features
+        @ clip.text_features([template.format(what) for what in captions]).T
+    )
+    return -F.cross_entropy(
+        scores,
+        torch.tensor([list(captions).index(what) for what in semantics], device=scores.device),
+    )
 
 # %% ../nbs/api/40_losses.ipynb #2a641e1a
 def random_crops(
@@ -183,36 +250,66 @@ def random_crops(
     count: int,  # how many
     generator: torch.Generator | None,  # decides where
 ) -> list[Tensor]:  # (B, 3, size, size) each, differentiable
-    "Square cut-outs with 0.6 to 1 of the side, at random places, enlarged to the full size (Crowson et al. 2022)."
+    """Square cut-outs with 0.6 to 1 of the side, at random places, enlarged to the full size
+    (Crowson et al. 2022)."""
     if generator is None:
-        raise ValueError("`crops` needs random numbers: hand the step a generator, StepContext(..., generator=prompt.generator), or use crops=0.")
-    size, crops = images.shape[-1], []
-    draw = lambda low, high: torch.randint(low, high + 1, (), generator=generator, device=generator.device).item()
+        raise ValueError(
+            "`crops` needs random numbers: hand the step a generator, StepContext(..., "
+            "generator=prompt.generator), or use crops=0."
+        )
+    size = images.shape[-1]
+    crops = []
+
+    def draw(low, high):
+        return torch.randint(low, high + 1, (), generator=generator, device=generator.device).item()
+
     for _ in range(count):
         side = draw(math.ceil(0.6 * size), size)
-        top, left = draw(0, size - side), draw(0, size - side)
-        crops.append(F.interpolate(images[..., top:top + side, left:left + side], (size, size), mode="bilinear"))
+        top = draw(0, size - side)
+        left = draw(0, size - side)
+        crops.append(
+            F.interpolate(
+                images[..., top : top + side, left : left + side], (size, size), mode="bilinear"
+            )
+        )
     return crops
 
 # %% ../nbs/api/40_losses.ipynb #6d7db00d
 @dataclass
 class TaskSemantics:
-    "TSE: CLIP's score of the prompted picture with its caption (TVP, sec. 3). Subtracted: more is better."
+    """TSE: CLIP's score of the prompted picture with its caption (TVP, sec. 3). Subtracted: more is
+    better."""
+
     weight: float  # factor in the total, >= 0; the paper's is 0.001 on CIFAR-10
-    clip: Clip | Sequence[Clip]  # frozen; any CLIP will do, the source's own would be kin. Several in a list: the mean over them
-    template: str | Sequence[str] = "this is a photo of a {}"  # caption; {} is what the picture shows. Several in a list: the mean over them
+    # frozen; any CLIP will do, the source's own would be kin. Several in a list: the mean over them
+    clip: Clip | Sequence[Clip]
+    # caption; {} is what the picture shows. Several in a list: the mean over them
+    template: str | Sequence[str] = "this is a photo of a {}"
     crops: int = 0  # so many random crops of the picture, the mean over them; 0: the whole picture
-    captions: Sequence[str] | None = None  # all that a picture could show: makes it contrastive; None: only the true caption counts
+    # all that a picture could show: makes it contrastive; None: only the true caption counts
+    captions: Sequence[str] | None = None
     name = "tse"
     sign = -1
     needs_source = False  # once per update, however many sources there are
 
-    def __post_init__(self): check_weight(self), check_semantics(self)
+    def __post_init__(self):
+        check_weight(self), check_semantics(self)
+
     def __call__(self, context: StepContext) -> Tensor:  # scalar
-        looks = random_crops(context.prompted, self.crops, context.generator) if self.crops else [context.prompted]
-        pairs = [(clip, clip.image_features(look)) for clip in as_list(self.clip) for look in looks]  # (B, D), unit length
-        return torch.stack([caption_score(clip, features, context.batch.semantics, template, self.captions)
-                            for clip, features in pairs for template in as_list(self.template)]).mean()
+        looks = (
+            random_crops(context.prompted, self.crops, context.generator)
+            if self.crops
+            else [context.prompted]
+        )
+        # (B, D), unit length
+        pairs = [(clip, clip.image_features(look)) for clip in as_list(self.clip) for look in looks]
+        return torch.stack(
+            [
+                caption_score(clip, features, context.batch.semantics, template, self.captions)
+                for clip, features in pairs
+                for template in as_list(self.template)
+            ]
+        ).mean()
 
 # %% ../nbs/api/40_losses.ipynb #335db493
 def weigh(
@@ -220,7 +317,8 @@ def weigh(
     context: StepContext,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total to go backward from; unweighted values by name
     "Total loss of a step: the sum of sign * weight * value."
-    values = {term.name: term(context).to(context.prompted.device) for term in losses}  # models may be on devices of their own
+    # models may be on devices of their own
+    values = {term.name: term(context).to(context.prompted.device) for term in losses}
     return sum(term.sign * term.weight * values[term.name] for term in losses), values
 
 # %% ../nbs/api/40_losses.ipynb #ad3ae28f
@@ -231,8 +329,11 @@ def check_losses(
     for term in losses:
         missing = [what for what in ("name", "weight", "sign") if not hasattr(term, what)]
         if missing or not callable(term):
-            raise TypeError(f"`losses` holds {term!r}, which is no loss: it needs to be callable with a step's context "
-                            f"and to have name, weight and sign. Try TaskLoss() or tvp_losses(...).")
+            raise TypeError(
+                f"`losses` holds {term!r}, which is no loss: it needs to be callable with a "
+                "step's context "
+                f"and to have name, weight and sign. Try TaskLoss() or tvp_losses(...)."
+            )
     names = [term.name for term in losses]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`losses` must hold at least one loss, each name once, got {names}.")
@@ -244,8 +345,11 @@ def tvp_losses(
     tse: float = 0.001,  # weight of Task Semantics Enrichment, 0 leaves it out
     clip: Clip | None = None,  # needed when tse > 0
 ) -> list:  # [TaskLoss, FeatureConsistency, TaskSemantics] without those of weight 0
-    "The losses of TVP; with both weights 0, those of EVP. The defaults are the paper's for CIFAR-10."
+    """The losses of TVP; with both weights 0, those of EVP. The defaults are the paper's for
+    CIFAR-10."""
     if tse and clip is None:
-        raise ValueError(f"`clip` is needed for TSE (tse={tse}). Pass clip=zoo.clip, or tse=0 for no TSE.")
+        raise ValueError(
+            f"`clip` is needed for TSE (tse={tse}). Pass clip=zoo.clip, or tse=0 for no TSE."
+        )
     terms = [TaskLoss(), FeatureConsistency(fca), *([TaskSemantics(tse, clip)] if tse != 0 else [])]
     return [term for term in terms if term.weight]

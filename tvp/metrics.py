@@ -22,11 +22,21 @@ def as_array(
     values: Any,  # tensor, array or list of numbers
 ) -> np.ndarray:  # of the same shape, on the CPU
     "Numbers as an array."
-    if hasattr(values, "detach"): values = (values.detach().double() if values.is_floating_point() else values.detach()).cpu().numpy()
-    try: array = np.asarray(values)
-    except ValueError: array = None  # rows of unequal length
-    if array is not None and array.dtype.kind in "biuf": return array
-    raise TypeError(f"`{name}` must be an array of numbers, got {type(values).__name__} {str(values)[:60]!r}.")
+    if hasattr(values, "detach"):
+        values = (
+            (values.detach().double() if values.is_floating_point() else values.detach())
+            .cpu()
+            .numpy()
+        )
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = None  # rows of unequal length
+    if array is not None and array.dtype.kind in "biuf":
+        return array
+    raise TypeError(
+        f"`{name}` must be an array of numbers, got {type(values).__name__} {str(values)[:60]!r}."
+    )
 
 # %% ../nbs/api/15_metrics.ipynb #df8129ee
 def as_scores(
@@ -35,11 +45,17 @@ def as_scores(
     "`scores` as a checked float array on the CPU."
     scores = as_array("scores", scores).astype(np.float64)
     if scores.ndim != 2 or 0 in scores.shape:
-        raise ValueError(f"`scores` must have shape (pictures, candidates) with at least one of each, got {scores.shape}.")
+        raise ValueError(
+            "`scores` must have shape (pictures, candidates) with at least one of each, got "
+            f"{scores.shape}."
+        )
     if np.isnan(scores).any():
         rows = np.flatnonzero(np.isnan(scores).any(1))
-        raise ValueError(f"`scores` must not hold NaN, got NaN for {len(rows)} of {len(scores)} pictures, first in row "
-                         f"{rows[0]}. Check the prompt and the precision of the model: try float32.")
+        raise ValueError(
+            f"`scores` must not hold NaN, got NaN for {len(rows)} of {len(scores)} pictures, "
+            "first in row "
+            f"{rows[0]}. Check the prompt and the precision of the model: try float32."
+        )
     return scores
 
 # %% ../nbs/api/15_metrics.ipynb #9341d144
@@ -50,10 +66,15 @@ def as_labels(
     "`labels` as whole numbers that fit `scores`."
     labels = as_array("labels", labels)
     if labels.shape != scores.shape[:1]:
-        raise ValueError(f"`labels` must hold one number per picture, shape ({len(scores)},), got {labels.shape}.")
+        raise ValueError(
+            f"`labels` must hold one number per picture, shape ({len(scores)},), got "
+            f"{labels.shape}."
+        )
     if not np.isin(labels, np.arange(scores.shape[1])).all():
-        raise ValueError(f"`labels` must be whole numbers from 0 to {scores.shape[1] - 1} (the candidates), "
-                         f"got {sorted(set(labels.tolist()))}.")
+        raise ValueError(
+            f"`labels` must be whole numbers from 0 to {scores.shape[1] - 1} (the candidates), "
+            f"got {sorted(set(labels.tolist()))}."
+        )
     return labels.astype(np.int64)
 
 # %% ../nbs/api/15_metrics.ipynb #3852d883
@@ -101,14 +122,29 @@ def yes_no_metrics(
 ) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_ratio; each 0 to 1
     "The five numbers of POPE (Li et al. 2023); yes is the positive class."
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
-    predicted, labels = as_array("predicted", predicted), as_array("labels", labels)
+
+    predicted = as_array("predicted", predicted)
+    labels = as_array("labels", labels)
     if predicted.ndim != 1 or predicted.shape != labels.shape or not len(labels):
-        raise ValueError(f"`predicted` and `labels` must hold one number for each picture (at least one), got shapes {predicted.shape} and {labels.shape}.")
+        raise ValueError(
+            "`predicted` and `labels` must hold one number for each picture (at least one), got "
+            f"shapes {predicted.shape} and {labels.shape}."
+        )
     if not np.isin(np.concatenate([predicted, labels]), [0, 1]).all():
-        raise ValueError("`predicted` and `labels` must be 1 (yes) or 0 (no), with candidates ['no', 'yes'] in this order.")
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="binary", zero_division=0)
-    return dict(accuracy=float(accuracy_score(labels, predicted)), precision=float(precision), recall=float(recall),
-                f1=float(f1), yes_ratio=float(predicted.mean()))
+        raise ValueError(
+            "`predicted` and `labels` must be 1 (yes) or 0 (no), with candidates ['no', 'yes'] "
+            "in this order."
+        )
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predicted, average="binary", zero_division=0
+    )
+    return dict(
+        accuracy=float(accuracy_score(labels, predicted)),
+        precision=float(precision),
+        recall=float(recall),
+        f1=float(f1),
+        yes_ratio=float(predicted.mean()),
+    )
 
 # %% ../nbs/api/15_metrics.ipynb #bfbe8fb4
 def yes_no_scores(
@@ -118,19 +154,27 @@ def yes_no_scores(
     "POPE's numbers by ranking `['no', 'yes']`."
     scores = as_scores(scores)
     if scores.shape[1] != 2:
-        raise ValueError(f"`scores` must have two columns, for the candidates ['no', 'yes'], got {scores.shape[1]}. "
-                         "For other tasks use the metric 'accuracy'.")
+        raise ValueError(
+            "`scores` must have two columns, for the candidates ['no', 'yes'], got "
+            f"{scores.shape[1]}. "
+            "For other tasks use the metric 'accuracy'."
+        )
     return yes_no_metrics(predictions(scores), as_labels(labels, scores))
 
 # %% ../nbs/api/15_metrics.ipynb #c9f559cc
 def yes_margin(
-    scores: Any,  # (n, 2) mean log-likelihoods of "no" and "yes"; or (n,) any score that grows with "yes"
+    # (n, 2) mean log-likelihoods of "no" and "yes"; or (n,) any score that grows with "yes"
+    scores: Any,
 ) -> np.ndarray:  # (n,) larger means "yes"
     "By how much each picture is more `yes` than `no`."
     scores = as_array("scores", scores).astype(np.float64)
-    if scores.ndim == 1: scores = np.stack([np.zeros_like(scores), scores], 1)
+    if scores.ndim == 1:
+        scores = np.stack([np.zeros_like(scores), scores], 1)
     scores = as_scores(scores)
-    if scores.shape[1] != 2: raise ValueError(f"`scores` must have two columns, for ['no', 'yes'], got {scores.shape[1]}.")
+    if scores.shape[1] != 2:
+        raise ValueError(
+            f"`scores` must have two columns, for ['no', 'yes'], got {scores.shape[1]}."
+        )
     return scores[:, 1] - scores[:, 0]
 
 # %% ../nbs/api/15_metrics.ipynb #d9d5d652
@@ -140,18 +184,29 @@ def auroc(
 ) -> float:  # 0 to 1, 0.5 by chance
     "Area under the ROC curve, the metric of Hateful Memes (Kiela et al. 2020)."
     from sklearn.metrics import roc_auc_score
+
     margin = yes_margin(scores)
     labels = as_labels(labels, np.zeros((len(margin), 2)))
     if len(set(labels.tolist())) < 2:
-        raise ValueError(f"`labels` must hold both 0 and 1 for an AUROC, got only {labels[0]}. Raise `limit`, or use accuracy.")
+        raise ValueError(
+            f"`labels` must hold both 0 and 1 for an AUROC, got only {labels[0]}. Raise `limit`, "
+            "or use accuracy."
+        )
     return float(roc_auc_score(labels, margin))
 
 # %% ../nbs/api/15_metrics.ipynb #9e750a6f
 METRICS: dict[str, Callable[[Any, Any], dict[str, float]]] = {
-    "accuracy": lambda scores, labels: {"accuracy": accuracy(scores, labels)} | ({"top5": top_k_accuracy(scores, labels)} if as_scores(scores).shape[1] > 5 else {}),
+    "accuracy": lambda scores, labels: (
+        {"accuracy": accuracy(scores, labels)}
+        | ({"top5": top_k_accuracy(scores, labels)} if as_scores(scores).shape[1] > 5 else {})
+    ),
     "yes-no": yes_no_scores,
-    "auroc": lambda scores, labels: {"auroc": auroc(scores, labels), "accuracy": accuracy(scores, labels)},
+    "auroc": lambda scores, labels: {
+        "auroc": auroc(scores, labels),
+        "accuracy": accuracy(scores, labels),
+    },
 }
+
 
 def evaluate_metric(
     name: str,  # a key of `METRICS`
@@ -169,7 +224,8 @@ def check_draws(
 ) -> None:
     "Refuse what is no number of draws, no seed, no level."
     check_whole("n", n, 1, 10**6, "A thousand will do."), check_whole("seed", seed, 0)
-    if not (isinstance(level, Real) and 0 < level < 1): raise ValueError(f"`level` must be in (0, 1), got {level!r}. Try level=0.95.")
+    if not (isinstance(level, Real) and 0 < level < 1):
+        raise ValueError(f"`level` must be in (0, 1), got {level!r}. Try level=0.95.")
 
 # %% ../nbs/api/15_metrics.ipynb #aa168079
 def bootstrap_interval(
@@ -181,14 +237,23 @@ def bootstrap_interval(
 ) -> tuple[float, float, float]:  # gain, low, high
     "Paired bootstrap of the gain, over pictures (Efron & Tibshirani 1993, percentile interval)."
     check_draws(n, seed, level)
-    clean, prompted = as_array("clean", clean).astype(np.float64), as_array("prompted", prompted).astype(np.float64)
+    clean = as_array("clean", clean).astype(np.float64)
+    prompted = as_array("prompted", prompted).astype(np.float64)
     if clean.ndim != 1 or clean.shape != prompted.shape or not len(clean):
-        raise ValueError(f"`clean` and `prompted` must hold one number for each of the same pictures (at least one), "
-                         f"got shapes {clean.shape} and {prompted.shape}.")
-    if np.isnan(clean).any() or np.isnan(prompted).any(): raise ValueError("`clean` and `prompted` must not hold NaN.")
+        raise ValueError(
+            "`clean` and `prompted` must hold one number for each of the same pictures (at "
+            "least one), "
+            f"got shapes {clean.shape} and {prompted.shape}."
+        )
+    if np.isnan(clean).any() or np.isnan(prompted).any():
+        raise ValueError("`clean` and `prompted` must not hold NaN.")
     # fractions are rounded, or noise in the last bit would make equal differences look different
     values, times = np.unique(np.round(prompted - clean, 12), return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(clean), times / len(clean), size=n) @ values / len(clean)
+    draws = (
+        np.random.default_rng(seed).multinomial(len(clean), times / len(clean), size=n)
+        @ values
+        / len(clean)
+    )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(np.mean(prompted) - np.mean(clean)), float(low), float(high)
 
@@ -196,28 +261,41 @@ def bootstrap_interval(
 def _pair_order(
     margin: np.ndarray,  # (n,) yes over no
     labels: np.ndarray,  # (n,) 1 for yes, 0 for no
-) -> np.ndarray:  # (yes pictures, no pictures): 1 where the yes picture scores higher, 0.5 where they tie
+    # (yes pictures, no pictures): 1 where the yes picture scores higher, 0.5 where they tie
+) -> np.ndarray:
     "Which (yes, no) pairs of pictures are in the right order; the mean is the AUROC."
-    yes, no = margin[labels == 1][:, None], margin[labels == 0][None]
+    yes = margin[labels == 1][:, None]
+    no = margin[labels == 0][None]
     return (yes > no) + 0.5 * (yes == no)
 
 # %% ../nbs/api/15_metrics.ipynb #a840853a
 def bootstrap_auroc(
-    clean: Sequence[Any],  # (n, 2) scores of "no" and "yes" without a prompt, for each of k models or seeds
+    # (n, 2) scores of "no" and "yes" without a prompt, for each of k models or seeds
+    clean: Sequence[Any],
     prompted: Sequence[Any],  # k arrays (n, 2) for the same pictures with the prompt
     labels: Any,  # (n,) 1 for yes, 0 for no
     n: int = 1000,  # bootstrap draws
     seed: int = 0,  # of the draws
     level: float = 0.95,  # share of the draws inside the interval
 ) -> tuple[float, float, float]:  # gain (mean over the k), low, high
-    "Paired bootstrap of a gain in AUROC, over pictures, yes and no drawn apart so that both are always there."
+    """Paired bootstrap of a gain in AUROC, over pictures, yes and no drawn apart so that both are
+    always there."""
     check_draws(n, seed, level)
-    gain = float(np.mean([auroc(p, labels) - auroc(c, labels) for c, p in zip(clean, prompted, strict=True)]))
+    gain = float(
+        np.mean([auroc(p, labels) - auroc(c, labels) for c, p in zip(clean, prompted, strict=True)])
+    )
     labels = np.asarray(labels)
-    order = np.mean([_pair_order(yes_margin(p), labels) - _pair_order(yes_margin(c), labels)
-                     for c, p in zip(clean, prompted)], axis=0)
-    rng, (p, q) = np.random.default_rng(seed), order.shape
-    yes, no = rng.multinomial(p, np.full(p, 1 / p), size=n), rng.multinomial(q, np.full(q, 1 / q), size=n)
+    order = np.mean(
+        [
+            _pair_order(yes_margin(p), labels) - _pair_order(yes_margin(c), labels)
+            for c, p in zip(clean, prompted)
+        ],
+        axis=0,
+    )
+    rng = np.random.default_rng(seed)
+    (p, q) = order.shape
+    yes = rng.multinomial(p, np.full(p, 1 / p), size=n)
+    no = rng.multinomial(q, np.full(q, 1 / q), size=n)
     draws = ((yes @ order) * no).sum(1) / (p * q)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return gain, float(low), float(high)
@@ -231,6 +309,9 @@ def bootstrap_gain(
     seed: int = 0,  # of the draws
 ) -> tuple[float, float, float]:  # gain (mean over the k), low, high: 95 % interval
     "Gain in the headline number with its paired bootstrap interval."
-    if check_choice("metric", metric, METRICS) == "auroc": return bootstrap_auroc(clean, prompted, labels, seed=seed)
-    clean, prompted = (np.mean([correct(s, labels) for s in group], axis=0) for group in (clean, prompted))
+    if check_choice("metric", metric, METRICS) == "auroc":
+        return bootstrap_auroc(clean, prompted, labels, seed=seed)
+    clean, prompted = (
+        np.mean([correct(s, labels) for s in group], axis=0) for group in (clean, prompted)
+    )
     return bootstrap_interval(clean, prompted, seed=seed)

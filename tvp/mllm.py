@@ -38,13 +38,25 @@ def unwrapped(
 ) -> nn.Module:  # the model of transformers; what is none of theirs, as it came
     "Take a model out of the wrappers around it: peft, torch.compile, data parallelism."
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a loaded model of transformers, got {type(model).__name__}. tvp.load_mllm(name_or_path) loads one.")
+        raise TypeError(
+            f"`model` must be a loaded model of transformers, got {type(model).__name__}. "
+            "tvp.load_mllm(name_or_path) loads one."
+        )
     from transformers import PreTrainedModel
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+    inner = next(
+        (module for module in model.modules() if isinstance(module, PreTrainedModel)), model
+    )
     inside = {id(parameter) for parameter in inner.parameters()}
-    if beside := [name for name, parameter in model.named_parameters() if id(parameter) not in inside]:
-        raise TypeError(f"`model` must be a model of transformers or a wrapper without parameters of its own, got {type(model).__name__}, which "
-                        f"has {beside[0]} beside {type(inner).__name__}. Give the model inside; merge adapters first: merge_and_unload().")
+    if beside := [
+        name for name, parameter in model.named_parameters() if id(parameter) not in inside
+    ]:
+        raise TypeError(
+            "`model` must be a model of transformers or a wrapper without parameters of its "
+            f"own, got {type(model).__name__}, which "
+            f"has {beside[0]} beside {type(inner).__name__}. Give the model inside; merge "
+            "adapters first: merge_and_unload()."
+        )
     return inner
 
 # %% ../nbs/api/20_mllm.ipynb #13cfe66c
@@ -53,22 +65,43 @@ def vision_encoder(
 ) -> nn.Module | None:  # None: there is none
     "The module that looks at the pixels."
     encoder = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
-    if encoder is not model and hasattr(type(encoder), "get_image_features"): return vision_encoder(encoder)  # T5Gemma2: around text and images
-    if encoder is not model: return encoder
-    return next((m for name, m in model.named_modules() if name.endswith(("image_encoder", "vision_tower", "vision_model"))), None)
+    # T5Gemma2: around text and images
+    if encoder is not model and hasattr(type(encoder), "get_image_features"):
+        return vision_encoder(encoder)
+    if encoder is not model:
+        return encoder
+    return next(
+        (
+            m
+            for name, m in model.named_modules()
+            if name.endswith(("image_encoder", "vision_tower", "vision_model"))
+        ),
+        None,
+    )
 
 
 def vision_owner(
     model: nn.Module,  # an image-text model of transformers
-) -> nn.Module:  # the (sub)module whose `get_image_features` the forward pass calls, or the vision encoder
+    # the (sub)module whose `get_image_features` the forward pass calls, or the vision encoder
+) -> nn.Module:
     "Where a model turns pixels into the visual tokens that its language model reads."
     model = owner = unwrapped(model)
-    while inner := [module for module in owner.modules() if module is not owner and hasattr(type(module), "get_image_features")]:
-        owner = inner[0]  # the outer model's method only asks the inner one's, which is what a forward pass calls
-    if hasattr(type(owner), "get_image_features"): return owner
-    if (encoder := vision_encoder(model)) is not None: return encoder
-    raise TypeError(f"`model` must be an image-text model, got {type(model).__name__}, which takes no pictures. "
-                    "Load one with transformers.AutoModelForImageTextToText.")
+    while inner := [
+        module
+        for module in owner.modules()
+        if module is not owner and hasattr(type(module), "get_image_features")
+    ]:
+        # the outer model's method only asks the inner one's, which is what a forward pass calls
+        owner = inner[0]
+    if hasattr(type(owner), "get_image_features"):
+        return owner
+    if (encoder := vision_encoder(model)) is not None:
+        return encoder
+    raise TypeError(
+        f"`model` must be an image-text model, got {type(model).__name__}, which takes no "
+        "pictures. "
+        "Load one with transformers.AutoModelForImageTextToText."
+    )
 
 # %% ../nbs/api/20_mllm.ipynb #0d7835ed
 class Encoded(Exception):
@@ -78,35 +111,51 @@ class Encoded(Exception):
 @contextmanager
 def captured_features(
     owner: nn.Module,  # from `vision_owner`
+    # yields a list that receives the features of the forward pass
     stop: bool = False,  # leave the forward pass when the first features are there
-):  # yields a list that receives the features of the forward pass
+):
     "Listen in on an ordinary forward pass, so that its visual tokens need no second encode."
-    seen, encode, before = [], getattr(owner, "get_image_features", None), vars(owner).get("get_image_features")
+    seen = []
+    encode = getattr(owner, "get_image_features", None)
+    before = vars(owner).get("get_image_features")
 
     def note(features):
         seen.append(features)
-        if stop: raise Encoded
+        if stop:
+            raise Encoded
         return features
 
-    if encode: owner.get_image_features = lambda *args, **kwargs: note(encode(*args, **kwargs))
-    else: handle = owner.register_forward_hook(lambda module, args, features: note(features))
-    try: yield seen
-    except Encoded: pass
+    if encode:
+        owner.get_image_features = lambda *args, **kwargs: note(encode(*args, **kwargs))
+    else:
+        handle = owner.register_forward_hook(lambda module, args, features: note(features))
+    try:
+        yield seen
+    except Encoded:
+        pass
     finally:
-        if not encode: handle.remove()
-        elif before: owner.get_image_features = before  # somebody else listens, too
-        else: del owner.get_image_features  # uncovers the class's own method
+        if not encode:
+            handle.remove()
+        elif before:
+            owner.get_image_features = before  # somebody else listens, too
+        else:
+            del owner.get_image_features  # uncovers the class's own method
 
 
 def flat_tokens(
-    features,  # what `get_image_features` or a vision encoder returned: a ModelOutput, a tensor, a list with one entry per picture or tile
+    # what `get_image_features` or a vision encoder returned: a ModelOutput, a tensor, a list with
+    # one entry per picture or tile
+    features,
     batch: int,  # number of pictures
-    projected: bool = True,  # from `get_image_features`, whose `pooler_output` holds all tokens; an encoder's holds one per picture
+    # from `get_image_features`, whose `pooler_output` holds all tokens; an encoder's holds one per
+    # picture
+    projected: bool = True,
 ) -> Tensor:  # (B, T, D), tiles of a picture one after the other
     "Visual tokens with channels last, whatever shape a model family gives them."
     pooled = getattr(features, "pooler_output", None) if projected else None
     tokens = pooled if pooled is not None else getattr(features, "last_hidden_state", features)
-    if not torch.is_tensor(tokens): tokens = torch.cat([t.flatten(0, -2) for t in tokens])
+    if not torch.is_tensor(tokens):
+        tokens = torch.cat([t.flatten(0, -2) for t in tokens])
     return tokens.reshape(batch, -1, tokens.shape[-1])
 
 # %% ../nbs/api/20_mllm.ipynb #93627324
@@ -115,27 +164,49 @@ def vision_blocks(
 ) -> list[nn.Module]:  # first to last; empty: its tower has no plain list of them
     "The transformer blocks of the vision tower."
     encoder = vision_encoder(model)
-    lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList)] if encoder is not None else []
-    nested = {id(m) for outer in lists for block in outer for m in block.modules()}  # the parts of a block, the stages of a tower
-    attends = lambda block: not isinstance(block, nn.ModuleList) and any("att" in name for name, _ in block.named_modules())
-    return [block for plain in lists if id(plain) not in nested and all(map(attends, plain)) for block in plain]
+    lists = (
+        [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
+        if encoder is not None
+        else []
+    )
+    # the parts of a block, the stages of a tower
+    nested = {id(m) for outer in lists for block in outer for m in block.modules()}
+
+    def attends(block):
+        return not isinstance(block, nn.ModuleList) and any(
+            "att" in name for name, _ in block.named_modules()
+        )
+
+    return [
+        block
+        for plain in lists
+        if id(plain) not in nested and all(map(attends, plain))
+        for block in plain
+    ]
 
 # %% ../nbs/api/20_mllm.ipynb #5f2e3aea
 @contextmanager
 def captured_layers(
+    # yields a list that receives the hidden states behind each block
     blocks: list[nn.Module],  # from `vision_blocks`
-):  # yields a list that receives the hidden states behind each block
+):
     "Listen in on the blocks of a vision tower during an ordinary forward pass."
     seen = []
-    note = lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+
+    def note(module, args, out):
+        return seen.append(out[0] if isinstance(out, tuple) else out)
+
     handles = [block.register_forward_hook(note) for block in blocks]
-    try: yield seen
+    try:
+        yield seen
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def by_picture(
-    layers: list[Tensor],  # from `captured_layers`: tiles in the batch, or the patches of all pictures in one row
+    # from `captured_layers`: tiles in the batch, or the patches of all pictures in one row
+    layers: list[Tensor],
     batch: int,  # number of pictures
 ) -> tuple[Tensor, ...]:  # (B, T, D) each
     "Hidden states with one row of tokens per picture, whatever shape a tower gives them."
@@ -154,9 +225,11 @@ def position_ids(
 def last_position(
     positions: Tensor,  # (..., B, L)
 ) -> Tensor:  # (..., B, 1)
-    "Where text goes on. Behind a picture, rows and columns end at different places: multimodal rotary positions go on behind the largest."
+    """Where text goes on. Behind a picture, rows and columns end at different places: multimodal
+    rotary positions go on behind the largest."""
     last = positions[..., -1:]
-    if positions.ndim < 3 or len(positions) < 3: return last
+    if positions.ndim < 3 or len(positions) < 3:
+        return last
     return torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
 
 
@@ -166,15 +239,35 @@ def append_ids(
     ids: Tensor,  # (B, A) answer tokens, padded on the right
     mask: Tensor,  # (B, A) 1 where there is a token
 ) -> dict[str, Tensor]:  # inputs of length L + A with explicit positions
-    "Put answers behind instructions. What else has one integer per token (token types, ...) continues its last value."
-    shape, answer = inputs["input_ids"].shape, ids.shape[1]
-    grows = {n: v for n, v in inputs.items() if v.shape[:2] == shape and not v.is_floating_point() and not n.startswith("qformer_")}
-    longer = {n: torch.cat([v, v[:, -1:].expand(-1, answer, *v.shape[2:])], 1) for n, v in grows.items()}
-    longer.update(input_ids=torch.cat([inputs["input_ids"], ids], 1), attention_mask=torch.cat([inputs["attention_mask"], mask], 1))
-    if model.config.model_type == "paligemma": longer["token_type_ids"][:, -answer:] = 1  # its instructions look ahead; an answer must not
-    if model.config.model_type.startswith("kosmos-2"): return {**inputs, **longer}  # counts its positions itself, with an offset of its own
-    positions, steps = position_ids(model, inputs), torch.arange(1, answer + 1, device=ids.device)
-    return {**inputs, **longer, "position_ids": torch.cat([positions, last_position(positions) + steps], -1)}
+    """Put answers behind instructions. What else has one integer per token (token types, ...)
+    continues its last value."""
+    shape = inputs["input_ids"].shape
+    answer = ids.shape[1]
+    grows = {
+        n: v
+        for n, v in inputs.items()
+        if v.shape[:2] == shape and not v.is_floating_point() and not n.startswith("qformer_")
+    }
+    longer = {
+        n: torch.cat([v, v[:, -1:].expand(-1, answer, *v.shape[2:])], 1) for n, v in grows.items()
+    }
+    longer.update(
+        input_ids=torch.cat([inputs["input_ids"], ids], 1),
+        attention_mask=torch.cat([inputs["attention_mask"], mask], 1),
+    )
+    # its instructions look ahead; an answer must not
+    if model.config.model_type == "paligemma":
+        longer["token_type_ids"][:, -answer:] = 1
+    # counts its positions itself, with an offset of its own
+    if model.config.model_type.startswith("kosmos-2"):
+        return {**inputs, **longer}
+    positions = position_ids(model, inputs)
+    steps = torch.arange(1, answer + 1, device=ids.device)
+    return {
+        **inputs,
+        **longer,
+        "position_ids": torch.cat([positions, last_position(positions) + steps], -1),
+    }
 
 # %% ../nbs/api/20_mllm.ipynb #c4b9cd9b
 def decoder_start(
@@ -182,8 +275,17 @@ def decoder_start(
 ) -> int:  # token id
     "The token that opens a decoder's text."
     text = model.config.get_text_config()
-    places = (model.generation_config, model.config, text, model.config.get_text_config(decoder=True))
-    ids = [getattr(p, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id") for p in places]
+    places = (
+        model.generation_config,
+        model.config,
+        text,
+        model.config.get_text_config(decoder=True),
+    )
+    ids = [
+        getattr(p, name, None)
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        for p in places
+    ]
     return next(i for i in ids if i is not None)
 
 
@@ -196,9 +298,15 @@ def answer_logits(
     "One forward pass."
     if is_encoder_decoder(model):
         start = ids.new_full((len(ids), 1), decoder_start(model))
-        return model(**inputs, decoder_input_ids=torch.cat([start, ids[:, :-1]], 1), use_cache=False).logits.float()
+        return model(
+            **inputs, decoder_input_ids=torch.cat([start, ids[:, :-1]], 1), use_cache=False
+        ).logits.float()
     keep = ids.shape[1] + 1
-    return model(**append_ids(model, inputs, ids, mask), logits_to_keep=keep, use_cache=False).logits[:, -keep:-1].float()
+    return (
+        model(**append_ids(model, inputs, ids, mask), logits_to_keep=keep, use_cache=False)
+        .logits[:, -keep:-1]
+        .float()
+    )
 
 # %% ../nbs/api/20_mllm.ipynb #181e87db
 def frozen(
@@ -207,15 +315,19 @@ def frozen(
     "Switch off training, gradients of weights and outputs as tuples."
     model = unwrapped(model.eval().requires_grad_(False) if isinstance(model, nn.Module) else model)
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "return_dict", True) is False: module.config.return_dict = True
+        if getattr(getattr(module, "config", None), "return_dict", True) is False:
+            module.config.return_dict = True
     return model
 
 
 def model_device(
     model: nn.Module,  # a model of transformers
 ) -> torch.device:  # where its inputs go
-    "Ask the weights where they are; offloaded ones are on \"meta\", and accelerate's hooks know where they compute."
-    if (found := next((p.device for p in model.parameters() if p.device.type != "meta"), None)) is not None: return found
+    'Ask the weights where they are; offloaded ones are on "meta", and accelerate\'s hooks know where they compute.'
+    if (
+        found := next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    ) is not None:
+        return found
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     places = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((place for place in places if place is not None), model.device))
@@ -224,38 +336,74 @@ def model_device(
 @dataclass(frozen=True)
 class MllmOutput:
     "What one forward pass of a multimodal language model gives to the losses."
+
     loss: Tensor  # scalar, mean cross-entropy per answer token over the whole batch
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
-    layers: tuple[Tensor, ...] = ()  # (B, T, D) behind each block of the vision tower; empty: it has no list of blocks
+    # (B, T, D) behind each block of the vision tower; empty: it has no list of blocks
+    layers: tuple[Tensor, ...] = ()
 
 # %% ../nbs/api/20_mllm.ipynb #091d2b43
 class Mllm:
-    "A frozen multimodal language model: pictures in [0, 1] and instructions in, everything that prompting needs out."
+    """A frozen multimodal language model: pictures in [0, 1] and instructions in, everything that
+    prompting needs out."""
+
     def __init__(
         self,
-        model: nn.Module,  # what AutoModelForImageTextToText gives, bare or wrapped (see `unwrapped`)
+        # what AutoModelForImageTextToText gives, bare or wrapped (see `unwrapped`)
+        model: nn.Module,
         processor,  # its processor, torchvision backend
-        template=None,  # instruction -> text; None: the processor's chat template if it has one, else the instruction with an image token if need be
+        # instruction -> text; None: the processor's chat template if it has one, else the
+        # instruction with an image token if need be
+        template=None,
         name: str | None = None,  # for tables; None: the name of the model's class
         end: str = "",  # end symbol behind an answer, in the loss only: scores never have it
-        straight_through: bool = False,  # pixels as bytes would give them, gradient as floats give it; see `tvp.inputs`
-        ranking=None,  # template for scores where it differs from the loss's (InstructBLIP as the reference ranks with it); None: the same
+        # pixels as bytes would give them, gradient as floats give it; see `tvp.inputs`
+        straight_through: bool = False,
+        # template for scores where it differs from the loss's (InstructBLIP as the reference ranks
+        # with it); None: the same
+        ranking=None,
     ):
         check_processor(processor)
         model = frozen(model)
-        self.owner, self.text, self.straight_through = vision_owner(model), TextInputs(model, processor, template), straight_through
-        self.model, self.processor, self.name, self.end = model, processor, name or type(model).__name__, end
-        self.blocks, self.packed = vision_blocks(model), None  # of the vision tower; whether packed ranking is exact here: found out when it is first used
-        self._scorer = None if ranking is None else Mllm(model, processor, ranking, name, straight_through=straight_through)
+        self.owner = vision_owner(model)
+        self.text = TextInputs(model, processor, template)
+        self.straight_through = straight_through
+        self.model = model
+        self.processor = processor
+        self.name = name or type(model).__name__
+        self.end = end
+        # of the vision tower; whether packed ranking is exact here: found out when it is first used
+        self.blocks = vision_blocks(model)
+        self.packed = None
+        self._scorer = (
+            None
+            if ranking is None
+            else Mllm(model, processor, ranking, name, straight_through=straight_through)
+        )
 
-    scorer = property(lambda self: self._scorer or self)  # the adapter that ranks: this one, or its twin with the template for scores
-    device = property(lambda self: model_device(self.model))
-    dtype = property(lambda self: self.model.get_input_embeddings().weight.dtype)  # BLIP-2 keeps its queries in float32
+    @property
+    def scorer(self):
+        # the adapter that ranks: this one, or its twin with the template for scores
+        return self._scorer or self
+
+    @property
+    def device(self):
+        return model_device(self.model)
+
+    @property
+    def dtype(self):
+        # BLIP-2 keeps its queries in float32
+        return self.model.get_input_embeddings().weight.dtype
+
     def __getstate__(self):
         drop_recording_hooks(self.model)
         return self.__dict__
 
-    def __repr__(self): return f"Mllm({self.name!r}, {type(self.model).__name__}, {self.model.num_parameters():,} parameters)"
+    def __repr__(self):
+        return (
+            f"Mllm({self.name!r}, {type(self.model).__name__}, {self.model.num_parameters():,} "
+            "parameters)"
+        )
 
     @with_torch_settings
     def __call__(self, images: Tensor, instructions: list[str], answers: list[str]) -> MllmOutput:
@@ -274,28 +422,39 @@ class Mllm:
 
     @with_torch_settings
     def rank(self, images: Tensor, instructions: list[str], candidates: list[str]) -> Tensor:
-        "(B, N) mean log-likelihood per token of every candidate, no gradient; see `tvp.ranking.rank`."
+        """(B, N) mean log-likelihood per token of every candidate, no gradient; see
+        `tvp.ranking.rank`."""
         from tvp.ranking import rank  # ranking is built on this module
+
         return rank(self.scorer, images, instructions, candidates)
 
     @with_torch_settings
-    def generate(self, images: Tensor, instructions: list[str], max_new_tokens: int = 20) -> list[str]:
+    def generate(
+        self, images: Tensor, instructions: list[str], max_new_tokens: int = 20
+    ) -> list[str]:
         "The model's own words, greedily; see `generate_text`."
         return generate_text(self, images, instructions, max_new_tokens)
 
     @with_torch_settings
     def check(self):
-        "Whether a prompt can be trained through this model, and how exactly; see `tvp.check.check_mllm`."
+        """Whether a prompt can be trained through this model, and how exactly; see
+        `tvp.check.check_mllm`."""
         from tvp.check import check_mllm  # built on this module, too
+
         return check_mllm(self)
 
 # %% ../nbs/api/20_mllm.ipynb #5bfe2706
 class NoGradientError(ValueError):
     "A model through which no prompt can be trained."
+
     def __init__(self, mllm: Mllm):
-        super().__init__(f"no gradient reaches the pixels through {mllm.name} ({type(mllm.model).__name__}): it turns a picture into discrete tokens "
-                         "(vector quantisation), whose choice has no derivative, or its layers have no backward pass (8-bit weights on a CPU). "
-                         "Train on another model; this one can still be a target.")
+        super().__init__(
+            f"no gradient reaches the pixels through {mllm.name} ({type(mllm.model).__name__}): "
+            "it turns a picture into discrete tokens "
+            "(vector quantisation), whose choice has no derivative, or its layers have no "
+            "backward pass (8-bit weights on a CPU). "
+            "Train on another model; this one can still be a target."
+        )
 
 # %% ../nbs/api/20_mllm.ipynb #6e9a5ef3
 def model_inputs(
@@ -303,13 +462,23 @@ def model_inputs(
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     instructions: list[str],  # one per picture
 ) -> dict[str, Tensor]:  # what the model's forward takes
-    "Pixels and text for one forward pass, on the model's device and in its precision, differentiable with respect to the images."
+    """Pixels and text for one forward pass, on the model's device and in its precision,
+    differentiable with respect to the images."""
     check_images(images)
     check_texts(len(images), instructions=instructions)
     text = text_batch(mllm.text, instructions, tuple(images.shape[-2:]))
-    both = {**text, **pixel_inputs(mllm.text, images.to(mllm.device, torch.float32), instructions[0], mllm.straight_through)}
-    device, dtype = mllm.device, mllm.dtype
-    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in both.items()}
+    both = {
+        **text,
+        **pixel_inputs(
+            mllm.text, images.to(mllm.device, torch.float32), instructions[0], mllm.straight_through
+        ),
+    }
+    device = mllm.device
+    dtype = mllm.dtype
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in both.items()
+    }
 
 # %% ../nbs/api/20_mllm.ipynb #0e23c911
 def loss_and_tokens(
@@ -321,10 +490,14 @@ def loss_and_tokens(
     "Cross-entropy of the answers, instructions masked, and the visual tokens of the same pass."
     inputs = model_inputs(mllm, images, instructions)
     check_texts(len(images), answers=answers)
-    ids, mask = (t.to(mllm.device) for t in answer_batch(mllm.text, instructions, answers, mllm.end))
-    with captured_features(mllm.owner) as seen, captured_layers(mllm.blocks) as layers: logits = answer_logits(mllm.model, inputs, ids, mask)
+    ids, mask = (
+        t.to(mllm.device) for t in answer_batch(mllm.text, instructions, answers, mllm.end)
+    )
+    with captured_features(mllm.owner) as seen, captured_layers(mllm.blocks) as layers:
+        logits = answer_logits(mllm.model, inputs, ids, mask)
     loss = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
-    if images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad: raise NoGradientError(mllm)
+    if images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+        raise NoGradientError(mllm)
     return MllmOutput(loss, seen_tokens(mllm, seen, len(images)), by_picture(layers, len(images)))
 
 
@@ -334,9 +507,13 @@ def seen_tokens(
     batch: int,  # number of pictures
 ) -> Tensor:  # (B, T, D)
     "The visual tokens of a forward pass that was listened to."
-    if seen: return flat_tokens(seen[0], batch, hasattr(mllm.owner, "get_image_features"))
-    raise TypeError(f"`model` must encode its pictures in its forward pass; {type(mllm.model).__name__} never used {type(mllm.owner).__name__}. "
-                    "Load it with transformers.AutoModelForImageTextToText.")
+    if seen:
+        return flat_tokens(seen[0], batch, hasattr(mllm.owner, "get_image_features"))
+    raise TypeError(
+        f"`model` must encode its pictures in its forward pass; {type(mllm.model).__name__} "
+        f"never used {type(mllm.owner).__name__}. "
+        "Load it with transformers.AutoModelForImageTextToText."
+    )
 
 # %% ../nbs/api/20_mllm.ipynb #65eee541
 def encode(
@@ -346,8 +523,11 @@ def encode(
 ) -> Tensor:  # (B, T, D), differentiable with respect to the images
     "Visual tokens alone: vision tower and projection, no language model."
     inputs = model_inputs(mllm, images, instructions)
-    if mllm.text.seq2seq: inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]  # any: the decoder is never reached
-    with captured_features(mllm.owner, stop=True) as seen: mllm.model(**inputs, use_cache=False)
+    # any: the decoder is never reached
+    if mllm.text.seq2seq:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    with captured_features(mllm.owner, stop=True) as seen:
+        mllm.model(**inputs, use_cache=False)
     return seen_tokens(mllm, seen, len(images))
 
 
@@ -355,9 +535,12 @@ def encode_layers(
     mllm: Mllm,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     instructions: list[str],  # one per picture
-) -> tuple[Tensor, tuple[Tensor, ...]]:  # (B, T, D) visual tokens; (B, T, D) behind each block of the vision tower
-    "As `encode`, with the hidden states on the way: what `MllmOutput` holds, without a language model."
-    with captured_layers(mllm.blocks) as layers: tokens = encode(mllm, images, instructions)
+    # (B, T, D) visual tokens; (B, T, D) behind each block of the vision tower
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As `encode`, with the hidden states on the way: what `MllmOutput` holds, without a language
+    model."""
+    with captured_layers(mllm.blocks) as layers:
+        tokens = encode(mllm, images, instructions)
     return tokens, by_picture(layers, len(images))
 
 # %% ../nbs/api/20_mllm.ipynb #a305d3c8
@@ -370,37 +553,67 @@ def generate_text(
 ) -> list[str]:  # one text per picture, cut at the end symbol
     "What the model says, most likely token by most likely token."
     check_whole("max_new_tokens", max_new_tokens)
-    inputs = {name: value.clone() for name, value in model_inputs(mllm, images, instructions).items()}  # BLIP writes into its tokens
-    room = mllm.text.limits.get("input_ids", float("inf")) - (1 if mllm.text.seq2seq else inputs["input_ids"].shape[1])
+    # BLIP writes into its tokens
+    inputs = {
+        name: value.clone() for name, value in model_inputs(mllm, images, instructions).items()
+    }
+    room = mllm.text.limits.get("input_ids", float("inf")) - (
+        1 if mllm.text.seq2seq else inputs["input_ids"].shape[1]
+    )
     if max_new_tokens > room:
-        raise ValueError(f"`max_new_tokens` must be at most {room}, the positions that {mllm.name} has left behind its instruction, got {max_new_tokens}.")
+        raise ValueError(
+            f"`max_new_tokens` must be at most {room}, the positions that {mllm.name} has left "
+            f"behind its instruction, got {max_new_tokens}."
+        )
     how = copy.deepcopy(mllm.model.generation_config)
-    how.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=mllm.text.pad_value("input_ids"))
-    ids, closes = inputs["input_ids"], mllm.model.config.model_type == "blip"  # BLIP cuts off the last token, taking it for [SEP]
-    if closes: inputs |= {name: F.pad(inputs[name], (0, 1), value=1) for name in ("input_ids", "attention_mask")}
-    out, length = mllm.model.generate(**inputs, generation_config=how), ids.shape[1]
-    if out[:, closes:length].equal(ids[:, closes:]): out = out[:, length:]  # decoders repeat their instruction; BLIP puts its own begin symbol
+    how.update(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=mllm.text.pad_value("input_ids"),
+    )
+    # BLIP cuts off the last token, taking it for [SEP]
+    ids = inputs["input_ids"]
+    closes = mllm.model.config.model_type == "blip"
+    if closes:
+        inputs |= {
+            name: F.pad(inputs[name], (0, 1), value=1) for name in ("input_ids", "attention_mask")
+        }
+    out = mllm.model.generate(**inputs, generation_config=how)
+    length = ids.shape[1]
+    # decoders repeat their instruction; BLIP puts its own begin symbol
+    if out[:, closes:length].equal(ids[:, closes:]):
+        out = out[:, length:]
     texts = mllm.text.tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text.strip().split(mllm.end)[0].strip() if mllm.end else text.strip() for text in texts]
 
 # %% ../nbs/api/20_mllm.ipynb #02745d63
 class Clip:
     "A frozen CLIP that compares pictures with texts."
+
     def __init__(
         self,
         model: nn.Module,  # a transformers CLIPModel
-        processor,  # CLIPProcessor, or anything with an image_processor (torchvision backend) and a tokenizer
+        # CLIPProcessor, or anything with an image_processor (torchvision backend) and a tokenizer
+        processor,
         name: str | None = None,  # for tables; None: the name of the model's class
     ):
         check_processor(processor)
-        self.model, self.processor = frozen(model), processor
+        self.model = frozen(model)
+        self.processor = processor
         if not hasattr(self.model, "logit_scale") or hasattr(self.model, "logit_bias"):
-            raise TypeError(f"`model` must be a CLIP, got {type(self.model).__name__}: its likeness is not a scaled cosine alone (SigLIP adds a bias and "
-                            "reads padded texts). Load one with tvp.load_clip.")
+            raise TypeError(
+                f"`model` must be a CLIP, got {type(self.model).__name__}: its likeness is not a "
+                "scaled cosine alone (SigLIP adds a bias and "
+                "reads padded texts). Load one with tvp.load_clip."
+            )
         self.name = name or type(self.model).__name__
         self._texts = {}
         if self.model.logit_scale.is_meta:
-            raise ValueError("`model` must have its weights in memory, got an offloaded one. Load it without device_map or cpu_offload.")
+            raise ValueError(
+                "`model` must have its weights in memory, got an offloaded one. Load it without "
+                "device_map or cpu_offload."
+            )
         self.logit_scale = self.model.logit_scale.clamp(max=4.6052).exp().item()
 
     def __getstate__(self):
@@ -411,9 +624,16 @@ class Clip:
     def image_features(self, images: Tensor) -> Tensor:
         "(B, D) of unit length, differentiable with respect to the images (B, 3, H, W) in [0, 1]."
         check_images(images)
-        pictures = list(images.to(self.model.device, torch.float32) * image_scale(self.processor.image_processor))
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(self.model.dtype)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        pictures = list(
+            images.to(self.model.device, torch.float32)
+            * image_scale(self.processor.image_processor)
+        )
+        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(
+            self.model.dtype
+        )
+        return F.normalize(
+            self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1
+        )
 
     @with_torch_settings
     @torch.no_grad()
@@ -422,9 +642,14 @@ class Clip:
         check_list("texts", texts)
         limit = self.model.config.text_config.max_position_embeddings
         for text in texts:  # one by one, so that no bit depends on the neighbours
-            if text in self._texts: continue
-            inputs = self.processor.tokenizer([text], truncation=True, max_length=limit, return_tensors="pt").to(self.model.device)
-            known = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+            if text in self._texts:
+                continue
+            inputs = self.processor.tokenizer(
+                [text], truncation=True, max_length=limit, return_tensors="pt"
+            ).to(self.model.device)
+            known = {
+                name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs
+            }
             features = self.model.get_text_features(**known).pooler_output
             self._texts[text] = F.normalize(features.float(), dim=-1)[0]
         return torch.stack([self._texts[text] for text in texts])

@@ -28,11 +28,13 @@ from .world import COUNT, PHOTO, group_of
 @dataclass(frozen=True)
 class Answers:
     "Pictures with questions and answers, before validation pictures are set aside."
+
     candidates: Sequence[str]  # the possible answers
     train: Split  # to learn from and to validate with
     test: Split
     place: str  # where it comes from, for descriptions
-    groups: Sequence[str] = ()  # name of the picture of each training row, where several questions share a picture
+    # name of the picture of each training row, where several questions share a picture
+    groups: Sequence[str] = ()
 
 
 def file_pictures(
@@ -41,11 +43,16 @@ def file_pictures(
 ) -> Pictures:
     "Pictures in files, all of which exist."
     folders = {path.parent for path in paths}
-    there = {folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders}
+    there = {
+        folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders
+    }
     missing = [(row, path) for row, path in enumerate(paths) if path.name not in there[path.parent]]
     if missing:
-        raise ValueError(f"{name}: {len(missing)} of {len(paths)} pictures are not there, the first in row {missing[0][0]}: {missing[0][1]}. "
-                         "Is the archive of pictures unpacked beside the lists?")
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(paths)} pictures are not there, the first in row "
+            f"{missing[0][0]}: {missing[0][1]}. "
+            "Is the archive of pictures unpacked beside the lists?"
+        )
     return Pictures(paths, name=name)
 
 
@@ -64,9 +71,12 @@ def clevr_scenes(
 ) -> tuple[list[Path], list[int]]:  # pictures; number of objects in each
     "Pictures and counts of one split (Johnson et al. 2017)."
     file = folder / "scenes" / f"CLEVR_{split}_scenes.json"
-    if not file.exists(): raise ValueError(f"clevr: there must be a file {file}.")
+    if not file.exists():
+        raise ValueError(f"clevr: there must be a file {file}.")
     scenes = json.loads(file.read_text(encoding="utf-8-sig"))["scenes"]
-    return [folder / "images" / split / scene["image_filename"] for scene in scenes], [len(scene["objects"]) for scene in scenes]
+    return [folder / "images" / split / scene["image_filename"] for scene in scenes], [
+        len(scene["objects"]) for scene in scenes
+    ]
 
 
 def count_split(
@@ -77,9 +87,18 @@ def count_split(
     "Questions for the number of objects, answered by one of the candidates."
     wrong = [(row, n) for row, n in enumerate(counts) if n not in candidates]
     if wrong:
-        raise ValueError(f"{pictures.name}: the number of objects must be one of {some_names(list(candidates))}, got {wrong[0][1]} in row {wrong[0][0]}"
-                         f"{f' and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}. Give `counts`, e.g. range(1, 11).")
-    return Split(pictures, [COUNT] * len(counts), [list(candidates).index(n) for n in counts], [group_of(n) for n in counts])
+        raise ValueError(
+            f"{pictures.name}: the number of objects must be one of "
+            f"{some_names(list(candidates))}, got {wrong[0][1]} in row {wrong[0][0]}"
+            f"{f' and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}. Give `counts`, "
+            "e.g. range(1, 11)."
+        )
+    return Split(
+        pictures,
+        [COUNT] * len(counts),
+        [list(candidates).index(n) for n in counts],
+        [group_of(n) for n in counts],
+    )
 
 # %% ../nbs/api/12_official.ipynb #75cca092
 def clevr_folder(
@@ -88,8 +107,10 @@ def clevr_folder(
     test: str = "val",  # split to test on
 ) -> Answers:
     "CLEVR counting from the official archive."
-    folder, candidates = Path(folder).expanduser(), list(counts)
-    if not (folder / "scenes").is_dir() and (folder / "CLEVR_v1.0").is_dir(): folder = folder / "CLEVR_v1.0"
+    folder = Path(folder).expanduser()
+    candidates = list(counts)
+    if not (folder / "scenes").is_dir() and (folder / "CLEVR_v1.0").is_dir():
+        folder = folder / "CLEVR_v1.0"
     splits = []
     for split in ("train", test):
         paths, numbers = clevr_scenes(folder, split)
@@ -101,13 +122,19 @@ def clevr_folder(
 def open_text(
     path: Path,
 ) -> Iterator[TextIO]:  # its lines end where the file says so: at a newline, never inside a text
-    "Open a text file of whatever program: UTF-8 with or without a byte order mark, or UTF-16 with one."
-    with open(path, "rb") as file: mark = file.read(2)
+    """Open a text file of whatever program: UTF-8 with or without a byte order mark, or UTF-16 with
+    one."""
+    with open(path, "rb") as file:
+        mark = file.read(2)
     encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        with open(path, encoding=encoding, newline="") as file: yield file
+        with open(path, encoding=encoding, newline="") as file:
+            yield file
     except UnicodeError as error:
-        raise ValueError(f"{path.name} must be text in UTF-8, got something else ({error}). Save it as UTF-8; Excel calls it 'CSV UTF-8'.") from None
+        raise ValueError(
+            f"{path.name} must be text in UTF-8, got something else ({error}). Save it as UTF-8; "
+            "Excel calls it 'CSV UTF-8'."
+        ) from None
 
 
 def read_jsonl(
@@ -118,15 +145,29 @@ def read_jsonl(
     rows = []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
-            if not line.strip(): continue
-            try: row = json.loads(line)
-            except ValueError as error: raise ValueError(f"{path.name}, line {number}: must be a JSON object, got {line.strip()[:60]!r} ({error}).") from None
-            if not isinstance(row, dict): raise ValueError(f"{path.name}, line {number}: must be a JSON object, got {line.strip()[:60]!r}.")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path.name}, line {number}: must be a JSON object, got "
+                    f"{line.strip()[:60]!r} ({error})."
+                ) from None
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path.name}, line {number}: must be a JSON object, got {line.strip()[:60]!r}."
+                )
             there = [key for key, value in row.items() if value is not None]
             missing = [key for key in keys if key not in there]
-            if missing: raise ValueError(f"{path.name}, line {number}: must have {', '.join(missing)}; got {', '.join(there)}.")
+            if missing:
+                raise ValueError(
+                    f"{path.name}, line {number}: must have {', '.join(missing)}; got "
+                    f"{', '.join(there)}."
+                )
             rows.append(row)
-    if not rows: raise ValueError(f"{path.name}: must hold at least one row.")
+    if not rows:
+        raise ValueError(f"{path.name}: must hold at least one row.")
     return rows
 
 # %% ../nbs/api/12_official.ipynb #7219aa29
@@ -142,7 +183,8 @@ def present_objects(
     found: dict[str, list[str]] = {}
     for image, question, label in zip(images, questions, labels):
         asked = _ASKED.search(question)
-        if label and asked and asked[1] not in found.setdefault(image, []): found[image].append(asked[1])
+        if label and asked and asked[1] not in found.setdefault(image, []):
+            found[image].append(asked[1])
     return {image: " and a ".join(found.get(image) or ["scene"]) for image in images}
 
 # %% ../nbs/api/12_official.ipynb #7d694a03
@@ -154,7 +196,11 @@ def yes_no_labels(
     numbers = {"yes": 1, "no": 0, "1": 1, "0": 0}
     labels = [numbers.get(str(answer).strip().lower().removesuffix(".0")) for answer in answers]
     wrong = [row for row, label in enumerate(labels) if label is None]
-    if wrong: raise ValueError(f"{name}: the answer in row {wrong[0]} must be yes or no, got {answers[wrong[0]]!r}" + (f" and {len(wrong) - 1} more like it." if len(wrong) > 1 else "."))
+    if wrong:
+        raise ValueError(
+            f"{name}: the answer in row {wrong[0]} must be yes or no, got {answers[wrong[0]]!r}"
+            + (f" and {len(wrong) - 1} more like it." if len(wrong) > 1 else ".")
+        )
     return labels
 
 
@@ -176,9 +222,17 @@ def rows_by_picture(
 ) -> tuple[list[int], list[int]]:  # rows of the first and of the second part
     "Divide rows so that no picture is in both parts."
     names = sorted(set(images))
-    chosen = set(np.random.default_rng(seed).permutation(names)[:round(share * len(names))].tolist())
-    rows = [[row for row, image in enumerate(images) if (image in chosen) == second] for second in (False, True)]
-    if not all(rows): raise ValueError(f"`share` must leave pictures on both sides, got {share} of {len(names)} pictures.")
+    chosen = set(
+        np.random.default_rng(seed).permutation(names)[: round(share * len(names))].tolist()
+    )
+    rows = [
+        [row for row, image in enumerate(images) if (image in chosen) == second]
+        for second in (False, True)
+    ]
+    if not all(rows):
+        raise ValueError(
+            f"`share` must leave pictures on both sides, got {share} of {len(names)} pictures."
+        )
     return rows[0], rows[1]
 
 
@@ -190,7 +244,12 @@ def half_and_half(
 ) -> Answers:
     "Yes/no questions: half of the pictures to learn from, the other half to test on."
     rows = rows_by_picture(images, 0.5, seed)
-    return Answers(("no", "yes"), *map(questions.select, rows), f"{place} about half of the pictures; the other half is for learning", [images[row] for row in rows[0]])
+    return Answers(
+        ("no", "yes"),
+        *map(questions.select, rows),
+        f"{place} about half of the pictures; the other half is for learning",
+        [images[row] for row in rows[0]],
+    )
 
 # %% ../nbs/api/12_official.ipynb #0d3b6f85
 def pope_questions(
@@ -201,23 +260,40 @@ def pope_questions(
     rows = read_jsonl(file, ("image", "text", "label"))
     images = [row["image"] for row in rows]
     pictures = file_pictures([folder / image for image in images], file.name)
-    return yes_no_questions(pictures, images, [row["text"] for row in rows], yes_no_labels([row["label"] for row in rows], file.name)), images
+    return yes_no_questions(
+        pictures,
+        images,
+        [row["text"] for row in rows],
+        yes_no_labels([row["label"] for row in rows], file.name),
+    ), images
 
 
 def pope_folder(
     folder: str | Path,  # holds the question files
     subset: str = "adversarial",  # "random", "popular" or "adversarial"
     coco_dir: str | Path | None = None,  # COCO's val2014; None: `val2014` or `images` in the folder
-    train_file: str | Path | None = None,  # questions about other pictures to learn from; None: half of the pictures are for learning
+    # questions about other pictures to learn from; None: half of the pictures are for learning
+    train_file: str | Path | None = None,
     seed: int = 0,  # of the division
 ) -> Answers:
     "POPE from the official question files and a folder of COCO pictures."
     folder = Path(folder).expanduser()
-    coco = Path(coco_dir).expanduser() if coco_dir else next((folder / name for name in ("val2014", "images") if (folder / name).is_dir()), folder)
+    coco = (
+        Path(coco_dir).expanduser()
+        if coco_dir
+        else next(
+            (folder / name for name in ("val2014", "images") if (folder / name).is_dir()), folder
+        )
+    )
     test, images = pope_questions(folder / f"coco_pope_{subset}.json", coco)
-    if not train_file: return half_and_half(test, images, f"{subset} questions", seed)
+    if not train_file:
+        return half_and_half(test, images, f"{subset} questions", seed)
     train, others = pope_questions(Path(train_file).expanduser(), coco)
-    if both := set(images) & set(others): raise ValueError(f"`train_file` must be about other pictures than those tested on, got {len(both)} that are in both.")
+    if both := set(images) & set(others):
+        raise ValueError(
+            f"`train_file` must be about other pictures than those tested on, got {len(both)} "
+            "that are in both."
+        )
     return Answers(("no", "yes"), train, test, f"all {len(test):,} {subset} questions", others)
 
 # %% ../nbs/api/12_official.ipynb #a779f08e
@@ -231,7 +307,12 @@ def read_memes(
     rows = read_jsonl(file, ("img", "text"))
     labels = yes_no_labels([row.get("label") for row in rows], f"hateful_memes, {file.name}")
     pictures = file_pictures([file.parent / row["img"] for row in rows], file.name)
-    return Split(pictures, [MEMES.format(row["text"]) for row in rows], labels, [f'meme that says "{row["text"]}"' for row in rows])
+    return Split(
+        pictures,
+        [MEMES.format(row["text"]) for row in rows],
+        labels,
+        [f'meme that says "{row["text"]}"' for row in rows],
+    )
 
 
 def memes_folder(
@@ -243,32 +324,86 @@ def memes_folder(
     known = [test_file] if test_file else ["test_seen.jsonl", "dev_seen.jsonl", "dev.jsonl"]
     known = [os.path.expanduser(name) for name in known]
     found = next((name for name in known if (folder / name).exists()), None)
-    if found is None or not (folder / "train.jsonl").exists(): raise ValueError(f"hateful_memes: `data_dir` must hold train.jsonl and {' or '.join(known)}; {folder} does not.")
-    return Answers(("no", "yes"), read_memes(folder / "train.jsonl"), read_memes(folder / found), f"the official folder, tested on {found}")
+    if found is None or not (folder / "train.jsonl").exists():
+        raise ValueError(
+            f"hateful_memes: `data_dir` must hold train.jsonl and {' or '.join(known)}; {folder} "
+            "does not."
+        )
+    return Answers(
+        ("no", "yes"),
+        read_memes(folder / "train.jsonl"),
+        read_memes(folder / found),
+        f"the official folder, tested on {found}",
+    )
 
 # %% ../nbs/api/12_official.ipynb #9bfe090f
 LISTS = {  # task: (list for training, list for testing, line -> file, line -> class)
-    "pets": ("annotations/trainval.txt", "annotations/test.txt", lambda line: f"images/{line.split()[0]}.jpg", lambda line: line.split()[0].rpartition("_")[0]),
-    "aircraft": ("data/images_variant_trainval.txt", "data/images_variant_test.txt", lambda line: f"data/images/{line.split()[0]}.jpg", lambda line: line.split(maxsplit=1)[1]),
-    "food101": ("meta/train.txt", "meta/test.txt", lambda line: f"images/{line}.jpg", lambda line: line.partition("/")[0]),
+    "pets": (
+        "annotations/trainval.txt",
+        "annotations/test.txt",
+        lambda line: f"images/{line.split()[0]}.jpg",
+        lambda line: line.split()[0].rpartition("_")[0],
+    ),
+    "aircraft": (
+        "data/images_variant_trainval.txt",
+        "data/images_variant_test.txt",
+        lambda line: f"data/images/{line.split()[0]}.jpg",
+        lambda line: line.split(maxsplit=1)[1],
+    ),
+    "food101": (
+        "meta/train.txt",
+        "meta/test.txt",
+        lambda line: f"images/{line}.jpg",
+        lambda line: line.partition("/")[0],
+    ),
 }
-WORDNET = dict(n01440764="tench", n02102040="English springer", n02979186="cassette player", n03000684="chain saw", n03028079="church",
-               n03394916="French horn", n03417042="garbage truck", n03425413="gas pump", n03445777="golf ball", n03888257="parachute")
+WORDNET = dict(
+    n01440764="tench",
+    n02102040="English springer",
+    n02979186="cassette player",
+    n03000684="chain saw",
+    n03028079="church",
+    n03394916="French horn",
+    n03417042="garbage truck",
+    n03425413="gas pump",
+    n03445777="golf ball",
+    n03888257="parachute",
+)
 
 
 def list_files(
     task: str,  # a key of LISTS, or "imagenette"
     folder: Path,
-) -> list[list[tuple[Path, str]]] | None:  # for training and for testing: (file, class); None: the folder has another layout
+    # for training and for testing: (file, class); None: the folder has another layout
+) -> list[list[tuple[Path, str]]] | None:
     "Files and classes of both splits, in the authors' layout."
     if task == "imagenette":
-        found = [[(path, WORDNET.get(path.parent.name, path.parent.name)) for path in sorted(folder.glob(f"{split}/n*/*")) if not is_hidden(path.name)] for split in ("train", "val")]
+        found = [
+            [
+                (path, WORDNET.get(path.parent.name, path.parent.name))
+                for path in sorted(folder.glob(f"{split}/n*/*"))
+                if not is_hidden(path.name)
+            ]
+            for split in ("train", "val")
+        ]
         return found if all(found) else None
-    if task not in LISTS: return None
+    if task not in LISTS:
+        return None
     *lists, to_file, to_class = LISTS[task]
-    if not all((folder / name).exists() for name in lists): return None
-    lines = [[line.strip() for line in (folder / name).read_text(encoding="utf-8-sig").splitlines() if line.strip() and line[0] != "#"] for name in lists]
-    return [[(folder / to_file(line), to_class(line).replace("_", " ")) for line in part] for part in lines]
+    if not all((folder / name).exists() for name in lists):
+        return None
+    lines = [
+        [
+            line.strip()
+            for line in (folder / name).read_text(encoding="utf-8-sig").splitlines()
+            if line.strip() and line[0] != "#"
+        ]
+        for name in lists
+    ]
+    return [
+        [(folder / to_file(line), to_class(line).replace("_", " ")) for line in part]
+        for part in lines
+    ]
 
 # %% ../nbs/api/12_official.ipynb #d3668861
 def list_folder(
@@ -277,8 +412,15 @@ def list_folder(
 ) -> Answers | None:  # None: the folder has another layout
     "A recognition task from the authors' archive."
     parts = list_files(task, Path(folder).expanduser())
-    if parts is None: return None
+    if parts is None:
+        return None
     names = sorted({name for part in parts for _, name in part})
-    splits = [photo_split(file_pictures([path for path, _ in part], f"{task} {which}"), [names.index(name) for _, name in part], names)
-              for part, which in zip(parts, ("train", "test"))]
+    splits = [
+        photo_split(
+            file_pictures([path for path, _ in part], f"{task} {which}"),
+            [names.index(name) for _, name in part],
+            names,
+        )
+        for part, which in zip(parts, ("train", "test"))
+    ]
     return Answers(names, *splits, "the official archive")

@@ -50,7 +50,15 @@ SIDE = 224  # pixels, of the paper's canvas: pictures are scaled to less
 
 class LimitedPictures(Pictures):
     "Pictures within the limits of `tvp.apply`; one beyond them is refused before it is decoded."
-    def __init__(self, sources: Sequence, rows: Sequence[int] | None = None, name: str = "pictures", fit: str = "crop"):  # fit: of the task
+
+    def __init__(
+        self,
+        sources: Sequence,
+        rows: Sequence[int] | None = None,
+        name: str = "pictures",
+        # fit: of the task
+        fit: str = "crop",
+    ):
         super().__init__(sources, rows, name)
         self.fit = fit
 
@@ -62,15 +70,21 @@ class LimitedPictures(Pictures):
         "Return what picture `i` is made of, refused where it is too large."
         source = super().source(i)
         data = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
-        if isinstance(data, (str, os.PathLike)) and os.path.isfile(data): check_bytes_fit(os.path.getsize(data), partial(self.where, i))
-        elif isinstance(data, bytes): check_bytes_fit(len(data), partial(self.where, i))
+        if isinstance(data, (str, os.PathLike)) and os.path.isfile(data):
+            check_bytes_fit(os.path.getsize(data), partial(self.where, i))
+        elif isinstance(data, bytes):
+            check_bytes_fit(len(data), partial(self.where, i))
         return source
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return self.select(range(len(self))[i])
-        source, where = self.source(i), partial(self.where, i)
-        try: image = _open(source)
-        except UNREADABLE: return read_picture(source, where)  # says why not
+        if isinstance(i, slice):
+            return self.select(range(len(self))[i])
+        source = self.source(i)
+        where = partial(self.where, i)
+        try:
+            image = _open(source)
+        except UNREADABLE:
+            return read_picture(source, where)  # says why not
         check_pixels_fit(*image.size, SIDE, self.fit, where)
         return read_picture(image, where)
 
@@ -79,25 +93,37 @@ def cell_text(
     value: Any,  # text, number, 0-d tensor, or nothing
 ) -> str:  # "" where nothing is
     "Convert a cell of a table to text; whole numbers have no point."
-    if getattr(value, "ndim", None) == 0: value = value.item()
-    if isinstance(value, bytes) or hasattr(value, "ndim") or not pd.api.types.is_scalar(value): raise ValueError(f"must be one text or number, got {type(value).__name__} {str(value)[:60]}")
-    if pd.isna(value): return ""
-    if isinstance(value, float) and value.is_integer(): value = int(value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bytes) or hasattr(value, "ndim") or not pd.api.types.is_scalar(value):
+        raise ValueError(
+            f"must be one text or number, got {type(value).__name__} {str(value)[:60]}"
+        )
+    if pd.isna(value):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return unicodedata.normalize("NFC", str(value))
 
 
 @dataclass(frozen=True)
 class Part:
     "Pictures with their answers in words."
+
     pictures: Pictures
     answers: Sequence[Any]  # text or numbers
     instructions: Sequence[Any]  # one for each picture; the paper's where there is none
-    semantics: Sequence[Any] | None = None  # what is in each picture, a noun phrase; the answer where there is none, or "scene" for yes and no
+    # what is in each picture, a noun phrase; the answer where there is none, or "scene" for yes and
+    # no
+    semantics: Sequence[Any] | None = None
 
     def select(self, rows: Sequence[int]) -> "Part":
         "Select some rows."
         columns = (self.answers, self.instructions, self.semantics)
-        return Part(self.pictures.select(rows), *(None if column is None else [column[i] for i in rows] for column in columns))
+        return Part(
+            self.pictures.select(rows),
+            *(None if column is None else [column[i] for i in rows] for column in columns),
+        )
 
     def texts(
         self,
@@ -107,16 +133,27 @@ class Part:
         "Convert a column to text; a cell that is none is named by its row."
         texts = []
         for i, value in enumerate(values):
-            try: texts.append(cell_text(value))
-            except ValueError as error: raise ValueError(f"{self.pictures.where(i)}: the {name} {error}. Choose one.") from None
+            try:
+                texts.append(cell_text(value))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.pictures.where(i)}: the {name} {error}. Choose one."
+                ) from None
         return [text if text.strip() else "" for text in texts]
 
     def clean(self) -> "Part":  # all text; "" where there are no semantics
-        "Convert every cell to text; a missing answer is named by its row, a missing instruction is the paper's."
+        """Convert every cell to text; a missing answer is named by its row, a missing instruction
+        is the paper's."""
         answers = [text.strip() for text in self.texts("answer", self.answers)]
-        if "" in answers: raise ValueError(f"{self.pictures.where(answers.index(''))} has no answer. Fill it in, or leave out the row.")
+        if "" in answers:
+            raise ValueError(
+                f"{self.pictures.where(answers.index(''))} has no answer. Fill it in, or leave "
+                "out the row."
+            )
         instructions = [text or PHOTO for text in self.texts("instruction", self.instructions)]
-        semantics = self.texts("semantics", [None] * len(answers) if self.semantics is None else self.semantics)
+        semantics = self.texts(
+            "semantics", [None] * len(answers) if self.semantics is None else self.semantics
+        )
         return Part(self.pictures, answers, instructions, semantics)
 
 # %% ../nbs/api/13_own_tasks.ipynb #452f8ae1
@@ -143,9 +180,13 @@ def find_candidates(
 ) -> tuple[str, ...]:  # each once; numbers in their order, then words
     "List the possible answers: those that occur."
     found = set(answers)
-    if {answer.lower() for answer in found} == {"yes", "no"}: return ("no", "yes")
+    if {answer.lower() for answer in found} == {"yes", "no"}:
+        return ("no", "yes")
     if len(found) > 20 and len(found) > len(answers) / 2:
-        raise ValueError(f"`answer`: {len(found)} different answers to {len(answers)} questions; a task is a choice between a few. Is this a column of names? Otherwise give `candidates`.")
+        raise ValueError(
+            f"`answer`: {len(found)} different answers to {len(answers)} questions; a task is a "
+            "choice between a few. Is this a column of names? Otherwise give `candidates`."
+        )
     return tuple(sorted(found, key=_answer_key))
 
 
@@ -157,7 +198,12 @@ def twin_notes(
     for candidate in candidates:
         number = _number(candidate)
         groups.setdefault(candidate.lower() if number is None else number, []).append(candidate)
-    return [f"the answers {some_names(group)} differ in how they are written only, and are taken for different ones" for group in groups.values() if group[1:]]
+    return [
+        f"the answers {some_names(group)} differ in how they are written only, and are taken for "
+        "different ones"
+        for group in groups.values()
+        if group[1:]
+    ]
 
 
 def part_split(
@@ -167,13 +213,20 @@ def part_split(
     "Turn a part into a split; an answer that is no candidate is named by its row."
     exact = {str(candidate): i for i, candidate in enumerate(candidates)}
     lower = Counter(candidate.lower() for candidate in exact)
-    unique = {candidate.lower(): i for candidate, i in exact.items() if lower[candidate.lower()] == 1}
+    unique = {
+        candidate.lower(): i for candidate, i in exact.items() if lower[candidate.lower()] == 1
+    }
     labels = [exact.get(answer, unique.get(answer.lower())) for answer in part.answers]
     if None in labels:
         row = labels.index(None)
-        raise ValueError(f"{part.pictures.where(row)}: the answer must be one of {some_names(candidates)}; got {part.answers[row]!r}.")
+        raise ValueError(
+            f"{part.pictures.where(row)}: the answer must be one of {some_names(candidates)}; "
+            f"got {part.answers[row]!r}."
+        )
     asked = tuple(candidate.lower() for candidate in exact) == ("no", "yes")
-    semantics = [said or ("scene" if asked else answer) for said, answer in zip(part.semantics, part.answers)]
+    semantics = [
+        said or ("scene" if asked else answer) for said, answer in zip(part.semantics, part.answers)
+    ]
     return Split(part.pictures, part.instructions, labels, semantics)
 
 # %% ../nbs/api/13_own_tasks.ipynb #e06d1a7a
@@ -185,18 +238,36 @@ def divide(
     "Set a part aside, stratified by answer; rows with the same picture stay together."
     prints = [split.images.fingerprint(i) for i in range(len(split))]
     first = {}
-    for i, found in enumerate(prints): first.setdefault(found, i)
+    for i, found in enumerate(prints):
+        first.setdefault(found, i)
     rows = list(first.values())  # one for each picture
     if len(rows) < len(prints) and max(Counter(split.labels[row] for row in rows).values()) == 1:
-        raise ValueError(f"{split.images.name}: of {len(prints)} pictures only {len(rows)} differ from all before, not two of one class, so none can be set aside. "
-                         "Add pictures, or name the splits: folders train, valid and test, or a column `split`.")
+        raise ValueError(
+            f"{split.images.name}: of {len(prints)} pictures only {len(rows)} differ from all "
+            "before, not two of one class, so none can be set aside. "
+            "Add pictures, or name the splits: folders train, valid and test, or a column `split`."
+        )
     held = {prints[rows[i]] for i in held_rows([split.labels[row] for row in rows], share, seed)}
-    sides = [[i for i, found in enumerate(prints) if (found in held) == second] for second in (False, True)]
+    sides = [
+        [i for i, found in enumerate(prints) if (found in held) == second]
+        for second in (False, True)
+    ]
     return split.select(sides[0]), split.select(sides[1])
 
 # %% ../nbs/api/13_own_tasks.ipynb #9d92787b
-SPLITS = {"train": "train", "training": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid",
-          "test": "test", "testing": "test", "eval": "test", "evaluation": "test"}  # as `datasets` has them
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "val": "valid",
+    "validation": "valid",
+    "dev": "valid",
+    # as `datasets` has them
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
 
 
 def split_names(
@@ -207,9 +278,16 @@ def split_names(
     found: dict[str, str] = {}
     for name in names:
         split = SPLITS[name.strip().lower()]
-        if split in found: raise ValueError(f"{where}: {found[split]} and {name} are both the split {split!r}. Join them, or rename one.")
+        if split in found:
+            raise ValueError(
+                f"{where}: {found[split]} and {name} are both the split {split!r}. Join them, or "
+                "rename one."
+            )
         found[split] = name
-    if "train" not in found: raise ValueError(f"{where}: there must be a split 'train', got {', '.join(found.values()) or 'none'}.")
+    if "train" not in found:
+        raise ValueError(
+            f"{where}: there must be a split 'train', got {', '.join(found.values()) or 'none'}."
+        )
     return found
 
 
@@ -220,11 +298,14 @@ def three_splits(
     seed: int,  # of the draws
 ) -> list[Split]:  # train, valid, test, each in a random order
     "Draw the splits that are missing from the training pictures."
-    if "train" not in splits: raise ValueError(f"there must be a split 'train', got {', '.join(splits)}.")
+    if "train" not in splits:
+        raise ValueError(f"there must be a split 'train', got {', '.join(splits)}.")
     splits = dict(splits)
     for name, share in (("test", test), ("valid", valid)):
-        if name in splits: continue
-        if check_number(name, share, above=True) >= 1: raise ValueError(f"`{name}` must be a share in (0, 1), got {share!r}. Try 0.1.")
+        if name in splits:
+            continue
+        if check_number(name, share, above=True) >= 1:
+            raise ValueError(f"`{name}` must be a share in (0, 1), got {share!r}. Try 0.1.")
         splits["train"], splits[name] = divide(splits["train"], share, seed)
     return [shuffled(splits[name], seed) for name in ("train", "valid", "test")]
 
@@ -245,14 +326,35 @@ def build_task(
     parts = {which: part.clean() for which, part in parts.items()}
     for which, part in parts.items():
         pictures = part.pictures
-        parts[which] = replace(part, pictures=LimitedPictures(pictures.sources, pictures.rows, pictures.name, more.get("fit", "crop")))
-    if candidates is None: candidates = find_candidates([answer for part in parts.values() for answer in part.answers])
-    candidates = tuple(cell_text(candidate).strip() for candidate in check_row("candidates", candidates))
-    if len(candidates) < 2: raise ValueError(f"{name}, `candidates`: there must be two different answers at least, got {some_names(candidates) or 'none'}.")
-    splits = three_splits({which: part_split(part, candidates) for which, part in parts.items()}, valid, test, seed)
-    task = Task(name, *splits, candidates, metric or ("yes-no" if candidates == ("no", "yes") else "accuracy"), **more)
+        parts[which] = replace(
+            part,
+            pictures=LimitedPictures(
+                pictures.sources, pictures.rows, pictures.name, more.get("fit", "crop")
+            ),
+        )
+    if candidates is None:
+        candidates = find_candidates([answer for part in parts.values() for answer in part.answers])
+    candidates = tuple(
+        cell_text(candidate).strip() for candidate in check_row("candidates", candidates)
+    )
+    if len(candidates) < 2:
+        raise ValueError(
+            f"{name}, `candidates`: there must be two different answers at least, got "
+            f"{some_names(candidates) or 'none'}."
+        )
+    splits = three_splits(
+        {which: part_split(part, candidates) for which, part in parts.items()}, valid, test, seed
+    )
+    task = Task(
+        name,
+        *splits,
+        candidates,
+        metric or ("yes-no" if candidates == ("no", "yes") else "accuracy"),
+        **more,
+    )
     if check:
-        for note in twin_notes(candidates) + summarise(task, read=True).notes: warnings.warn(f"{name}, {note}.", stacklevel=4)
+        for note in twin_notes(candidates) + summarise(task, read=True).notes:
+            warnings.warn(f"{name}, {note}.", stacklevel=4)
     return task
 
 # %% ../nbs/api/13_own_tasks.ipynb #ac4a81b0
@@ -260,7 +362,9 @@ def _folders(
     folder: Path,
 ) -> list[Path]:  # sorted
     "List the folders in a folder, hidden ones left out."
-    return [place for place in sorted(folder.iterdir()) if place.is_dir() and not is_hidden(place.name)]
+    return [
+        place for place in sorted(folder.iterdir()) if place.is_dir() and not is_hidden(place.name)
+    ]
 
 
 def _holds_images(
@@ -268,7 +372,10 @@ def _holds_images(
 ) -> bool:
     "Tell whether images lie in a folder itself."
     endings = image_endings()
-    return any(path.suffix.lower() in endings and not is_hidden(path.name) and not path.is_dir() for path in folder.iterdir())
+    return any(
+        path.suffix.lower() in endings and not is_hidden(path.name) and not path.is_dir()
+        for path in folder.iterdir()
+    )
 
 
 def _inner(
@@ -276,25 +383,43 @@ def _inner(
 ) -> Path:
     "Pass through folders that hold one folder of folders and no image."
     inner = _folders(folder)
-    if len(inner) != 1 or _holds_images(folder) or not _folders(inner[0]): return folder
+    if len(inner) != 1 or _holds_images(folder) or not _folders(inner[0]):
+        return folder
     return _inner(inner[0])
 
 
 def check_classes(
     folder: Path,  # taken for a folder of classes
 ) -> None:
-    "Refuse classes that look like splits: seg_train and seg_test with the same folders, or a train and test in each class."
+    """Refuse classes that look like splits: seg_train and seg_test with the same folders, or a
+    train and test in each class."""
     groups: dict[frozenset[str], list[str]] = {}
     for place in _folders(folder):
-        if not _holds_images(place): groups.setdefault(frozenset(path.name for path in _folders(_inner(place))), []).append(place.name)
+        if not _holds_images(place):
+            groups.setdefault(frozenset(path.name for path in _folders(_inner(place))), []).append(
+                place.name
+            )
     for inner, names in groups.items():
-        if len(inner) < 2 or len(names) < 2: continue
+        if len(inner) < 2 or len(names) < 2:
+            continue
         if all(name.lower() in SPLITS for name in inner):
-            raise ValueError(f"{folder.name}: the classes {some_names(names, 5)} hold the folders {some_names(sorted(inner))}. Splits hold the classes: {sorted(inner)[-1]}/{names[0]}.")
+            raise ValueError(
+                f"{folder.name}: the classes {some_names(names, 5)} hold the folders "
+                f"{some_names(sorted(inner))}. Splits hold the classes: "
+                f"{sorted(inner)[-1]}/{names[0]}."
+            )
         splits = [name for name in names if set(re.split("[^a-z]+", name.lower())) & set(SPLITS)]
-        if splits: raise ValueError(f"{folder.name}: {some_names(names, 5)} hold the same folders ({some_names(sorted(inner), 5)}). If they are splits, call them train, valid and test.")
+        if splits:
+            raise ValueError(
+                f"{folder.name}: {some_names(names, 5)} hold the same folders "
+                f"({some_names(sorted(inner), 5)}). If they are splits, call them train, valid "
+                "and test."
+            )
         if len(names) == len(_folders(folder)):
-            warnings.warn(f"{folder.name}: {some_names(names, 5)} are taken for the classes, and all hold the same folders ({some_names(sorted(inner), 5)}). Are those the classes?")
+            warnings.warn(
+                f"{folder.name}: {some_names(names, 5)} are taken for the classes, and all hold "
+                f"the same folders ({some_names(sorted(inner), 5)}). Are those the classes?"
+            )
 
 
 def split_folders(
@@ -303,52 +428,97 @@ def split_folders(
     "Tell splits from classes, by the names of the folders and by what lies below them."
     folder = _inner(folder)
     named = [place for place in _folders(folder) if place.name.strip().lower() in SPLITS]
-    beside = [place for place in _folders(folder) if place not in named and any(path.suffix.lower() in image_endings() for path in folder_files(place))]
-    if not named or beside and all(_holds_images(place) for place in named):  # a class may be called train
+    beside = [
+        place
+        for place in _folders(folder)
+        if place not in named
+        and any(path.suffix.lower() in image_endings() for path in folder_files(place))
+    ]
+    # a class may be called train
+    if not named or beside and all(_holds_images(place) for place in named):
         check_classes(folder)
         return {"train": folder}
     if beside:
-        raise ValueError(f"{folder.name}: the folders {some_names([place.name for place in named])} are called like splits and hold folders, but the folders "
-                         f"{some_names([place.name for place in beside], 5)} beside them hold pictures, too. If all are classes, rename the former, or put their pictures "
-                         "right into them; if not, move the latter elsewhere.")
-    return {split: _inner(folder / name) for split, name in split_names([place.name for place in named], folder.name).items()}
+        raise ValueError(
+            f"{folder.name}: the folders {some_names([place.name for place in named])} are "
+            "called like splits and hold folders, but the folders "
+            f"{some_names([place.name for place in beside], 5)} beside them hold pictures, too. "
+            "If all are classes, rename the former, or put their pictures "
+            "right into them; if not, move the latter elsewhere."
+        )
+    return {
+        split: _inner(folder / name)
+        for split, name in split_names([place.name for place in named], folder.name).items()
+    }
 
 # %% ../nbs/api/13_own_tasks.ipynb #0347fde1
 def class_files(
     folder: Path,  # holds a folder for each class
 ) -> dict[str, list[Path]]:  # class -> pictures
     "List the pictures of each class, by their endings."
-    endings, classes, other = image_endings(), {}, []
+    endings = image_endings()
+    classes = {}
+    other = []
     for place in _folders(folder):
         pictures = classes.setdefault(unicodedata.normalize("NFC", place.name).strip(), [])
-        for path in folder_files(place): (pictures if path.suffix.lower() in endings else other).append(path)
-    if not classes: raise ValueError(f"{folder.name}: there must be a folder for each class, got {some_names(sorted(os.listdir(folder)), 5) or 'nothing'}.")
+        for path in folder_files(place):
+            (pictures if path.suffix.lower() in endings else other).append(path)
+    if not classes:
+        raise ValueError(
+            f"{folder.name}: there must be a folder for each class, got "
+            f"{some_names(sorted(os.listdir(folder)), 5) or 'nothing'}."
+        )
     empty = [name for name, pictures in classes.items() if not pictures]
-    if empty: raise ValueError(f"{folder.name}: the class {some_names(empty)} has no picture. Add some, or remove the folder.")
+    if empty:
+        raise ValueError(
+            f"{folder.name}: the class {some_names(empty)} has no picture. Add some, or remove "
+            "the folder."
+        )
     lost = [path for pictures in classes.values() for path in pictures if not os.path.exists(path)]
-    if lost: raise ValueError(f"{folder.name}: {len(lost)} pictures are links to files that are not there, the first {lost[0]}. Fetch them, or remove the links.")
-    if other: warnings.warn(f"{folder.name}: {len(other)} files are left out because they are no pictures that Pillow reads ({some_names(sorted({path.suffix or path.name for path in other}), 5)}).")
+    if lost:
+        raise ValueError(
+            f"{folder.name}: {len(lost)} pictures are links to files that are not there, the "
+            f"first {lost[0]}. Fetch them, or remove the links."
+        )
+    if other:
+        warnings.warn(
+            f"{folder.name}: {len(other)} files are left out because they are no pictures that "
+            f"Pillow reads ({some_names(sorted({path.suffix or path.name for path in other}), 5)})."
+        )
     return classes
 
 # %% ../nbs/api/13_own_tasks.ipynb #d13a8a9c
 def folder_task(
     folder: str | Path,  # class/picture.jpg, or split/class/picture.jpg
     instruction: str = PHOTO,  # what is asked
-    **options,  # of `build_task`: name, candidates, valid, test, seed, check, fit, flip, description
+    # of `build_task`: name, candidates, valid, test, seed, check, fit, flip, description
+    **options,
 ) -> Task:
     "A recognition task from folders of pictures."
     folder = Path(os.path.abspath(as_path(folder, "folder")))  # "." has a name, too
     check_kind("instruction", instruction, str)
-    if not folder.is_dir(): raise ValueError(f"`folder` must be a folder that exists, got {folder}.")
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be a folder that exists, got {folder}.")
     classes = {split: class_files(place) for split, place in split_folders(folder).items()}
     for split, found in classes.items():
         if set(found) != set(classes["train"]):
-            raise ValueError(f"{folder.name}: every split must have the same classes; {split} and train differ in {some_names(sorted(set(found) ^ set(classes['train'])), 5)}.")
+            raise ValueError(
+                f"{folder.name}: every split must have the same classes; {split} and train "
+                f"differ in {some_names(sorted(set(found) ^ set(classes['train'])), 5)}."
+            )
     parts = {}
     for split, found in classes.items():
         pairs = [(path, name.replace("_", " ")) for name, files in found.items() for path in files]
-        parts[split] = Part(Pictures([path for path, _ in pairs], name=f"{folder.name} {split}"), [name for _, name in pairs], [instruction] * len(pairs))
-    return build_task(options.pop("name", folder.name), parts, **{"description": f"Pictures from the folder {folder.name}."} | options)
+        parts[split] = Part(
+            Pictures([path for path, _ in pairs], name=f"{folder.name} {split}"),
+            [name for _, name in pairs],
+            [instruction] * len(pairs),
+        )
+    return build_task(
+        options.pop("name", folder.name),
+        parts,
+        **{"description": f"Pictures from the folder {folder.name}."} | options,
+    )
 
 # %% ../nbs/api/13_own_tasks.ipynb #a5f707f0
 def _column(
@@ -357,8 +527,13 @@ def _column(
     default: str | None = None,  # the text for all rows if there is no such column
 ) -> str | None:  # the column; None: there is none
     "Is it a column or a text?"
-    if wanted in columns: return wanted
-    if default is None: raise ValueError(f"there must be a column {wanted!r}, got {', '.join(map(str, columns))}. Name another, e.g. image='file'.")
+    if wanted in columns:
+        return wanted
+    if default is None:
+        raise ValueError(
+            f"there must be a column {wanted!r}, got {', '.join(map(str, columns))}. Name "
+            "another, e.g. image='file'."
+        )
     return None
 
 
@@ -367,26 +542,48 @@ def _header(
     separator: str,
 ) -> list[str]:
     "Read the names of the columns."
-    return [name.strip() for name in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+    return [
+        name.strip()
+        for name in next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+    ]
 
 
 def read_csv(
     file: Path,
     wanted: Sequence[str],  # columns that are looked for
 ) -> list[dict[str, str]]:  # a row for each line that is not empty
-    "Read the rows of a CSV file, everything as text; comma, semicolon or tab: what gives the columns."
-    with open_text(file) as text: first = next((line for line in text if line.strip()), "\n")
-    separator = max(",;\t", key=lambda mark: (len({*_header(first, mark)} & {*wanted}), len(_header(first, mark))))
+    """Read the rows of a CSV file, everything as text; comma, semicolon or tab: what gives the
+    columns."""
+    with open_text(file) as text:
+        first = next((line for line in text if line.strip()), "\n")
+    separator = max(
+        ",;\t",
+        key=lambda mark: (len({*_header(first, mark)} & {*wanted}), len(_header(first, mark))),
+    )
     with open_text(file) as text:
         reader = csv.reader(text, delimiter=separator, skipinitialspace=True, strict=True)
-        try: lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-        except csv.Error as error: raise ValueError(f"{file.name}, line {reader.line_num}: cannot be read as csv: {error}. Are all quotes closed?") from None
-    names, rows = _header(first, separator), []
+        try:
+            lines = [
+                (reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)
+            ]
+        except csv.Error as error:
+            raise ValueError(
+                f"{file.name}, line {reader.line_num}: cannot be read as csv: {error}. Are all "
+                "quotes closed?"
+            ) from None
+    names = _header(first, separator)
+    rows = []
     twice = [name for name, count in Counter(names).items() if count > 1 and name in wanted]
-    if twice: raise ValueError(f"{file.name}: the column {twice[0]!r} is there twice. Rename or remove one.")
+    if twice:
+        raise ValueError(
+            f"{file.name}: the column {twice[0]!r} is there twice. Rename or remove one."
+        )
     for number, cells in lines[1:]:
-        if any(cells[len(names):]):
-            raise ValueError(f"{file.name}, line {number}: must have {len(names)} cells as the first line has, got {len(cells)}. A text with {separator!r} in it must be in quotes.")
+        if any(cells[len(names) :]):
+            raise ValueError(
+                f"{file.name}, line {number}: must have {len(names)} cells as the first line "
+                f"has, got {len(cells)}. A text with {separator!r} in it must be in quotes."
+            )
         rows.append(dict(zip(names, cells)))
     return rows
 
@@ -397,7 +594,8 @@ def read_table(
 ) -> list[dict[str, Any]]:  # the rows, at least one
     "Read the rows of a CSV or jsonl file."
     rows = read_csv(file, wanted) if file.suffix.lower() == ".csv" else read_jsonl(file)
-    if not rows: raise ValueError(f"{file.name}: must hold at least one row.")
+    if not rows:
+        raise ValueError(f"{file.name}: must hold at least one row.")
     return rows
 
 # %% ../nbs/api/13_own_tasks.ipynb #636cb362
@@ -408,9 +606,14 @@ def table_pictures(
     "Find the pictures that a table names; a row without one is named."
     paths = []
     for row, cell in enumerate(cells):
-        try: path = cell_text(cell)
-        except ValueError as error: raise ValueError(f"row {row} of {file.name}: the picture's path {error}.") from None
-        if not path.strip(): raise ValueError(f"row {row} of {file.name} has no picture. Fill in its path, or leave out the row.")
+        try:
+            path = cell_text(cell)
+        except ValueError as error:
+            raise ValueError(f"row {row} of {file.name}: the picture's path {error}.") from None
+        if not path.strip():
+            raise ValueError(
+                f"row {row} of {file.name} has no picture. Fill in its path, or leave out the row."
+            )
         paths.append(file.parent / os.path.expanduser(str(cell)))
     return file_pictures(paths, file.name)
 
@@ -422,22 +625,34 @@ def table_task(
     instruction: str = "instruction",  # column of what is asked, or one text for all
     split: str = "split",  # column that names the split of each row, if there is one
     semantics: str = "semantics",  # column that says what is in the picture, if there is one
-    **options,  # of `build_task`: name, candidates, metric, valid, test, seed, check, fit, flip, description
+    # of `build_task`: name, candidates, metric, valid, test, seed, check, fit, flip, description
+    **options,
 ) -> Task:
     "A task from a CSV or jsonl file."
     file = as_path(file, "file")
-    if not file.is_file() or file.suffix.lower() not in (".csv", ".jsonl"): raise ValueError(f"`file` must be a .csv or .jsonl file that exists, got {file}.")
+    if not file.is_file() or file.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(f"`file` must be a .csv or .jsonl file that exists, got {file}.")
     rows = read_table(file, (image, answer, instruction, split, semantics))
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    try: needed = [_column(columns, name) for name in (image, answer)]
-    except ValueError as error: raise ValueError(f"{file.name}: {error}") from None
+    try:
+        needed = [_column(columns, name) for name in (image, answer)]
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
     pictures = table_pictures(file, [row.get(needed[0]) for row in rows])
     text = PHOTO if instruction == "instruction" else instruction
     asked = [row.get(instruction) if instruction in columns else text for row in rows]
     said = [row.get(semantics) for row in rows]
     whole = Part(pictures, [row.get(needed[1]) for row in rows], asked, said)
-    parts = split_rows_by_name(whole, [row.get(split) for row in rows]) if split in columns else {"train": whole}
-    return build_task(options.pop("name", file.stem), parts, **{"description": f"Questions from {file.name}."} | options)
+    parts = (
+        split_rows_by_name(whole, [row.get(split) for row in rows])
+        if split in columns
+        else {"train": whole}
+    )
+    return build_task(
+        options.pop("name", file.stem),
+        parts,
+        **{"description": f"Questions from {file.name}."} | options,
+    )
 
 # %% ../nbs/api/13_own_tasks.ipynb #a3fd08f2
 def split_rows_by_name(
@@ -447,8 +662,15 @@ def split_rows_by_name(
     "A table with a column that names the splits."
     known = [SPLITS.get(str(name).strip().lower()) for name in names]
     wrong = next((i for i, name in enumerate(known) if name is None), None)
-    if wrong is not None: raise ValueError(f"{part.pictures.where(wrong)}: the split must be train, valid or test; got {names[wrong]!r}.")
-    return {name: part.select([i for i, found in enumerate(known) if found == name]) for name in dict.fromkeys(known)}
+    if wrong is not None:
+        raise ValueError(
+            f"{part.pictures.where(wrong)}: the split must be train, valid or test; got "
+            f"{names[wrong]!r}."
+        )
+    return {
+        name: part.select([i for i, found in enumerate(known) if found == name])
+        for name in dict.fromkeys(known)
+    }
 
 # %% ../nbs/api/13_own_tasks.ipynb #af12a7d7
 def dataset_part(
@@ -459,21 +681,51 @@ def dataset_part(
     instruction: str,  # name of its column if there is one, else the instruction itself
     semantics: str,  # name of its column, if there is one
 ) -> Part:
-    "Make a part of one table of pictures and answers, whatever its format or transform shows of it."
+    """Make a part of one table of pictures and answers, whatever its format or transform shows of
+    it."""
     from datasets import Dataset
+
     if not isinstance(table, Dataset):
-        raise TypeError(f"{name} must be a datasets.Dataset, got {type(table).__name__}. Of a streamed data set, whose rows cannot be asked for again, take a part: "
-                        "Dataset.from_list(list(streamed.take(1000)), features=streamed.features).")
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, got {type(table).__name__}. Of a streamed data "
+            "set, whose rows cannot be asked for again, take a part: "
+            "Dataset.from_list(list(streamed.take(1000)), features=streamed.features)."
+        )
     table = table.with_format(None)
     for column in (image, answer):
-        if column not in table.column_names: raise ValueError(f"{name}: there must be a column {column!r}, got {', '.join(table.column_names)}. Name another, e.g. answer='label'.")
-    answers, feature = list(table[answer]), table.features[answer]
+        if column not in table.column_names:
+            raise ValueError(
+                f"{name}: there must be a column {column!r}, got "
+                f"{', '.join(table.column_names)}. Name another, e.g. answer='label'."
+            )
+    answers = list(table[answer])
+    feature = table.features[answer]
     if kind_of(feature).startswith("class"):
-        wrong = next((i for i, label in enumerate(answers) if label is None or not 0 <= label < len(feature.names)), None)
-        if wrong is not None: raise ValueError(f"{name}: the label in row {wrong} must be one of {len(feature.names)} classes, got {answers[wrong]}.")
+        wrong = next(
+            (
+                i
+                for i, label in enumerate(answers)
+                if label is None or not 0 <= label < len(feature.names)
+            ),
+            None,
+        )
+        if wrong is not None:
+            raise ValueError(
+                f"{name}: the label in row {wrong} must be one of {len(feature.names)} classes, "
+                f"got {answers[wrong]}."
+            )
         answers = [feature.names[label].replace("_", " ") for label in answers]
-    asked = list(table[instruction]) if instruction in table.column_names else [PHOTO if instruction == "instruction" else instruction] * len(table)
-    return Part(column_pictures(table, image, name), answers, asked, list(table[semantics]) if semantics in table.column_names else None)
+    asked = (
+        list(table[instruction])
+        if instruction in table.column_names
+        else [PHOTO if instruction == "instruction" else instruction] * len(table)
+    )
+    return Part(
+        column_pictures(table, image, name),
+        answers,
+        asked,
+        list(table[semantics]) if semantics in table.column_names else None,
+    )
 
 # %% ../nbs/api/13_own_tasks.ipynb #007f4c68
 def dataset_task(
@@ -483,13 +735,21 @@ def dataset_task(
     instruction: str = "instruction",  # column of what is asked, or one text for all
     semantics: str = "semantics",  # column that says what is in the picture, if there is one
     name: str = "dataset",  # of the task
-    **options,  # of `build_task`: candidates, metric, valid, test, seed, check, fit, flip, description
+    # of `build_task`: candidates, metric, valid, test, seed, check, fit, flip, description
+    **options,
 ) -> Task:
     "A task from a `datasets.Dataset` or `DatasetDict`."
     tables = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
     unknown = [split for split in tables if split.strip().lower() not in SPLITS]
-    if unknown: raise ValueError(f"{name}: the splits must be called train, valid (or validation) and test; got {some_names(unknown)}. Rename or leave them out.")
-    parts = {split: dataset_part(tables[its], f"{name} {its}", image, answer, instruction, semantics) for split, its in split_names(list(tables), name).items()}
+    if unknown:
+        raise ValueError(
+            f"{name}: the splits must be called train, valid (or validation) and test; got "
+            f"{some_names(unknown)}. Rename or leave them out."
+        )
+    parts = {
+        split: dataset_part(tables[its], f"{name} {its}", image, answer, instruction, semantics)
+        for split, its in split_names(list(tables), name).items()
+    }
     return build_task(name, parts, **options)
 
 
@@ -498,6 +758,15 @@ def load_own_task(
     **options,  # of `folder_task`, `table_task` or `dataset_task`
 ) -> Task:
     "Your own pictures as a task, checked."
-    if hasattr(data, "column_names"): return dataset_task(data, **options)
-    if not isinstance(data, Path): raise TypeError(f"`name` must be a task's name, a pathlib.Path, or a datasets.Dataset or DatasetDict; got {type(data).__name__}.")
-    return folder_task(data, **options) if as_path(data, "name").is_dir() else table_task(data, **options)
+    if hasattr(data, "column_names"):
+        return dataset_task(data, **options)
+    if not isinstance(data, Path):
+        raise TypeError(
+            "`name` must be a task's name, a pathlib.Path, or a datasets.Dataset or "
+            f"DatasetDict; got {type(data).__name__}."
+        )
+    return (
+        folder_task(data, **options)
+        if as_path(data, "name").is_dir()
+        else table_task(data, **options)
+    )

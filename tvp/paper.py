@@ -46,20 +46,33 @@ def paper_processor(
     tokenizer,  # of its language model
     wrapper: Wrapper,  # one of `WRAPPERS`
     qformer_tokenizer=None,  # of a Q-Former that reads the instruction
+    # MarkerProcessor, or Blip2Processor
     **normalise,  # image_mean, image_std; CLIP's if left out
-):  # MarkerProcessor, or Blip2Processor
+):
     "The processor of a model, which learns its placeholder from it."
     from transformers import Blip2Processor, BlipImageProcessor
-    config, square = model.config, model.config.vision_config.image_size
+
+    config = model.config
+    square = model.config.vision_config.image_size
     resize = BlipImageProcessor(size={"height": square, "width": square}, **normalise)
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
-    patches = (square // config.vision_config.patch_size) ** 2 if "<patches>" in wrapper.template else 0
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    patches = (
+        (square // config.vision_config.patch_size) ** 2 if "<patches>" in wrapper.template else 0
+    )
     ours = dict(num_patch_tokens=patches, qformer_tokenizer=qformer_tokenizer)
-    if wrapper.alone: processor = MarkerProcessor(resize, tokenizer, config.num_query_tokens, wrapper.image_token, wrapper.alone, **ours)
-    else: processor = Blip2Processor(resize, tokenizer, config.num_query_tokens)
+    if wrapper.alone:
+        processor = MarkerProcessor(
+            resize, tokenizer, config.num_query_tokens, wrapper.image_token, wrapper.alone, **ours
+        )
+    else:
+        processor = Blip2Processor(resize, tokenizer, config.num_query_tokens)
     config.image_token_index = tokenizer.convert_tokens_to_ids(wrapper.image_token)
     if config.image_token_index >= (rows := model.get_input_embeddings().num_embeddings):
-        raise ValueError(f"`tokenizer` must fit the model, but its {wrapper.image_token!r} is number {config.image_token_index} of {rows}.")
+        raise ValueError(
+            f"`tokenizer` must fit the model, but its {wrapper.image_token!r} is number "
+            f"{config.image_token_index} of {rows}."
+        )
     return processor
 
 # %% ../nbs/api/28_paper.ipynb #47b41cff
@@ -68,10 +81,15 @@ def paper_mllm(
     processor,  # from `paper_processor`
     wrapper: Wrapper,  # one of `WRAPPERS`
     name: str,  # for tables
-    reference_ranking: bool = False,  # rank as the reference does even where it forgets something (BLIVA's patches)
+    # rank as the reference does even where it forgets something (BLIVA's patches)
+    reference_ranking: bool = False,
 ) -> Mllm:  # frozen; its `wrapper` is kept for saving
     "A model of the paper behind the adapter."
-    ranking = wrapper.reference_ranking if reference_ranking and wrapper.reference_ranking else wrapper.ranking
+    ranking = (
+        wrapper.reference_ranking
+        if reference_ranking and wrapper.reference_ranking
+        else wrapper.ranking
+    )
     twin = None if ranking == wrapper.template else ranking.format
     mllm = Mllm(model, processor, wrapper.template.format, name, wrapper.end, ranking=twin)
     mllm.wrapper = wrapper if ranking == wrapper.ranking else replace(wrapper, ranking=ranking)
@@ -83,13 +101,23 @@ def check_parts(
     weights: dict | str | Path | None,  # what the user gave
 ) -> dict[str, str]:  # part: place
     "The parts that a model is to be made of."
-    text, paper = describe_paper(name), PAPER[name]
-    if weights is None: raise ValueError(f"`weights` must say where the files are: they do not come with this package.\n{text}")
-    if not isinstance(weights, dict): weights = {"model": weights}
+    text = describe_paper(name)
+    paper = PAPER[name]
+    if weights is None:
+        raise ValueError(
+            f"`weights` must say where the files are: they do not come with this package.\n{text}"
+        )
+    if not isinstance(weights, dict):
+        weights = {"model": weights}
     optional = {part.name for part in paper.parts if not part.needed}
     needed = {"model"} if "model" in weights else {part.name for part in paper.parts if part.needed}
-    lacking, unknown = sorted(needed - set(weights)), sorted(set(weights) - needed - optional)
-    if lacking or unknown: raise ValueError(f"`weights` must have the entries {', '.join(sorted(needed))}, got {', '.join(weights) or 'none'}.\n{text}")
+    lacking = sorted(needed - set(weights))
+    unknown = sorted(set(weights) - needed - optional)
+    if lacking or unknown:
+        raise ValueError(
+            f"`weights` must have the entries {', '.join(sorted(needed))}, got "
+            f"{', '.join(weights) or 'none'}.\n{text}"
+        )
     return {part: str(place) for part, place in weights.items()}
 
 # %% ../nbs/api/28_paper.ipynb #528513ae
@@ -98,7 +126,9 @@ def read_config(
 ) -> dict:  # its config.json, or {}
     "What a checkpoint of transformers says about its geometry."
     from tvp.lavis import fetch
-    if place is None or Path(place).is_file() or not Path(place).is_dir() and place.count("/") != 1: return {}
+
+    if place is None or Path(place).is_file() or not Path(place).is_dir() and place.count("/") != 1:
+        return {}
     file = fetch(place, "config.json")
     return read_json(file) if file else {}
 
@@ -106,24 +136,46 @@ def read_config(
 def paper_config(
     paper: PaperModel,  # an entry of `PAPER`
     weights: dict[str, str],  # from `check_parts`
-    config: dict,  # entries that override what was found: {"vision_config": {...}, "num_query_tokens": 8, ...}
-):  # a config of `tvp.lavis`
+    # entries that override what was found: {"vision_config": {...}, "num_query_tokens": 8, ...}
+    # a config of `tvp.lavis`
+    config: dict,
+):
     "The geometry of a model."
     found = {"text_config": dict(paper.text), "vision_config": {}, "qformer_config": dict(QFORMER)}
-    for part in ("vision", "qformer", "bridge", "model"):  # who lends a tower knows its geometry, and so on
+    # who lends a tower knows its geometry, and so on
+    for part in ("vision", "qformer", "bridge", "model"):
         said = read_config(weights.get(part))
-        wanted = {"vision": ("vision_config",), "model": (*found, "num_query_tokens")}.get(part, ("qformer_config", "num_query_tokens"))
+        wanted = {"vision": ("vision_config",), "model": (*found, "num_query_tokens")}.get(
+            part, ("qformer_config", "num_query_tokens")
+        )
         found |= {key: deepcopy(said[key]) for key in wanted if said.get(key) is not None}
-    if said := read_config(weights.get("language_model")): found["text_config"] = said.get("text_config", said)
-    if found["text_config"].get("model_type") == "t5": found["text_config"]["dense_act_fn"] = "gelu"  # LAVIS's, not transformers' gelu_new
-    for key, value in config.items(): found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
-    with loading_errors(weights.get("model") or weights.get("language_model", "`weights`"), paper.model_class.partition(":")[2]):
-        return find(paper.model_class).config_class(**{key: without_origin(value) if isinstance(value, dict) else value for key, value in found.items()})
+    if said := read_config(weights.get("language_model")):
+        found["text_config"] = said.get("text_config", said)
+    # LAVIS's, not transformers' gelu_new
+    if found["text_config"].get("model_type") == "t5":
+        found["text_config"]["dense_act_fn"] = "gelu"
+    for key, value in config.items():
+        found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    with loading_errors(
+        weights.get("model") or weights.get("language_model", "`weights`"),
+        paper.model_class.partition(":")[2],
+    ):
+        return find(paper.model_class).config_class(
+            **{
+                key: without_origin(value) if isinstance(value, dict) else value
+                for key, value in found.items()
+            }
+        )
 
 # %% ../nbs/api/28_paper.ipynb #d6dc378d
 def without_origin(said: dict) -> dict:  # a copy
     "What a part's config has `said`, without what belongs to the file it was in."
-    return {key: value for key, value in said.items() if key not in ("architectures", "transformers_version", "_name_or_path", "quantization_config")}
+    return {
+        key: value
+        for key, value in said.items()
+        if key
+        not in ("architectures", "transformers_version", "_name_or_path", "quantization_config")
+    }
 
 
 def find(place: str):
@@ -134,17 +186,26 @@ def find(place: str):
 # %% ../nbs/api/28_paper.ipynb #5c96b5d8
 def paper_tokenizers(
     paper: PaperModel,  # an entry of `PAPER`
+    # tokenizer of the language model; of the Q-Former, or None
     weights: dict[str, str],  # from `check_parts`
-):  # tokenizer of the language model; of the Q-Former, or None
+):
     "The tokenizers of a model."
     place = weights.get("tokenizer") or weights.get("model") or weights["language_model"]
-    if Path(place).is_file(): raise ValueError(f"`weights['tokenizer']` must be given, since {place} is a single file and no tokenizer lies in it.")
+    if Path(place).is_file():
+        raise ValueError(
+            f"`weights['tokenizer']` must be given, since {place} is a single file and no "
+            "tokenizer lies in it."
+        )
     tokenizer = from_pretrained("AutoTokenizer", place)
-    if QFORMER_READS not in paper.parts: return tokenizer, None
+    if QFORMER_READS not in paper.parts:
+        return tokenizer, None
     beside = Path(weights.get("model", "")) / "qformer_tokenizer"
-    if "qformer_tokenizer" in weights: return tokenizer, from_pretrained("AutoTokenizer", weights["qformer_tokenizer"])
-    if beside.is_dir(): return tokenizer, from_pretrained("AutoTokenizer", beside)
-    if "model" in weights and not Path(place).is_dir(): return tokenizer, from_pretrained("AutoTokenizer", place, subfolder="qformer_tokenizer")
+    if "qformer_tokenizer" in weights:
+        return tokenizer, from_pretrained("AutoTokenizer", weights["qformer_tokenizer"])
+    if beside.is_dir():
+        return tokenizer, from_pretrained("AutoTokenizer", beside)
+    if "model" in weights and not Path(place).is_dir():
+        return tokenizer, from_pretrained("AutoTokenizer", place, subfolder="qformer_tokenizer")
     return tokenizer, from_pretrained("AutoTokenizer", QFORMER_READS.where)
 
 # %% ../nbs/api/28_paper.ipynb #c06b9faf
@@ -154,45 +215,84 @@ def ready(
 ) -> nn.Module:  # the same
     "What is done to a model once it is loaded."
     allow_turns(model)
-    if gradient_checkpointing: checkpoint_gradients(model)
+    if gradient_checkpointing:
+        checkpoint_gradients(model)
     return model
 
 
 def load_paper(
     name: str,  # one of `PAPER`
-    weights: dict[str, str | Path] | str | Path | None = None,  # part: file, folder or hub id; or one place of a whole model; see `describe_paper`
+    # part: file, folder or hub id; or one place of a whole model; see `describe_paper`
+    weights: dict[str, str | Path] | str | Path | None = None,
     *,
-    config: dict | None = None,  # entries of the config that differ from what the files or the paper say
+    # entries of the config that differ from what the files or the paper say
+    config: dict | None = None,
     gradient_checkpointing: bool = False,  # see `tvp.pretrained.checkpoint_gradients`
-    reference_ranking: bool = False,  # rank as the reference does where it forgets something: BLIVA without patch tokens
+    # rank as the reference does where it forgets something: BLIVA without patch tokens
+    reference_ranking: bool = False,
     **options,  # dtype, device, device_map, quantization; see `tvp.pretrained.load_options`
 ) -> Mllm:  # frozen; `mllm.report` says where its weights came from
     "A model of the paper from its authors' files, with the reference's arithmetic."
     weights = check_parts(name, weights)
     if is_saved(weights.get("model")):
-        if config: raise ValueError("`config` is for files that do not say their geometry; a folder of save_mllm does. Leave it out.")
-        return load_saved(weights["model"], gradient_checkpointing=gradient_checkpointing, reference_ranking=reference_ranking, **options)
-    if PAPER[name].loader: return load_other(name, weights, gradient_checkpointing, **options)
+        if config:
+            raise ValueError(
+                "`config` is for files that do not say their geometry; a folder of save_mllm "
+                "does. Leave it out."
+            )
+        return load_saved(
+            weights["model"],
+            gradient_checkpointing=gradient_checkpointing,
+            reference_ranking=reference_ranking,
+            **options,
+        )
+    if PAPER[name].loader:
+        return load_other(name, weights, gradient_checkpointing, **options)
     from tvp.lavis import assemble
-    paper, fills = PAPER[name], {"model": EVERYTHING, **{part.name: part.fills for part in PAPER[name].parts}}
-    geometry, (tokenizer, reads) = paper_config(paper, weights, config or {}), paper_tokenizers(paper, weights)
-    sources = {part: (place, fills[part]) for part in fills if (place := weights.get(part)) and fills[part]}
+
+    paper = PAPER[name]
+    fills = {"model": EVERYTHING, **{part.name: part.fills for part in PAPER[name].parts}}
+    geometry = paper_config(paper, weights, config or {})
+    (tokenizer, reads) = paper_tokenizers(paper, weights)
+    sources = {
+        part: (place, fills[part]) for part in fills if (place := weights.get(part)) and fills[part]
+    }
     said = geometry.text_config.dtype
-    model, report = assemble(find(paper.model_class), geometry, sources, **load_options({"dtype": str(said).removeprefix("torch.")}, **options))
-    mllm = paper_mllm(ready(model, gradient_checkpointing), paper_processor(model, tokenizer, paper.wrapper, reads), paper.wrapper, name, reference_ranking)
+    model, report = assemble(
+        find(paper.model_class),
+        geometry,
+        sources,
+        **load_options({"dtype": str(said).removeprefix("torch.")}, **options),
+    )
+    mllm = paper_mllm(
+        ready(model, gradient_checkpointing),
+        paper_processor(model, tokenizer, paper.wrapper, reads),
+        paper.wrapper,
+        name,
+        reference_ranking,
+    )
     mllm.report = report
     return mllm
 
 # %% ../nbs/api/28_paper.ipynb #4038d025
-def load_other(name: str, weights: dict[str, str], gradient_checkpointing: bool = False, **options) -> Mllm:
-    "A model of the paper, by its name, whose weights are in files of another kind than LAVIS's; `gradient_checkpointing` saves memory."
-    mllm = find(PAPER[name].loader)(weights["model"], tokenizer=weights.get("tokenizer"), name=name, **load_options({}, **options))
+def load_other(
+    name: str, weights: dict[str, str], gradient_checkpointing: bool = False, **options
+) -> Mllm:
+    """A model of the paper, by its name, whose weights are in files of another kind than LAVIS's;
+    `gradient_checkpointing` saves memory."""
+    mllm = find(PAPER[name].loader)(
+        weights["model"],
+        tokenizer=weights.get("tokenizer"),
+        name=name,
+        **load_options({}, **options),
+    )
     ready(mllm.model, gradient_checkpointing)
     mllm.wrapper = PAPER[name].wrapper
     return mllm
 
 # %% ../nbs/api/28_paper.ipynb #147149ec
-MODULES = ("tvp.chatglm", "tvp.lavis", "tvp.visualglm")  # with classes of ours that a saved model may have; importing one registers it with transformers
+# with classes of ours that a saved model may have; importing one registers it with transformers
+MODULES = ("tvp.chatglm", "tvp.lavis", "tvp.visualglm")
 
 
 def save_mllm(
@@ -201,12 +301,27 @@ def save_mllm(
 ) -> Path:  # the folder
     "Write a model of the paper, its processor and its wrapper."
     if not isinstance(getattr(mllm, "wrapper", None), Wrapper):
-        raise TypeError(f"`mllm` must be a model of the paper, whose wrapper is text, got {mllm.name}. Save mllm.model and mllm.processor with save_pretrained.")
-    modules = sorted({type(thing).__module__ for thing in (mllm.model, mllm.processor.tokenizer)}.intersection(MODULES))
-    said = {"format": "tvp-mllm", "version": 1, "name": mllm.name, "modules": modules, "wrapper": asdict(mllm.wrapper)}
+        raise TypeError(
+            f"`mllm` must be a model of the paper, whose wrapper is text, got {mllm.name}. Save "
+            "mllm.model and mllm.processor with save_pretrained."
+        )
+    modules = sorted(
+        {type(thing).__module__ for thing in (mllm.model, mllm.processor.tokenizer)}.intersection(
+            MODULES
+        )
+    )
+    said = {
+        "format": "tvp-mllm",
+        "version": 1,
+        "name": mllm.name,
+        "modules": modules,
+        "wrapper": asdict(mllm.wrapper),
+    }
     with write_folder(folder, last="tvp.json") as part:
         mllm.model.save_pretrained(part)
-        save_processor(mllm.processor, part) if isinstance(mllm.processor, MarkerProcessor) else mllm.processor.save_pretrained(part)
+        save_processor(mllm.processor, part) if isinstance(
+            mllm.processor, MarkerProcessor
+        ) else mllm.processor.save_pretrained(part)
         write_atomic(part / "tvp.json", json.dumps(said, indent=2))
     return Path(folder)
 
@@ -215,17 +330,38 @@ def check_wrapper(
     said: dict,  # of tvp.json
     name: str,  # of the file, for messages
 ) -> Wrapper:
-    "Make the wrapper that a file describes, once its fields are known to be texts that a wrapper may have."
+    """Make the wrapper that a file describes, once its fields are known to be texts that a wrapper
+    may have."""
     kinds = {field.name: list if field.name == "alone" else str for field in fields(Wrapper)}
     check_fields(said, name, kinds, ("template", "ranking", "end"))
-    if unknown := sorted(set(said) - set(kinds)): raise ValueError(f"`wrapper` in {name} must have {', '.join(kinds)}, got {unknown[0][:60]!r}. Update tvp.")
-    if not all(isinstance(piece, str) and piece for piece in said.get("alone") or []): raise ValueError(f"`alone` in {name} must be a list of texts.")
+    if unknown := sorted(set(said) - set(kinds)):
+        raise ValueError(
+            f"`wrapper` in {name} must have {', '.join(kinds)}, "
+            f"got {unknown[0][:60]!r}. Update tvp."
+        )
+    if not all(isinstance(piece, str) and piece for piece in said.get("alone") or []):
+        raise ValueError(f"`alone` in {name} must be a list of texts.")
     for field in ("template", "ranking", "reference_ranking"):
-        try: slots = [part[1:] for part in Formatter().parse(said.get(field) or "") if part[1] is not None]
-        except ValueError: slots = ["damaged"]
-        if any(slot != ("", "", None) for slot in slots) or len(slots) != (field != "reference_ranking" or bool(said.get(field))):
-            raise ValueError(f"`{field}` in {name} must be a text with one {{}} for the instruction, got {str(said.get(field))[:60]!r}.")
-    return Wrapper(**{field: tuple(value) if isinstance(value, list) else value for field, value in said.items() if value is not None})
+        try:
+            slots = [
+                part[1:] for part in Formatter().parse(said.get(field) or "") if part[1] is not None
+            ]
+        except ValueError:
+            slots = ["damaged"]
+        if any(slot != ("", "", None) for slot in slots) or len(slots) != (
+            field != "reference_ranking" or bool(said.get(field))
+        ):
+            raise ValueError(
+                f"`{field}` in {name} must be a text with one {{}} for the instruction, got "
+                f"{str(said.get(field))[:60]!r}."
+            )
+    return Wrapper(
+        **{
+            field: tuple(value) if isinstance(value, list) else value
+            for field, value in said.items()
+            if value is not None
+        }
+    )
 
 
 def check_saved(
@@ -235,11 +371,19 @@ def check_saved(
     "Refuse what `save_mllm` does not write, and import the classes that the model needs."
     check_fields(said, name, {}, ("name", "modules", "wrapper"))
     for module in said["modules"]:
-        if not isinstance(module, str) or module not in MODULES and not module.startswith("transformers."):
-            raise ValueError(f"`modules` in {name} must be some of {', '.join(MODULES)}, got {str(module)[:60]!r}. It was not imported.")
+        if (
+            not isinstance(module, str)
+            or module not in MODULES
+            and not module.startswith("transformers.")
+        ):
+            raise ValueError(
+                f"`modules` in {name} must be some of {', '.join(MODULES)}, got "
+                f"{str(module)[:60]!r}. It was not imported."
+            )
     wrapper = check_wrapper(said["wrapper"], name)
     for module in MODULES:
-        if module in said["modules"]: find(f"{module}:__name__")
+        if module in said["modules"]:
+            find(f"{module}:__name__")
     return said["name"], wrapper
 
 # %% ../nbs/api/28_paper.ipynb #cad603a3
@@ -261,10 +405,16 @@ def load_saved(
     folder = Path(folder)
     said = read_json(folder / "tvp.json")
     if said.get("format") != "tvp-mllm" or said.get("version") != 1:
-        raise ValueError(f"`folder` must be written by save_mllm (tvp-mllm, version 1), got {said.get('format')}, version {said.get('version')} in {folder}.")
+        raise ValueError(
+            "`folder` must be written by save_mllm (tvp-mllm, version 1), got "
+            f"{said.get('format')}, version {said.get('version')} in {folder}."
+        )
     name, wrapper = check_saved(said, f"tvp.json of {folder.name}")
     how = load_options(read_json(folder / "config.json"), **options)
     ours = (folder / "marker_processor.json").is_file()
     processor = load_processor(folder) if ours else load_auto_processor(folder)
     model = load_model("AutoModelForImageTextToText", folder, **how)
-    with loading_errors(folder, "load_saved"): return paper_mllm(ready(model, gradient_checkpointing), processor, wrapper, name, reference_ranking)
+    with loading_errors(folder, "load_saved"):
+        return paper_mllm(
+            ready(model, gradient_checkpointing), processor, wrapper, name, reference_ranking
+        )

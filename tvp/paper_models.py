@@ -14,6 +14,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Wrapper:
     "How a model wants picture, instruction and answer laid out."
+
     template: str  # in the loss; {} is the instruction
     ranking: str  # in ranking
     end: str  # end symbol behind an answer, in the loss
@@ -23,19 +24,35 @@ class Wrapper:
 
 
 WRAPPERS = {
-    "minigpt4": Wrapper("<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "\n", ("<s>", "<Img>", "</Img>")),
-    "vpgtrans": Wrapper("<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "###", ("<s>", "<Img>", "</Img>")),
+    "minigpt4": Wrapper(
+        "<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "\n", ("<s>", "<Img>", "</Img>")
+    ),
+    "vpgtrans": Wrapper(
+        "<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "###", ("<s>", "<Img>", "</Img>")
+    ),
     "instructblip": Wrapper("<image></s>{}", "<image>{}", "</s>", ("</s>",)),
-    "bliva": Wrapper("<image><patches></s>{}", "<image><patches>{}", "</s>", ("</s>",), reference_ranking="<image>{}"),
+    "bliva": Wrapper(
+        "<image><patches></s>{}",
+        "<image><patches>{}",
+        "</s>",
+        ("</s>",),
+        reference_ranking="<image>{}",
+    ),
     "blip2-t5": Wrapper("<image>{}</s>", "<image>{}", "</s>", ("</s>",), "<extra_id_0>"),
     "blip2-opt": Wrapper("{}", "{}", "\n", image_token="<image>"),
-    "visualglm": Wrapper("<img><image></img>{}[gMASK]<sop>", "<img><image></img>{}[gMASK]<sop>", "<eop>", ("[gMASK]", "<sop>")),
+    "visualglm": Wrapper(
+        "<img><image></img>{}[gMASK]<sop>",
+        "<img><image></img>{}[gMASK]<sop>",
+        "<eop>",
+        ("[gMASK]", "<sop>"),
+    ),
 }
 
 # %% ../nbs/api/27_paper_models.ipynb #c1fb1721
 @dataclass(frozen=True)
 class Part:
     "One piece of a model."
+
     name: str  # key in `weights`
     fills: tuple[str, ...]  # beginnings of the parameters it is asked for; none: a tokenizer
     what: str  # in words
@@ -45,37 +62,98 @@ class Part:
 
 # %% ../nbs/api/27_paper_models.ipynb #4766842c
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
-BRIDGE = ("qformer.", "query_tokens", "language_projection.", "patch_projection.", "vision_model.post_layernorm.")
+BRIDGE = (
+    "qformer.",
+    "query_tokens",
+    "language_projection.",
+    "patch_projection.",
+    "vision_model.post_layernorm.",
+)
 EVERYTHING = ("vision_model.", "language_model.", *BRIDGE)
 VICUNA_LICENCE = "LLaMA's licence, not for commercial use"
 
 
 def tower_part(lender: str) -> Part:
     "The vision tower; the lender is a BLIP-2 on the hub."
-    return Part("vision", ("vision_model.",), "vision tower, EVA-CLIP ViT-g/14", f"{lender}, or {LAVIS}/BLIP2/eva_vit_g.pth", "MIT (hub), BSD-3-Clause (LAVIS)")
+    return Part(
+        "vision",
+        ("vision_model.",),
+        "vision tower, EVA-CLIP ViT-g/14",
+        f"{lender}, or {LAVIS}/BLIP2/eva_vit_g.pth",
+        "MIT (hub), BSD-3-Clause (LAVIS)",
+    )
 
 
 def language_part(what: str, where: str, licence: str) -> Part:
-    "The language model: what it is, where it is published, under what licence; its tokenizer is looked for beside it."
+    """The language model: what it is, where it is published, under what licence; its tokenizer is
+    looked for beside it."""
     return Part("language_model", ("language_model.",), what, where, licence)
 
 
-QFORMER_READS = Part("qformer_tokenizer", (), "tokenizer of the Q-Former, if it does not lie beside the model", "google-bert/bert-base-uncased", "Apache-2.0", False)
-TOKENIZER = Part("tokenizer", (), "tokenizer of the language model, if it does not lie beside it", "as the language model", "", False)
+QFORMER_READS = Part(
+    "qformer_tokenizer",
+    (),
+    "tokenizer of the Q-Former, if it does not lie beside the model",
+    "google-bert/bert-base-uncased",
+    "Apache-2.0",
+    False,
+)
+TOKENIZER = Part(
+    "tokenizer",
+    (),
+    "tokenizer of the language model, if it does not lie beside it",
+    "as the language model",
+    "",
+    False,
+)
 
 # %% ../nbs/api/27_paper_models.ipynb #b48b44dc
-LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                max_position_embeddings=2048, rms_norm_eps=1e-6, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-FLAN_T5_XL = dict(model_type="t5", vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32,
-                  feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0)
-OPT_2_7B = dict(model_type="opt", vocab_size=50272, hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32,
-                num_attention_heads=32, max_position_embeddings=2048, bos_token_id=2, eos_token_id=2, pad_token_id=1)
+LLAMA_7B = dict(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+FLAN_T5_XL = dict(
+    model_type="t5",
+    vocab_size=32128,
+    d_model=2048,
+    d_kv=64,
+    d_ff=5120,
+    num_layers=24,
+    num_decoder_layers=24,
+    num_heads=32,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
+)
+OPT_2_7B = dict(
+    model_type="opt",
+    vocab_size=50272,
+    hidden_size=2560,
+    word_embed_proj_dim=2560,
+    ffn_dim=10240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=2048,
+    bos_token_id=2,
+    eos_token_id=2,
+    pad_token_id=1,
+)
 QFORMER = dict(vocab_size=30523)  # BERT's and one more, [DEC]
 
 # %% ../nbs/api/27_paper_models.ipynb #8e27d035
 @dataclass(frozen=True)
 class PaperModel:
     "What one has to know to load a model of the paper."
+
     title: str  # with its language model
     model_class: str  # "module:class"
     wrapper: Wrapper  # how it is wrapped
@@ -87,48 +165,168 @@ class PaperModel:
     loader: str = ""  # "module:function" that reads files of another kind
 
 # %% ../nbs/api/27_paper_models.ipynb #485bbb5f
-T5_XXL, OPT_HUB = "Salesforce/blip2-flan-t5-xxl", "Salesforce/blip2-opt-2.7b"
+T5_XXL = "Salesforce/blip2-flan-t5-xxl"
+OPT_HUB = "Salesforce/blip2-opt-2.7b"
 PAPER = {
-    "minigpt4-7b": PaperModel("MiniGPT-4, Vicuna-7B v0", "tvp.lavis:LavisBlip2", WRAPPERS["minigpt4"], LLAMA_7B, (
-        tower_part(T5_XXL),
-        Part("qformer", ("qformer.", "query_tokens", "vision_model.post_layernorm."), "Q-Former and queries of BLIP-2 Flan-T5-XXL",
-             f"{T5_XXL}, or {LAVIS}/BLIP2/blip2_pretrained_flant5xxl.pth", "MIT (hub), BSD-3-Clause (LAVIS)"),
-        Part("projection", ("language_projection.",), "pretrained_minigpt4_7b.pth, the projection",
-             "README of https://github.com/Vision-CAIR/MiniGPT-4 ('MiniGPT-4 (Vicuna 7B)')", "BSD-3-Clause (repository)"),
-        language_part("Vicuna-7B v0", "Vision-CAIR/vicuna-7b", VICUNA_LICENCE), TOKENIZER)),
-    "vpgtrans-7b": PaperModel("VPGTrans, Vicuna-7B v0", "tvp.lavis:LavisBlip2", WRAPPERS["vpgtrans"], LLAMA_7B, (
-        tower_part("Salesforce/blip2-opt-6.7b"),
-        Part("bridge", BRIDGE, "vl-vicuna.pth: Q-Former, queries and projection", "https://thunlp.oss-cn-qingdao.aliyuncs.com/vpgtrans/vl-vicuna.pth",
-             "BSD-3-Clause (repository VPGTrans/VPGTrans)"),
-        language_part("Vicuna-7B v0", "Vision-CAIR/vicuna-7b", VICUNA_LICENCE), TOKENIZER)),
-    "bliva-7b": PaperModel("BLIVA, Vicuna-7B", "tvp.lavis:Bliva", WRAPPERS["bliva"], LLAMA_7B, (
-        tower_part("Salesforce/instructblip-vicuna-7b"),
-        Part("bridge", BRIDGE, "bliva_vicuna7b.pth: Q-Former, queries and both projections", "mlpc-lab/BLIVA_Vicuna/bliva_vicuna7b.pth", VICUNA_LICENCE),
-        language_part("Vicuna-7B, delta v0 applied to LLaMA-7B with fastchat 0.1.10", "lmsys/vicuna-7b-delta-v0", VICUNA_LICENCE), TOKENIZER, QFORMER_READS)),
+    "minigpt4-7b": PaperModel(
+        "MiniGPT-4, Vicuna-7B v0",
+        "tvp.lavis:LavisBlip2",
+        WRAPPERS["minigpt4"],
+        LLAMA_7B,
+        (
+            tower_part(T5_XXL),
+            Part(
+                "qformer",
+                ("qformer.", "query_tokens", "vision_model.post_layernorm."),
+                "Q-Former and queries of BLIP-2 Flan-T5-XXL",
+                f"{T5_XXL}, or {LAVIS}/BLIP2/blip2_pretrained_flant5xxl.pth",
+                "MIT (hub), BSD-3-Clause (LAVIS)",
+            ),
+            Part(
+                "projection",
+                ("language_projection.",),
+                "pretrained_minigpt4_7b.pth, the projection",
+                "README of https://github.com/Vision-CAIR/MiniGPT-4 ('MiniGPT-4 (Vicuna 7B)')",
+                "BSD-3-Clause (repository)",
+            ),
+            language_part("Vicuna-7B v0", "Vision-CAIR/vicuna-7b", VICUNA_LICENCE),
+            TOKENIZER,
+        ),
+    ),
+    "vpgtrans-7b": PaperModel(
+        "VPGTrans, Vicuna-7B v0",
+        "tvp.lavis:LavisBlip2",
+        WRAPPERS["vpgtrans"],
+        LLAMA_7B,
+        (
+            tower_part("Salesforce/blip2-opt-6.7b"),
+            Part(
+                "bridge",
+                BRIDGE,
+                "vl-vicuna.pth: Q-Former, queries and projection",
+                "https://thunlp.oss-cn-qingdao.aliyuncs.com/vpgtrans/vl-vicuna.pth",
+                "BSD-3-Clause (repository VPGTrans/VPGTrans)",
+            ),
+            language_part("Vicuna-7B v0", "Vision-CAIR/vicuna-7b", VICUNA_LICENCE),
+            TOKENIZER,
+        ),
+    ),
+    "bliva-7b": PaperModel(
+        "BLIVA, Vicuna-7B",
+        "tvp.lavis:Bliva",
+        WRAPPERS["bliva"],
+        LLAMA_7B,
+        (
+            tower_part("Salesforce/instructblip-vicuna-7b"),
+            Part(
+                "bridge",
+                BRIDGE,
+                "bliva_vicuna7b.pth: Q-Former, queries and both projections",
+                "mlpc-lab/BLIVA_Vicuna/bliva_vicuna7b.pth",
+                VICUNA_LICENCE,
+            ),
+            language_part(
+                "Vicuna-7B, delta v0 applied to LLaMA-7B with fastchat 0.1.10",
+                "lmsys/vicuna-7b-delta-v0",
+                VICUNA_LICENCE,
+            ),
+            TOKENIZER,
+            QFORMER_READS,
+        ),
+    ),
 }
 
 # %% ../nbs/api/27_paper_models.ipynb #de6e39f0
 PAPER |= {
-    "instructblip-7b": PaperModel("InstructBLIP, Vicuna-7B v1.1", "tvp.lavis:LavisInstructBlip", WRAPPERS["instructblip"], LLAMA_7B, (
-        tower_part("Salesforce/instructblip-vicuna-7b"),
-        Part("bridge", BRIDGE, "instruct_blip_vicuna7b_trimmed.pth: Q-Former, queries and projection",
-             f"{LAVIS}/InstructBLIP/instruct_blip_vicuna7b_trimmed.pth", "research only"),
-        language_part("Vicuna-7B v1.1", "lmsys/vicuna-7b-v1.1", VICUNA_LICENCE), TOKENIZER, QFORMER_READS),
-        "Salesforce/instructblip-vicuna-7b", "research only; " + VICUNA_LICENCE),
-    "blip2-flan-t5-xl": PaperModel("BLIP-2, Flan-T5-XL", "tvp.lavis:LavisBlip2", WRAPPERS["blip2-t5"], FLAN_T5_XL, (
-        tower_part("Salesforce/blip2-flan-t5-xl"),
-        Part("bridge", BRIDGE, "blip2_pretrained_flant5xl.pth: Q-Former, queries and projection", f"{LAVIS}/BLIP2/blip2_pretrained_flant5xl.pth", "BSD-3-Clause"),
-        language_part("Flan-T5-XL", "google/flan-t5-xl", "Apache-2.0"), TOKENIZER), "Salesforce/blip2-flan-t5-xl", "MIT"),
-    "blip2-opt-2.7b": PaperModel("BLIP-2, OPT-2.7B", "tvp.lavis:LavisBlip2", WRAPPERS["blip2-opt"], OPT_2_7B, (
-        tower_part(OPT_HUB),
-        Part("bridge", BRIDGE, "blip2_pretrained_opt2.7b.pth: Q-Former, queries and projection", f"{LAVIS}/BLIP2/blip2_pretrained_opt2.7b.pth", "BSD-3-Clause"),
-        language_part("OPT-2.7B", "facebook/opt-2.7b", "OPT's licence, not for commercial use"), TOKENIZER), OPT_HUB, "MIT; OPT under its own licence",
-        "Not one of the paper's six; wrapped as LAVIS trains it."),
-    "visualglm-6b": PaperModel("VisualGLM-6B, ChatGLM-6B", "tvp.visualglm:VisualGLMForConditionalGeneration", WRAPPERS["visualglm"], {}, (
-        Part("model", (), "all of it: the hub's folder, or SwissArmyTransformer's (mp_rank_00_model_states.pt beside model_config.json)",
-             "zai-org/visualglm-6b", "Apache-2.0 (code), the VisualGLM-6B licence (weights)"),
-        Part("tokenizer", (), "ice_text.model, if it does not lie beside it", "zai-org/visualglm-6b", "", False)),
-        "zai-org/visualglm-6b", "the VisualGLM-6B licence", loader="tvp.visualglm_files:load_visualglm"),
+    "instructblip-7b": PaperModel(
+        "InstructBLIP, Vicuna-7B v1.1",
+        "tvp.lavis:LavisInstructBlip",
+        WRAPPERS["instructblip"],
+        LLAMA_7B,
+        (
+            tower_part("Salesforce/instructblip-vicuna-7b"),
+            Part(
+                "bridge",
+                BRIDGE,
+                "instruct_blip_vicuna7b_trimmed.pth: Q-Former, queries and projection",
+                f"{LAVIS}/InstructBLIP/instruct_blip_vicuna7b_trimmed.pth",
+                "research only",
+            ),
+            language_part("Vicuna-7B v1.1", "lmsys/vicuna-7b-v1.1", VICUNA_LICENCE),
+            TOKENIZER,
+            QFORMER_READS,
+        ),
+        "Salesforce/instructblip-vicuna-7b",
+        "research only; " + VICUNA_LICENCE,
+    ),
+    "blip2-flan-t5-xl": PaperModel(
+        "BLIP-2, Flan-T5-XL",
+        "tvp.lavis:LavisBlip2",
+        WRAPPERS["blip2-t5"],
+        FLAN_T5_XL,
+        (
+            tower_part("Salesforce/blip2-flan-t5-xl"),
+            Part(
+                "bridge",
+                BRIDGE,
+                "blip2_pretrained_flant5xl.pth: Q-Former, queries and projection",
+                f"{LAVIS}/BLIP2/blip2_pretrained_flant5xl.pth",
+                "BSD-3-Clause",
+            ),
+            language_part("Flan-T5-XL", "google/flan-t5-xl", "Apache-2.0"),
+            TOKENIZER,
+        ),
+        "Salesforce/blip2-flan-t5-xl",
+        "MIT",
+    ),
+    "blip2-opt-2.7b": PaperModel(
+        "BLIP-2, OPT-2.7B",
+        "tvp.lavis:LavisBlip2",
+        WRAPPERS["blip2-opt"],
+        OPT_2_7B,
+        (
+            tower_part(OPT_HUB),
+            Part(
+                "bridge",
+                BRIDGE,
+                "blip2_pretrained_opt2.7b.pth: Q-Former, queries and projection",
+                f"{LAVIS}/BLIP2/blip2_pretrained_opt2.7b.pth",
+                "BSD-3-Clause",
+            ),
+            language_part("OPT-2.7B", "facebook/opt-2.7b", "OPT's licence, not for commercial use"),
+            TOKENIZER,
+        ),
+        OPT_HUB,
+        "MIT; OPT under its own licence",
+        "Not one of the paper's six; wrapped as LAVIS trains it.",
+    ),
+    "visualglm-6b": PaperModel(
+        "VisualGLM-6B, ChatGLM-6B",
+        "tvp.visualglm:VisualGLMForConditionalGeneration",
+        WRAPPERS["visualglm"],
+        {},
+        (
+            Part(
+                "model",
+                (),
+                "all of it: the hub's folder, or SwissArmyTransformer's "
+                "(mp_rank_00_model_states.pt beside model_config.json)",
+                "zai-org/visualglm-6b",
+                "Apache-2.0 (code), the VisualGLM-6B licence (weights)",
+            ),
+            Part(
+                "tokenizer",
+                (),
+                "ice_text.model, if it does not lie beside it",
+                "zai-org/visualglm-6b",
+                "",
+                False,
+            ),
+        ),
+        "zai-org/visualglm-6b",
+        "the VisualGLM-6B licence",
+        loader="tvp.visualglm_files:load_visualglm",
+    ),
 }
 
 # %% ../nbs/api/27_paper_models.ipynb #ae2dea29
@@ -136,11 +334,23 @@ def describe_paper(
     name: str,  # one of `PAPER`
 ) -> str:  # several lines
     "Which files a model needs, where their authors publish them and under what licence."
-    if name not in PAPER: raise KeyError(f"`name` must be one of {', '.join(PAPER)}; got {name!r}.")
-    paper, lines = PAPER[name], [f"{name} ({PAPER[name].title}). {PAPER[name].note}".strip()]
-    if paper.whole: lines += [f"Whole: weights={paper.whole!r} (licence: {paper.licence}).", "Or in parts:"]
+    if name not in PAPER:
+        raise KeyError(f"`name` must be one of {', '.join(PAPER)}; got {name!r}.")
+    paper = PAPER[name]
+    lines = [f"{name} ({PAPER[name].title}). {PAPER[name].note}".strip()]
+    if paper.whole:
+        lines += [f"Whole: weights={paper.whole!r} (licence: {paper.licence}).", "Or in parts:"]
     for part in paper.parts:
         licence = f" (licence: {part.licence})" if part.licence else ""
-        lines.append(f"  weights[{part.name!r}]{'' if part.needed else ', optional'}: {part.what}; from {part.where}{licence}")
-    return "\n".join([*lines, "Each is a file, a folder, a hub id 'owner/name' or a file on the hub 'owner/name/file.pth'; addresses are to be downloaded "
-                      "first. A folder that save_mllm has written is given alone: weights=FOLDER."])
+        lines.append(
+            f"  weights[{part.name!r}]{'' if part.needed else ', optional'}: {part.what}; from "
+            f"{part.where}{licence}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "Each is a file, a folder, a hub id 'owner/name' or a file on the hub "
+            "'owner/name/file.pth'; addresses are to be downloaded "
+            "first. A folder that save_mllm has written is given alone: weights=FOLDER.",
+        ]
+    )

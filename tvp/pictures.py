@@ -27,49 +27,75 @@ def _look(
 ) -> tuple[bytes, tuple[int, int]]:  # fingerprint, (width, height)
     "What the summary needs to know of one picture."
     source = images.source(i) if isinstance(images, Pictures) else images[i]
-    if isinstance(source, Tensor): return fingerprint(source), tuple(source.shape[:0:-1])
+    if isinstance(source, Tensor):
+        return fingerprint(source), tuple(source.shape[:0:-1])
     size = images[i].size if read else None
-    try: return fingerprint(source), size or _open(source).size
+    try:
+        return fingerprint(source), size or _open(source).size
     except UNREADABLE as error:
         where = images.where(i) if isinstance(images, Pictures) else f"picture {i}"
-        raise ValueError(f"{where} cannot be read: {error}. Replace it, or leave out its row.") from error
+        raise ValueError(
+            f"{where} cannot be read: {error}. Replace it, or leave out its row."
+        ) from error
 
 # %% ../nbs/api/11_pictures.ipynb #379663d9
 @dataclass(frozen=True)
 class TaskSummary:
     "What a task holds: a table with a row for each split, and what is worth knowing."
+
     task: str  # name and first words
     df: pd.DataFrame  # split, pictures, classes, fewest, most, sizes, repeated, seen_before
     notes: list[str] = field(default_factory=list)  # what may be wrong
 
-    def __str__(self): return "\n".join([self.task, "", self.df.to_string(index=False), "", *(f"- {note}" for note in self.notes or ["nothing suspicious"])])
+    def __str__(self):
+        return "\n".join(
+            [
+                self.task,
+                "",
+                self.df.to_string(index=False),
+                "",
+                *(f"- {note}" for note in self.notes or ["nothing suspicious"]),
+            ]
+        )
+
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         rows = [list(self.df), *self.df.itertuples(index=False)]
-        return render("task.html", task=self.task, rows=rows, notes=self.notes or ["nothing suspicious"])
+        return render(
+            "task.html", task=self.task, rows=rows, notes=self.notes or ["nothing suspicious"]
+        )
 
 # %% ../nbs/api/11_pictures.ipynb #6166ec00
 def _size_range(
     sizes: Sequence[tuple[int, int]],  # (width, height)
 ) -> str:
     "From the smallest to the largest picture."
-    low, high = (f"{w} x {h}" for w, h in (min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1])))
+    low, high = (
+        f"{w} x {h}"
+        for w, h in (min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1]))
+    )
     return low if low == high else f"{low} to {high}"
 
 # %% ../nbs/api/11_pictures.ipynb #842bb9df
 def class_notes(
     task: Task,
 ) -> list[str]:  # empty if every class has pictures in every split
-    "Classes without a picture, and test splits where always saying the same is right most of the time."
+    """Classes without a picture, and test splits where always saying the same is right most of the
+    time."""
     notes = []
     for name in ("train", "valid", "test"):
         counts = Counter(task.split(name).labels)
         missing = [str(c) for i, c in enumerate(task.candidates) if not counts[i]]
-        if missing: notes.append(f"{name}: no picture of {some_names(missing, 5)}")
+        if missing:
+            notes.append(f"{name}: no picture of {some_names(missing, 5)}")
     label, most = counts.most_common(1)[0]
     share = most / len(task.test)
-    if share > 1.5 / len(task.candidates) and share > .6: notes.append(f"test: always answering {task.candidates[label]!r} would be right for {share:.0%} of the pictures")
+    if share > 1.5 / len(task.candidates) and share > 0.6:
+        notes.append(
+            f"test: always answering {task.candidates[label]!r} would be right for {share:.0%} "
+            "of the pictures"
+        )
     return notes
 
 # %% ../nbs/api/11_pictures.ipynb #e63bea46
@@ -78,7 +104,8 @@ def _label(
     i: int,
 ) -> str:  # the file with its folder, or the row of the user's table
     "A picture's place in a few words."
-    if not isinstance(images, Pictures): return str(i)
+    if not isinstance(images, Pictures):
+        return str(i)
     path = images.path(i)
     return "/".join(Path(path).parts[-2:]) if path else f"row {int(images.rows[i])}"
 
@@ -90,16 +117,28 @@ def _split_row(
     read: bool,  # decode every picture
 ) -> tuple[dict, list[str]]:  # a row of the table; where pictures of earlier splits turned up again
     "One row of the summary."
-    sizes, again, before = [], 0, []
+    sizes = []
+    again = 0
+    before = []
     for i in range(len(split)):
         digest, size = _look(split.images, i, read)
         sizes.append(size)
         first = seen.setdefault(digest, (name, i, _label(split.images, i)))
-        if first[0] != name: before.append(f"{first[0]} {first[2]} = {name} {_label(split.images, i)}")
-        elif first[1] != i: again += 1
+        if first[0] != name:
+            before.append(f"{first[0]} {first[2]} = {name} {_label(split.images, i)}")
+        elif first[1] != i:
+            again += 1
     counts = Counter(split.labels).values()
-    return dict(split=name, pictures=len(split), classes=len(counts), fewest=min(counts), most=max(counts), sizes=_size_range(sizes),
-                repeated=again, seen_before=len(before)), before
+    return dict(
+        split=name,
+        pictures=len(split),
+        classes=len(counts),
+        fewest=min(counts),
+        most=max(counts),
+        sizes=_size_range(sizes),
+        repeated=again,
+        seen_before=len(before),
+    ), before
 
 # %% ../nbs/api/11_pictures.ipynb #5194502d
 def summarise(
@@ -107,10 +146,16 @@ def summarise(
     read: bool = False,  # decode every picture: slower, finds broken ones
 ) -> TaskSummary:
     "Classes, balance, sizes and duplicates of a task."
-    seen, rows, notes = {}, [], class_notes(task)
+    seen = {}
+    rows = []
+    notes = class_notes(task)
     for name in ("train", "valid", "test"):
         row, before = _split_row(name, task.split(name), seen, read)
         rows.append(row)
-        if before: notes.append(f"{name}: {len(before)} of its pictures are in an earlier split as well ({some_names(before, 5)})")
+        if before:
+            notes.append(
+                f"{name}: {len(before)} of its pictures are in an earlier split as well "
+                f"({some_names(before, 5)})"
+            )
     head = f"{task.name}: {task.metric}, {len(task.candidates)} candidates ({some_names(task.candidates)}). {task.description}".strip()
     return TaskSummary(head, pd.DataFrame(rows), notes)

@@ -23,19 +23,42 @@ from .tasks import Task, check_like_task
 # %% ../nbs/api/70_plots.ipynb #e20e08b1
 GROUPS = ["source", "unseen, same tower", "unseen, other tower", "unseen"]
 BASELINES = ("none", "frame")  # no prompt, and a border of zeros: nothing was learned
-METHOD_COLOURS = {"none": "#7f7f7f", "frame": "#a0a0a0", "VP": "#E69F00", "EVP": "#009E73", "TVP": "#0055A4", "TVP-lens": "#D55E00"}
+METHOD_COLOURS = {
+    "none": "#7f7f7f",
+    "frame": "#a0a0a0",
+    "VP": "#E69F00",
+    "EVP": "#009E73",
+    "TVP": "#0055A4",
+    "TVP-lens": "#D55E00",
+}
 METHOD_MARKERS = {"none": "_", "frame": "s", "VP": "s", "EVP": "^", "TVP": "o", "TVP-lens": "D"}
-METHOD_LINES = {"none": "-", "frame": "-", "VP": (0, (1, 2)), "EVP": (0, (3, 3)), "TVP": "-", "TVP-lens": (0, (7, 1.5))}
+METHOD_LINES = {
+    "none": "-",
+    "frame": "-",
+    "VP": (0, (1, 2)),
+    "EVP": (0, (3, 3)),
+    "TVP": "-",
+    "TVP-lens": (0, (7, 1.5)),
+}
 _OTHER = ["#CC79A7", "#56B4E9", "#000000", "#882255"]
 _OTHER_LINES = ["-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (6, 4))]
+
 
 def method_style(
     methods: list[str],  # in the order in which they are drawn
 ) -> dict[str, dict]:  # method -> matplotlib's color, marker and linestyle
-    "One colour, marker and dash pattern for each method: fixed for those of this package, from what is left for others."
+    """One colour, marker and dash pattern for each method: fixed for those of this package, from
+    what is left for others."""
     rest = [method for method in methods if method not in METHOD_COLOURS]
-    own = {method: dict(color=_OTHER[i % 4], marker="pPX*"[i % 4], linestyle=_OTHER_LINES[i % 4]) for i, method in enumerate(rest)}
-    return {m: own.get(m) or dict(color=METHOD_COLOURS[m], marker=METHOD_MARKERS[m], linestyle=METHOD_LINES[m]) for m in methods}
+    own = {
+        method: dict(color=_OTHER[i % 4], marker="pPX*"[i % 4], linestyle=_OTHER_LINES[i % 4])
+        for i, method in enumerate(rest)
+    }
+    return {
+        m: own.get(m)
+        or dict(color=METHOD_COLOURS[m], marker=METHOD_MARKERS[m], linestyle=METHOD_LINES[m])
+        for m in methods
+    }
 
 # %% ../nbs/api/70_plots.ipynb #5b03e87b
 def _one_story(
@@ -43,77 +66,186 @@ def _one_story(
 ) -> pd.DataFrame:  # the same with `group`
     "Rows that fit into one transfer picture, or an error that says why not."
     check_kind("df", df, pd.DataFrame, "Try results.mean().")
-    if missing := {"task", "method", "source", "target", "metric", "clean", "prompted", "low", "high", "n"} - set(df.columns):
-        raise ValueError(f"`df` must have the columns of TransferResults.df, got none named {', '.join(sorted(missing))}.")
-    if not len(df): raise ValueError("`df` must have rows, got none. Was the query too narrow?")
+    if missing := {
+        "task",
+        "method",
+        "source",
+        "target",
+        "metric",
+        "clean",
+        "prompted",
+        "low",
+        "high",
+        "n",
+    } - set(df.columns):
+        raise ValueError(
+            "`df` must have the columns of TransferResults.df, got none named "
+            f"{', '.join(sorted(missing))}."
+        )
+    if not len(df):
+        raise ValueError("`df` must have rows, got none. Was the query too narrow?")
     for name, plural in [("task", "tasks"), ("source", "sources")]:
         if df[name].nunique() > 1:
-            raise ValueError(f"`df` must be about one {name}, got the {plural} {', '.join(df[name].unique())}. Try df.query(...) first.")
+            raise ValueError(
+                f"`df` must be about one {name}, got the {plural} "
+                f"{', '.join(df[name].unique())}. Try df.query(...) first."
+            )
     if df.duplicated(["method", "target"]).any():
-        raise ValueError("`df` must have one row for each method and target, got several: several seeds? Try results.mean().")
-    if "group" in df: return df
-    return df.assign(group=["source" if target in source_names(source) else "unseen" for target, source in zip(df.target, df.source)])
+        raise ValueError(
+            "`df` must have one row for each method and target, got several: several seeds? Try "
+            "results.mean()."
+        )
+    if "group" in df:
+        return df
+    return df.assign(
+        group=[
+            "source" if target in source_names(source) else "unseen"
+            for target, source in zip(df.target, df.source)
+        ]
+    )
 
 # %% ../nbs/api/70_plots.ipynb #2b0efed3
 def _columns(
     df: pd.DataFrame,  # with `group`
 ) -> dict[str, float]:  # target -> x position; a gap between groups
     "Where each model stands."
-    targets = df.drop_duplicates("target").sort_values("group", key=lambda g: g.map(GROUPS.index), kind="stable")
-    return {row.target: i + 0.6 * GROUPS.index(row.group) for i, row in enumerate(targets.itertuples())}
+    targets = df.drop_duplicates("target").sort_values(
+        "group", key=lambda g: g.map(GROUPS.index), kind="stable"
+    )
+    return {
+        row.target: i + 0.6 * GROUPS.index(row.group) for i, row in enumerate(targets.itertuples())
+    }
+
 
 def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[str, dict]) -> None:
-    "Stems, whiskers and points of all methods; triangles where a learned prompt's whole interval is below 0."
+    """Stems, whiskers and points of all methods; triangles where a learned prompt's whole interval
+    is below 0."""
     for i, (method, style) in enumerate(styles.items()):
         rows = df[df.method == method]
         at = rows.target.map(x) + 0.72 * ((i + 0.5) / len(styles) - 0.5)
-        clean, prompted = 100 * rows.clean, 100 * rows.prompted
-        low, high = clean + 100 * rows.low, clean + 100 * rows.high
+        clean = 100 * rows.clean
+        prompted = 100 * rows.prompted
+        low = clean + 100 * rows.low
+        high = clean + 100 * rows.high
         ax.vlines(at, clean, prompted, color=style["color"], lw=5, alpha=0.25, zorder=2)
-        face = dict(mec=style["color"], mfc="white", mew=1.3) if method in BASELINES else dict(mec="white", mew=0.6)
-        ax.errorbar(at, prompted, yerr=[(prompted - low).clip(0), (high - prompted).clip(0)], fmt=style["marker"], ms=6, **face,
-                    color=style["color"], ecolor=style["color"], elinewidth=1.3, capsize=2.5, zorder=4, label=method)
+        face = (
+            dict(mec=style["color"], mfc="white", mew=1.3)
+            if method in BASELINES
+            else dict(mec="white", mew=0.6)
+        )
+        ax.errorbar(
+            at,
+            prompted,
+            yerr=[(prompted - low).clip(0), (high - prompted).clip(0)],
+            fmt=style["marker"],
+            ms=6,
+            **face,
+            color=style["color"],
+            ecolor=style["color"],
+            elinewidth=1.3,
+            capsize=2.5,
+            zorder=4,
+            label=method,
+        )
         harmed = (rows.high < 0) & (method not in BASELINES)
         ax.plot(at[harmed], low[harmed] - 2.2, "v", ms=5, color="#b00020", zorder=4)
 
 # %% ../nbs/api/70_plots.ipynb #222af9e8
 def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
     "Model names below, the name of each group above, a line between groups."
-    ax.set_xticks(list(x.values()), [name.removeprefix("tiny-") + ("\n(source)" if g == "source" else "") for name, g in
-                                     ((name, df.group[df.target == name].iloc[0]) for name in x)], fontsize=9)
+    ax.set_xticks(
+        list(x.values()),
+        [
+            name.removeprefix("tiny-") + ("\n(source)" if g == "source" else "")
+            for name, g in ((name, df.group[df.target == name].iloc[0]) for name in x)
+        ],
+        fontsize=9,
+    )
     shown = [g for g in GROUPS if (df.group == g).any()]
     for group in shown:
         places = [x[name] for name in df.target[df.group == group].unique()]
         label = textwrap.fill(group, 12) if len(places) == 1 else group
-        ax.text(np.mean(places), 1.02, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9, color="#444444")
-        if group != shown[-1]: ax.axvline(max(places) + 0.8, color="#bbbbbb", lw=0.8, ls=(0, (4, 3)), zorder=1)
+        ax.text(
+            np.mean(places),
+            1.02,
+            label,
+            transform=ax.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#444444",
+        )
+        if group != shown[-1]:
+            ax.axvline(max(places) + 0.8, color="#bbbbbb", lw=0.8, ls=(0, (4, 3)), zorder=1)
+
 
 def _head(ax, title: str, more: str) -> None:
-    "Title and, below it and above the names of the groups, what else must be known: on two lines, so that they never meet."
+    """Title and, below it and above the names of the groups, what else must be known: on two lines,
+    so that they never meet."""
     ax.set_title(title, loc="left", pad=50, fontsize=12, fontweight="bold")
-    ax.annotate(more, (0, 1), (0, 35), xycoords="axes fraction", textcoords="offset points", fontsize=9, color="#444444")
+    ax.annotate(
+        more,
+        (0, 1),
+        (0, 35),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=9,
+        color="#444444",
+    )
 
 # %% ../nbs/api/70_plots.ipynb #e1fdbef6
 def plot_transfer(
     df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
+    # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
-):  # matplotlib Axes
-    "Score of each model without and with each prompt, with 95 % intervals of the gain; triangles mark negative transfer."
+):
+    """Score of each model without and with each prompt, with 95 % intervals of the gain; triangles
+    mark negative transfer."""
     import matplotlib.pyplot as plt
     import seaborn as sns
+
     df = _one_story(df)
     x = _columns(df)
-    if ax is None: _, ax = plt.subplots(figsize=(max(4.8, 1.6 + 1.15 * max(x.values())), 4.4), layout="constrained")
+    if ax is None:
+        _, ax = plt.subplots(
+            figsize=(max(4.8, 1.6 + 1.15 * max(x.values())), 4.4), layout="constrained"
+        )
     none = df.drop_duplicates("target")
-    ax.hlines(100 * none.clean, none.target.map(x) - 0.42, none.target.map(x) + 0.42, color=METHOD_COLOURS["none"], lw=2, zorder=3, label="none")
+    ax.hlines(
+        100 * none.clean,
+        none.target.map(x) - 0.42,
+        none.target.map(x) + 0.42,
+        color=METHOD_COLOURS["none"],
+        lw=2,
+        zorder=3,
+        label="none",
+    )
     methods = sorted(df.method.unique(), key=lambda m: m not in BASELINES)  # baselines first
     _draw_methods(ax, df, x, method_style([m for m in methods if m != "none"]))
     _label_groups(ax, df, x)
     ax.set(xlim=(min(x.values()) - 0.7, max(x.values()) + 0.7), ylabel=f"{df.metric.iloc[0]} in %")
-    _head(ax, f"{df.task.iloc[0]}: one prompt, every model", f"{df.n.iloc[0]:,} pictures, 95 % intervals")
+    _head(
+        ax,
+        f"{df.task.iloc[0]}: one prompt, every model",
+        f"{df.n.iloc[0]:,} pictures, 95 % intervals",
+    )
     handles, labels = ax.get_legend_handles_labels()
-    if (df.high[~df.method.isin(BASELINES)] < 0).any(): handles, labels = [*handles, *ax.plot([], [], "v", ms=5, color="#b00020")], [*labels, "negative transfer"]
-    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.4, ncols=max(3, min(7, int(ax.figure.get_figwidth()))), frameon=False, fontsize=9, handletextpad=0.4)
+    if (df.high[~df.method.isin(BASELINES)] < 0).any():
+        handles, labels = (
+            [*handles, *ax.plot([], [], "v", ms=5, color="#b00020")],
+            [*labels, "negative transfer"],
+        )
+    ax.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=3.4,
+        ncols=max(3, min(7, int(ax.figure.get_figwidth()))),
+        frameon=False,
+        fontsize=9,
+        handletextpad=0.4,
+    )
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     sns.despine(ax=ax)
@@ -123,72 +255,152 @@ def plot_transfer(
 def transfer_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # gain in points and high end of its interval, sources x targets
+    # gain in points and high end of its interval, sources x targets
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Gains of one method as a matrix."
     check_kind("df", df, pd.DataFrame, "Try results.mean().")
     rows = df[df.method == check_choice("method", method, df.method.unique())]
     if rows.task.nunique() > 1:
-        raise ValueError(f"`df` must be about one task, got the tasks {', '.join(rows.task.unique())}. Try df.query(...) first.")
+        raise ValueError(
+            f"`df` must be about one task, got the tasks {', '.join(rows.task.unique())}. Try "
+            "df.query(...) first."
+        )
     if rows.duplicated(["source", "target"]).any():
-        raise ValueError("`df` must have one row for each source and target, got several: several seeds? Try results.mean().")
-    wide = lambda column: rows.pivot(index="source", columns="target", values=column).loc[rows.source.unique(), rows.target.unique()] * 100
+        raise ValueError(
+            "`df` must have one row for each source and target, got several: several seeds? Try "
+            "results.mean()."
+        )
+
+    def wide(column):
+        return (
+            rows.pivot(index="source", columns="target", values=column).loc[
+                rows.source.unique(), rows.target.unique()
+            ]
+            * 100
+        )
+
     return wide("gain"), wide("high")
 
 # %% ../nbs/api/70_plots.ipynb #6416bbb0
 def _frame_matrix(ax, gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
     "Frames around what each prompt was trained on, lines between towers."
     import matplotlib.pyplot as plt
+
     for i, source in enumerate(gain.index):
         for name in [name for name in source_names(source) if name in gain.columns]:
-            ax.add_patch(plt.Rectangle((list(gain.columns).index(name) + 0.04, i + 0.04), 0.92, 0.92, fill=False, lw=2, ec="#222222"))
+            ax.add_patch(
+                plt.Rectangle(
+                    (list(gain.columns).index(name) + 0.04, i + 0.04),
+                    0.92,
+                    0.92,
+                    fill=False,
+                    lw=2,
+                    ec="#222222",
+                )
+            )
     names = list(gain.columns)
     for i, (left, right) in enumerate(zip(names, names[1:]), 1):
-        if towers.get(left) != towers.get(right): ax.axvline(i, color="white", lw=6)
+        if towers.get(left) != towers.get(right):
+            ax.axvline(i, color="white", lw=6)
 
 # %% ../nbs/api/70_plots.ipynb #ba9306a9
 def plot_matrix(
     df: pd.DataFrame,  # rows of one task: `results.mean()`
     method: str = "TVP",  # which prompts
+    # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
-):  # matplotlib Axes
+):
     "Gain from each source (row) to each target (column), in points."
     import matplotlib.pyplot as plt
     import seaborn as sns
+
     gain, high = transfer_matrix(df, method)
-    if ax is None: _, ax = plt.subplots(figsize=(2.6 + 0.95 * gain.shape[1], 1.7 + 0.62 * gain.shape[0]), layout="constrained")
+    if ax is None:
+        _, ax = plt.subplots(
+            figsize=(2.6 + 0.95 * gain.shape[1], 1.7 + 0.62 * gain.shape[0]), layout="constrained"
+        )
     text = gain.map("{:+.1f}".format) + (high < 0).replace({True: " ↓", False: ""})
     most = max(1.0, np.nanmax(gain.abs()))
-    sns.heatmap(gain, ax=ax, annot=text.values, fmt="", cmap="vlag_r", center=0, vmin=-most, vmax=most, linewidths=2, annot_kws={"size": 10},
-                cbar_kws={"label": "gain in points", "pad": 0.02})
-    _frame_matrix(ax, gain, df.drop_duplicates("target").set_index("target")["tower"] if "tower" in df else {})
+    sns.heatmap(
+        gain,
+        ax=ax,
+        annot=text.values,
+        fmt="",
+        cmap="vlag_r",
+        center=0,
+        vmin=-most,
+        vmax=most,
+        linewidths=2,
+        annot_kws={"size": 10},
+        cbar_kws={"label": "gain in points", "pad": 0.02},
+    )
+    _frame_matrix(
+        ax, gain, df.drop_duplicates("target").set_index("target")["tower"] if "tower" in df else {}
+    )
     ax.set(xlabel="plugged into", ylabel="trained on")
-    ax.set_xticklabels([name.removeprefix("tiny-") for name in gain.columns], rotation=30, ha="right")
-    ax.set_yticklabels([" +\n".join(name.removeprefix("tiny-") for name in source_names(source)) for source in gain.index], rotation=0)
-    ax.set_title(f"{df.task.iloc[0]}: gain of {method} over no prompt", loc="left", fontsize=12, fontweight="bold")
+    ax.set_xticklabels(
+        [name.removeprefix("tiny-") for name in gain.columns], rotation=30, ha="right"
+    )
+    ax.set_yticklabels(
+        [
+            " +\n".join(name.removeprefix("tiny-") for name in source_names(source))
+            for source in gain.index
+        ],
+        rotation=0,
+    )
+    ax.set_title(
+        f"{df.task.iloc[0]}: gain of {method} over no prompt",
+        loc="left",
+        fontsize=12,
+        fontweight="bold",
+    )
     return ax
 
 # %% ../nbs/api/70_plots.ipynb #5a28168b
-HISTORY_PANELS = {"task": "task loss", "fca": "feature consistency (FCA)", "tse": "task semantics (TSE)", "grad_norm": "gradient norm"}
+HISTORY_PANELS = {
+    "task": "task loss",
+    "fca": "feature consistency (FCA)",
+    "tse": "task semantics (TSE)",
+    "grad_norm": "gradient norm",
+}
+
 
 def _histories(
     history: pd.DataFrame | Mapping[str, pd.DataFrame],
 ) -> dict[str, pd.DataFrame]:  # method -> history
     "One history or several, checked."
-    histories = {"": history} if isinstance(history, pd.DataFrame) else dict(check_kind("history", history, Mapping, "Try learner.history."))
-    if not histories: raise ValueError("`history` must hold at least one, got none. Try learner.history.")
+    histories = (
+        {"": history}
+        if isinstance(history, pd.DataFrame)
+        else dict(check_kind("history", history, Mapping, "Try learner.history."))
+    )
+    if not histories:
+        raise ValueError("`history` must hold at least one, got none. Try learner.history.")
     for name, frame in histories.items():
         if not len(check_kind("history", frame, pd.DataFrame)) or "step" not in frame:
-            raise ValueError(f"`history` {name!r} must have a row for each step and a column `step`, got {len(frame)} rows. "
-                             "Train first: learner.fit().")
+            raise ValueError(
+                f"`history` {name!r} must have a row for each step and a column `step`, got "
+                f"{len(frame)} rows. "
+                "Train first: learner.fit()."
+            )
     return histories
+
 
 def _panels(
     histories: Mapping[str, pd.DataFrame],
 ) -> list[str]:  # columns
     "The columns worth a panel: those that hold numbers, losses of one's own last."
-    found = {c for frame in histories.values() for c in frame.select_dtypes("number") if frame[c].notna().any()}
-    columns = dict.fromkeys(c for frame in histories.values() for c in frame if c not in ("step", "epoch", "loss", "lr"))
+    found = {
+        c
+        for frame in histories.values()
+        for c in frame.select_dtypes("number")
+        if frame[c].notna().any()
+    }
+    columns = dict.fromkeys(
+        c for frame in histories.values() for c in frame if c not in ("step", "epoch", "loss", "lr")
+    )
     return [c for c in {**HISTORY_PANELS, **columns} if c in found]
+
 
 def _running_mean(
     values: pd.Series,
@@ -202,20 +414,35 @@ def plot_history(
 ) -> np.ndarray:  # of Axes, one for each panel
     "Losses and gradient norm over the steps of training."
     import matplotlib.pyplot as plt
+
     histories = _histories(history)
     panels = _panels(histories)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 2.6), squeeze=False, layout="constrained"
+    )
     for column, ax in zip(panels, axes[0]):
-        for (name, frame), style in zip(histories.items(), method_style([name or "TVP" for name in histories]).values()):
-            if column not in frame or frame[column].isna().all(): continue
+        for (name, frame), style in zip(
+            histories.items(), method_style([name or "TVP" for name in histories]).values()
+        ):
+            if column not in frame or frame[column].isna().all():
+                continue
             ax.plot(frame.step, frame[column], color=style["color"], lw=0.7, alpha=0.3)
-            ax.plot(frame.step, _running_mean(frame[column]), color=style["color"], ls=style["linestyle"], lw=1.8, label=name or None,
-                    zorder=2 if style["linestyle"] == "-" else 3)  # dashes above, or a solid line would hide them
+            ax.plot(
+                frame.step,
+                _running_mean(frame[column]),
+                color=style["color"],
+                ls=style["linestyle"],
+                lw=1.8,
+                label=name or None,
+                # dashes above, or a solid line would hide them
+                zorder=2 if style["linestyle"] == "-" else 3,
+            )
         ax.set_title(HISTORY_PANELS.get(column, column), loc="left", fontsize=10)
         ax.set_xlabel("step")
         ax.grid(axis="y", color="#e6e6e6", lw=0.8)
         ax.spines[["top", "right"]].set_visible(False)
-    if any(histories): axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
+    if any(histories):
+        axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
 
@@ -225,9 +452,14 @@ def redraw_history(
 ) -> None:
     "Give the lines of a figure their new points, which takes a tenth of the time of a new figure."
     panels = _panels(_histories(history))
-    if len(panels) != len(axes): raise ValueError(f"`axes` must be one for each of {', '.join(panels)}, got {len(axes)}. Draw anew: plot_history(history).")
+    if len(panels) != len(axes):
+        raise ValueError(
+            f"`axes` must be one for each of {', '.join(panels)}, got {len(axes)}. Draw anew: "
+            "plot_history(history)."
+        )
     for column, ax in zip(panels, axes):
-        for line, values in zip(ax.lines, (history[column], _running_mean(history[column]))): line.set_data(history.step, values)
+        for line, values in zip(ax.lines, (history[column], _running_mean(history[column]))):
+            line.set_data(history.step, values)
         ax.relim()
         ax.autoscale_view()
 
@@ -239,30 +471,57 @@ def prompt_scale(
     shown = shown_prompt(prompt).detach().float().abs()
     return shown[prompt.mask.bool().expand_as(shown)].quantile(0.99).item()
 
+
 def prompt_title(
     prompt: VisualPrompt,
 ) -> str:  # three lines, and one for each thing that is done to the picture itself
-    "Method, source and task, as far as the prompt knows them; size and range; range of the colours; contrast, brightness, sharpness and scale of the picture."
-    known, delta, scale = prompt.provenance, shown_prompt(prompt).detach(), prompt_scale(prompt)
+    """Method, source and task, as far as the prompt knows them; size and range; range of the
+    colours; contrast, brightness, sharpness and scale of the picture."""
+    known = prompt.provenance
+    delta = shown_prompt(prompt).detach()
+    scale = prompt_scale(prompt)
     what = str(known.get("method", f"{prompt.kind} prompt"))
-    if known.get("source"): what += f" on {known['source']}"
-    if known.get("task"): what += f", {known['task']}"
-    own = "".join(f"\n{name} of the picture {', '.join(f'{value:.2f}' for value in values)}" for name, values in adjustments(prompt).items())
-    return f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to {delta.max():.2f}\nfull colour at ±{scale:.2f}{own}"
+    if known.get("source"):
+        what += f" on {known['source']}"
+    if known.get("task"):
+        what += f", {known['task']}"
+    own = "".join(
+        f"\n{name} of the picture {', '.join(f'{value:.2f}' for value in values)}"
+        for name, values in adjustments(prompt).items()
+    )
+    return (
+        f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to "
+        f"{delta.max():.2f}\nfull "
+        f"colour at ±{scale:.2f}{own}"
+    )
+
 
 def plot_prompt(
     prompt: VisualPrompt,
+    # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
-):  # matplotlib Axes
-    "The prompt in its own range: mid grey is 0, a full colour the 99th percentile of its values' sizes."
+):
+    """The prompt in its own range: mid grey is 0, a full colour the 99th percentile of its values'
+    sizes."""
     import matplotlib.pyplot as plt
+
     check_kind("prompt", prompt, VisualPrompt)
-    if ax is None: _, ax = plt.subplots(figsize=(3.4, 3.95), layout="constrained")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.4, 3.95), layout="constrained")
     delta = shown_prompt(prompt).detach().float().cpu()
-    pixels = (0.5 + 0.5 * delta / max(prompt_scale(prompt), 1e-12)).clamp(0, 1).permute(1, 2, 0).numpy()
+    pixels = (
+        (0.5 + 0.5 * delta / max(prompt_scale(prompt), 1e-12)).clamp(0, 1).permute(1, 2, 0).numpy()
+    )
     ax.imshow(pixels, interpolation="nearest")
     if prompt.kind == "border":
-        ax.text(prompt.size / 2 - 0.5, prompt.size / 2 - 0.5, f"picture\n{prompt.inner} x {prompt.inner}", ha="center", va="center", color="white")
+        ax.text(
+            prompt.size / 2 - 0.5,
+            prompt.size / 2 - 0.5,
+            f"picture\n{prompt.inner} x {prompt.inner}",
+            ha="center",
+            va="center",
+            color="white",
+        )
     ax.set_title(prompt_title(prompt), loc="left", fontsize=9)
     ax.set_axis_off()
     return ax
@@ -273,23 +532,48 @@ def sample_batches(
     task: Task,
     n: int,  # pictures
     split: str,  # "train", "valid" or "test"
+    # -> two batches of the same n pictures: for the whole canvas, and for the prompt
     seed: int,  # of the shuffling
-):  # -> two batches of the same n pictures: for the whole canvas, and for the prompt
+):
     "The same pictures, once without and once with room for the prompt."
-    check_whole("n", n), check_whole("seed", seed, 0), check_kind("prompt", prompt, VisualPrompt), check_like_task("task", task)
-    draw = lambda size: next(iter(task.batches(split, size, n, shuffle=True, generator=torch.Generator().manual_seed(seed))))
-    clean, framed = draw(prompt.size), draw(prompt.inner)
+    (
+        check_whole("n", n),
+        check_whole("seed", seed, 0),
+        check_kind("prompt", prompt, VisualPrompt),
+        check_like_task("task", task),
+    )
+
+    def draw(size):
+        return next(
+            iter(
+                task.batches(
+                    split, size, n, shuffle=True, generator=torch.Generator().manual_seed(seed)
+                )
+            )
+        )
+
+    clean = draw(prompt.size)
+    framed = draw(prompt.inner)
     assert torch.equal(clean.index, framed.index), "two orders from one seed"
     return clean, framed
 
+
 def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> None:
     "One picture and the model's answer below it."
-    ax.imshow(image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.imshow(
+        image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest"
+    )
     ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values(): spine.set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     if answer is not None:
         text = textwrap.shorten(answer, 22, placeholder="…") + (" ✓" if right else " ✗")
-        ax.set_xlabel(text, fontsize=9, color="#00664a" if right else "#b00020", fontweight="bold" if right else "normal")
+        ax.set_xlabel(
+            text,
+            fontsize=9,
+            color="#00664a" if right else "#b00020",
+            fontweight="bold" if right else "normal",
+        )
 
 # %% ../nbs/api/70_plots.ipynb #48d76c6a
 @torch.no_grad()
@@ -303,17 +587,38 @@ def plot_samples(
 ) -> np.ndarray:  # of Axes, (2, n): without and with the prompt
     "Pictures without and with the prompt, and the model's answers."
     import matplotlib.pyplot as plt
-    if not hasattr(mllm, "rank") and mllm is not None: raise TypeError(f"`mllm` must be a model or None, got {mllm!r}. Load it first: zoo[name].")
+
+    if not hasattr(mllm, "rank") and mllm is not None:
+        raise TypeError(f"`mllm` must be a model or None, got {mllm!r}. Load it first: zoo[name].")
     clean, framed = sample_batches(prompt, task, n, split, seed)
-    shown = {"without": clean.images, "with prompt": prompt(framed.images.to(prompt.delta.device)).cpu()}
+    shown = {
+        "without": clean.images,
+        "with prompt": prompt(framed.images.to(prompt.delta.device)).cpu(),
+    }
     n = len(clean.labels)
-    figure, axes = plt.subplots(2, n, figsize=(1.55 * n + 0.3, 4.3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, n, figsize=(1.55 * n + 0.3, 4.3), squeeze=False, layout="constrained"
+    )
     for row, (name, images) in zip(axes, shown.items()):
-        said = [None] * n if mllm is None else mllm.rank(images.to(mllm.device), clean.instructions, task.candidates).argmax(1).tolist()
+        said = (
+            [None] * n
+            if mllm is None
+            else mllm.rank(images.to(mllm.device), clean.instructions, task.candidates)
+            .argmax(1)
+            .tolist()
+        )
         for ax, image, answer, label in zip(row, images, said, clean.labels.tolist()):
-            _draw_sample(ax, image, None if answer is None else task.candidates[answer], answer == label)
+            _draw_sample(
+                ax, image, None if answer is None else task.candidates[answer], answer == label
+            )
         row[0].set_ylabel(name, fontsize=10)
     for ax, instruction, answer in zip(axes[0], clean.instructions, clean.answers):
-        ax.set_title(textwrap.fill(instruction, 22, max_lines=3, placeholder=" …") + f"\n[{answer}]", fontsize=8)
-    if mllm is not None: figure.suptitle(f"what {mllm.name} answers", x=0.01, ha="left", fontsize=11, fontweight="bold")
+        ax.set_title(
+            textwrap.fill(instruction, 22, max_lines=3, placeholder=" …") + f"\n[{answer}]",
+            fontsize=8,
+        )
+    if mllm is not None:
+        figure.suptitle(
+            f"what {mllm.name} answers", x=0.01, ha="left", fontsize=11, fontweight="bold"
+        )
     return axes

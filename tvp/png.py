@@ -25,13 +25,27 @@ def check_exact(
     prompt: VisualPrompt,
 ) -> None:
     "Refuse a prompt that would not survive being a PNG, and say what would be lost."
-    if prompt.range == "uint8": return
-    if prompt.range == "unit": lost = "this one has range='unit', and would be rounded. Accept that with prompt.to_range('uint8').to_png(path)"
-    elif prompt.kind != "border": lost = f"this one has range='free' and is added to the picture (kind={prompt.kind!r}). Train it with range='uint8'"
+    if prompt.range == "uint8":
+        return
+    if prompt.range == "unit":
+        lost = (
+            "this one has range='unit', and would be rounded. Accept that with "
+            "prompt.to_range('uint8').to_png(path)"
+        )
+    elif prompt.kind != "border":
+        lost = (
+            f"this one has range='free' and is added to the picture (kind={prompt.kind!r}). "
+            "Train it "
+            "with range='uint8'"
+        )
     else:
         outside, kept = clipping(prompt)
-        lost = (f"this one has range='free', {outside:.0%} of its values lie outside [0, 1], and clipped it keeps {kept:.0%} of its energy. "
-                "Train it with range='uint8', or accept the loss with prompt.to_range('uint8').to_png(path)")
+        lost = (
+            f"this one has range='free', {outside:.0%} of its values lie outside [0, 1], and "
+            f"clipped it keeps {kept:.0%} of its energy. "
+            "Train it with range='uint8', or accept the loss with "
+            "prompt.to_range('uint8').to_png(path)"
+        )
     raise ValueError(f"a PNG holds a prompt exactly only if its range is 'uint8'; {lost}.")
 
 # %% ../nbs/api/03_png.ipynb #164a33ed
@@ -39,14 +53,24 @@ def alpha(
     prompt: VisualPrompt,
 ) -> np.ndarray:  # (size, size), or (width, width) for a random patch; uint8
     "Opaque where the prompt is; half transparent over a whole picture."
-    if prompt.kind == "random-patch": return np.full((prompt.width, prompt.width), 255, np.uint8)
-    return (prompt.mask[0].cpu().numpy() * (128 if prompt.kind == "whole" else 255)).astype(np.uint8)
+    if prompt.kind == "random-patch":
+        return np.full((prompt.width, prompt.width), 255, np.uint8)
+    return (prompt.mask[0].cpu().numpy() * (128 if prompt.kind == "whole" else 255)).astype(
+        np.uint8
+    )
+
 
 def rgba(
     prompt: VisualPrompt,  # of range uint8
 ) -> Image.Image:  # RGBA
     "The prompt as a picture with transparency."
-    levels = (prompt.pixels().detach().float().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    levels = (
+        (prompt.pixels().detach().float().cpu() * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(1, 2, 0)
+        .numpy()
+    )
     seen = alpha(prompt)
     return Image.fromarray(np.dstack([levels * (seen > 0)[..., None], seen]))
 
@@ -58,14 +82,31 @@ def save_png(
     "Write a PNG with the prompt's pixels, geometry and provenance, all or nothing."
     path = with_suffix(as_path(path), ".png")
     check_exact(prompt)
-    if not all(part.isfinite().all() for part in prompt.parameters()): raise ValueError("`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller learning rate.")
-    text, file = PngInfo(), io.BytesIO()
-    for name, fact in prompt_facts(prompt).items(): text.add_text(name, fact)
+    if not all(part.isfinite().all() for part in prompt.parameters()):
+        raise ValueError(
+            "`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller "
+            "learning rate."
+        )
+    text = PngInfo()
+    file = io.BytesIO()
+    for name, fact in prompt_facts(prompt).items():
+        text.add_text(name, fact)
     rgba(prompt).save(file, "PNG", pnginfo=text, optimize=True)
     return write_atomic(path, file.getvalue())
 
 # %% ../nbs/api/03_png.ipynb #17f8558f
-BAD_PNG = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, Image.DecompressionBombError)
+BAD_PNG = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
 
 def open_png(
     path: Path,
@@ -73,13 +114,21 @@ def open_png(
     "Pixels and text of a PNG, with limits."
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIZE: raise ValueError(f"it is {image.width} x {image.height}, at most {MAX_SIZE} x {MAX_SIZE} are read")
-            if getattr(image, "n_frames", 1) > 1: raise ValueError("it is animated")
+            if max(image.size) > MAX_SIZE:
+                raise ValueError(
+                    f"it is {image.width} x {image.height}, at most "
+                    f"{MAX_SIZE} x {MAX_SIZE} are read"
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError("it is animated")
             image.load()
-            if image.mode not in ("RGBA", "RGB", "P", "L", "LA", "1"): raise ValueError(f"its pixels are not 8-bit ones (mode {image.mode})")
+            if image.mode not in ("RGBA", "RGB", "P", "L", "LA", "1"):
+                raise ValueError(f"its pixels are not 8-bit ones (mode {image.mode})")
             return np.asarray(image.convert("RGBA")), dict(image.text)
     except BAD_PNG as error:
-        raise ValueError(f"{path.name!r} is not a PNG that can be read, or is damaged: {error}.") from None
+        raise ValueError(
+            f"{path.name!r} is not a PNG that can be read, or is damaged: {error}."
+        ) from None
 
 # %% ../nbs/api/03_png.ipynb #6c8d66e3
 def load_png(
@@ -89,13 +138,23 @@ def load_png(
     path = check_file(with_suffix(as_path(path), ".png"))
     pixels, text = open_png(path)
     if "format" not in text:
-        raise ValueError(f"{path.name!r} is a picture but not a prompt: its text must say format={FORMAT}. A program that saved it anew has dropped "
-                         "the geometry; take the original file.")
+        raise ValueError(
+            f"{path.name!r} is a picture but not a prompt: its text must say format={FORMAT}. A "
+            "program that saved it anew has dropped "
+            "the geometry; take the original file."
+        )
     facts = read_facts(text, path.name)
-    if facts["range"] != "uint8": raise ValueError(f"{path.name!r} is not a prompt: a PNG holds range='uint8', its text says {facts['range']!r}.")
+    if facts["range"] != "uint8":
+        raise ValueError(
+            f"{path.name!r} is not a prompt: a PNG holds range='uint8', its text says "
+            f"{facts['range']!r}."
+        )
     seen = alpha(VisualPrompt(**facts))
     if pixels.shape[:2] != seen.shape or (pixels[..., 3] != seen).any():
-        raise ValueError(f"{path.name!r} is not a prompt: it must be {seen.shape[1]} x {seen.shape[0]} pixels, opaque where a {facts['kind']} prompt of "
-                         f"width {facts['width']} is and nowhere else. Another program has changed it.")
+        raise ValueError(
+            f"{path.name!r} is not a prompt: it must be {seen.shape[1]} x {seen.shape[0]} "
+            f"pixels, opaque where a {facts['kind']} prompt of "
+            f"width {facts['width']} is and nowhere else. Another program has changed it."
+        )
     colours = torch.from_numpy(pixels[..., :3].copy()).permute(2, 0, 1) / 255
     return filled(facts, from_pixels(colours, "uint8") * torch.from_numpy(seen > 0), path.name)

@@ -13,15 +13,19 @@ from typing import Any, TypeVar
 # %% ../nbs/api/07_prefetch.ipynb #0927abf5
 Item = TypeVar("Item")
 
+
 def ahead(
     items: Iterable[Item],  # made one by one, with some effort
     prepare: Callable[[Item], Item] = lambda item: item,  # done in the thread, too
 ) -> Iterator[Item]:  # the same items in the same order
     "Make the next item while the current one is being used."
     items = iter(items)
+
     def following():
-        for item in items: return [prepare(item)]
+        for item in items:
+            return [prepare(item)]
         return []
+
     with ThreadPoolExecutor(1, "tvp-ahead") as pool:
         waiting = pool.submit(following)
         while item := waiting.result():

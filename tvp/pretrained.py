@@ -34,6 +34,7 @@ from .mllm import Mllm
 @dataclass(frozen=True)
 class Checkpoint:
     "A model's files, before any of them is loaded."
+
     name: str  # as it was asked for
     place: str  # what `from_pretrained` gets: a folder or a hub id
     files: tuple[str, ...]  # what there is
@@ -48,8 +49,12 @@ def local_checkpoint(
     "A folder written by `save_pretrained` or `hf download`."
     files = tuple(sorted(file.name for file in folder.iterdir() if file.is_file()))
     if "config.json" not in files:
-        raise ValueError(f"`name_or_path` must be a folder with a config.json, got {folder}, which has {', '.join(files[:5]) or 'no files'}. "
-                         "Fill it with model.save_pretrained and processor.save_pretrained, or with `hf download OWNER/NAME --local-dir FOLDER`.")
+        raise ValueError(
+            f"`name_or_path` must be a folder with a config.json, got {folder}, which has "
+            f"{', '.join(files[:5]) or 'no files'}. "
+            "Fill it with model.save_pretrained and processor.save_pretrained, or with `hf "
+            "download OWNER/NAME --local-dir FOLDER`."
+        )
     return Checkpoint(name, str(folder), files, read_json(folder / "config.json"))
 
 # %% ../nbs/api/23_pretrained.ipynb #593c81d0
@@ -58,7 +63,10 @@ def check_place(
 ) -> Path:  # where the folder would be
     "Refuse what can neither be a name nor a path."
     if not str(check_kind("name_or_path", name_or_path, (str, PathLike))).strip():
-        raise ValueError("`name_or_path` must be a name or a folder, got an empty text. `tvp models` lists names; the current folder is '.'.")
+        raise ValueError(
+            "`name_or_path` must be a name or a folder, got an empty text. `tvp models` lists "
+            "names; the current folder is '.'."
+        )
     return Path(os.path.expanduser(name_or_path))
 
 # %% ../nbs/api/23_pretrained.ipynb #33b3f1e9
@@ -70,17 +78,25 @@ def cached_checkpoint(
     "What an earlier download left on this machine."
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
-    try: file = hf_hub_download(name, "config.json", revision=revision, local_files_only=True)
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
         raise ConnectionError(
-            f"`name_or_path`: {name} is not on this machine, and the hub cannot be reached ({reason}). Where there is a network, run "
-            f"`hf download {name} --local-dir FOLDER`; bring the folder here and give its path as `name_or_path`.") from None
+            f"`name_or_path`: {name} is not on this machine, and the hub cannot be reached "
+            f"({reason}). Where there is a network, run "
+            f"`hf download {name} --local-dir FOLDER`; bring the folder here and give its path "
+            "as `name_or_path`."
+        ) from None
     return local_checkpoint(Path(file).parent, name)
 
 # %% ../nbs/api/23_pretrained.ipynb #112f4976
 def _locked(name: str) -> str:
-    return (f"`name_or_path`: {name} is gated. Accept its licence at https://huggingface.co/{name}, log in with `hf auth login` "
-            "(or set HF_TOKEN), and try again.")
+    return (
+        f"`name_or_path`: {name} is gated. Accept its licence at https://huggingface.co/{name}, "
+        "log in with `hf auth login` "
+        "(or set HF_TOKEN), and try again."
+    )
 
 
 def hub_checkpoint(
@@ -89,24 +105,45 @@ def hub_checkpoint(
 ) -> Checkpoint:  # of the hub, or of this machine's copy when the hub cannot be reached
     "Ask the hub what it has, once."
     from huggingface_hub import HfApi, errors, hf_hub_download
+
     try:
         info = HfApi().model_info(name, revision=revision, timeout=10)
         files = tuple(file.rfilename for file in info.siblings)
-        if "config.json" not in files: raise ValueError(f"`name_or_path`: {name} has no config.json: it is no model of transformers.")
-        config = read_json(hf_hub_download(name, "config.json", revision=revision))  # by name, so that it is found by name offline
-    except errors.GatedRepoError: raise PermissionError(_locked(name)) from None
+        if "config.json" not in files:
+            raise ValueError(
+                f"`name_or_path`: {name} has no config.json: it is no model of transformers."
+            )
+        # by name, so that it is found by name offline
+        config = read_json(hf_hub_download(name, "config.json", revision=revision))
+    except errors.GatedRepoError:
+        raise PermissionError(_locked(name)) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"`name_or_path`: the hub has no model {name}, or it is private. Check the name; for a private one run `hf auth login`.") from None
-    except errors.RevisionNotFoundError: raise ValueError(f"`revision` must be a branch, tag or commit of {name}, got {revision!r}.") from None
-    except _unreachable() as error: return cached_checkpoint(name, revision, str(error).split("\n")[0] or type(error).__name__)
+        raise ValueError(
+            f"`name_or_path`: the hub has no model {name}, or it is private. Check the name; for "
+            "a private one run `hf auth login`."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(
+            f"`revision` must be a branch, tag or commit of {name}, got {revision!r}."
+        ) from None
+    except _unreachable() as error:
+        return cached_checkpoint(name, revision, str(error).split("\n")[0] or type(error).__name__)
     return Checkpoint(name, name, files, config, info.sha)
 
 # %% ../nbs/api/23_pretrained.ipynb #9ba5f790
 def _unreachable() -> tuple[type[Exception], ...]:
     "Exceptions that say nothing about the model asked for."
     from huggingface_hub import errors
+
     transport = errors.HfHubHTTPError.__mro__[1]  # HTTPError of httpx, httpx2 or requests
-    return errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError, transport, ConnectionError, TimeoutError
+    return (
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.HfHubHTTPError,
+        transport,
+        ConnectionError,
+        TimeoutError,
+    )
 
 
 def find_checkpoint(
@@ -114,11 +151,23 @@ def find_checkpoint(
     revision: str | None = None,  # of a hub id
 ) -> Checkpoint:
     "Where a model is, without loading it."
-    path, name = check_place(name_or_path), str(name_or_path)
-    if path.is_dir(): return local_checkpoint(path, path.resolve().name)
-    if isinstance(name_or_path, PathLike) or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != 1 or path.exists():
-        raise ValueError(f"`name_or_path` must be a folder that exists or a hub id of the form owner/name, got {name!r}, which is "
-                         + ("a file" if path.is_file() else "neither") + ". Check the spelling.")
+    path = check_place(name_or_path)
+    name = str(name_or_path)
+    if path.is_dir():
+        return local_checkpoint(path, path.resolve().name)
+    if (
+        isinstance(name_or_path, PathLike)
+        or name.startswith((".", "/", "~"))
+        or "\\" in name
+        or name.count("/") != 1
+        or path.exists()
+    ):
+        raise ValueError(
+            "`name_or_path` must be a folder that exists or a hub id of the form owner/name, "
+            f"got {name!r}, which is "
+            + ("a file" if path.is_file() else "neither")
+            + ". Check the spelling."
+        )
     return hub_checkpoint(name, revision)
 
 # %% ../nbs/api/23_pretrained.ipynb #d92ff2d3
@@ -128,25 +177,40 @@ def check_files(
     "Weights must be there, as safetensors."
     if not any(file.endswith(".safetensors") for file in found.files):
         pickles = [file for file in found.files if file.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        problem = f"only {pickles[0]}, a pickle, which could run anything when it is opened" if pickles else "no weights"
+        problem = (
+            f"only {pickles[0]}, a pickle, which could run anything when it is opened"
+            if pickles
+            else "no weights"
+        )
         raise ValueError(
-            f"`name_or_path`: {found.name} must have weights as safetensors, it has {problem}. " + ("If you trust it, convert it once: "
-            "AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW), and the same with AutoProcessor." if pickles else
-            "Download the model again."))
+            f"`name_or_path`: {found.name} must have weights as safetensors, it has {problem}. "
+            + (
+                "If you trust it, convert it once: "
+                "AutoModelForImageTextToText.from_pretrained(OLD).save_pretrained(NEW), and the "
+                "same with AutoProcessor."
+                if pickles
+                else "Download the model again."
+            )
+        )
 
 
 def check_contents(
     found: Checkpoint,  # from `find_checkpoint`
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
 ) -> None:
-    "Look at every file before transformers reads it; of a model on the hub at the small ones, which are downloaded for it."
+    """Look at every file before transformers reads it; of a model on the hub at the small ones,
+    which are downloaded for it."""
     from huggingface_hub import hf_hub_download
-    if Path(found.place).is_dir(): return check_folder(found.place, trust_remote_code)
+
+    if Path(found.place).is_dir():
+        return check_folder(found.place, trust_remote_code)
     for name in FIELDS:
-        if name not in found.files: continue
+        if name not in found.files:
+            continue
         file = hf_hub_download(found.place, name, revision=found.revision)
         read_index(file, complete=False) if name.endswith(".index.json") else read_json(file)
-    if not trust_remote_code: check_code(found.config, found.name)
+    if not trust_remote_code:
+        check_code(found.config, found.name)
 
 # %% ../nbs/api/23_pretrained.ipynb #8849591c
 def check_config(
@@ -158,21 +222,39 @@ def check_config(
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN,
     )
-    kind, code = found.config.get("model_type"), found.config.get("auto_map") or {}
-    if kind in KNOWN or (trust_remote_code and "AutoModelForImageTextToText" in code): return
+
+    kind = found.config.get("model_type")
+    code = found.config.get("auto_map") or {}
+    if kind in KNOWN or (trust_remote_code and "AutoModelForImageTextToText" in code):
+        return
     if kind in CONFIG_MAPPING:
-        raise TypeError(f"`name_or_path` must be an image-text model (one of AutoModelForImageTextToText), got {found.name} of type {kind!r}, "
-                        "which takes no pictures together with text. Choose another model: `tvp models` lists some.")
+        raise TypeError(
+            "`name_or_path` must be an image-text model (one of AutoModelForImageTextToText), "
+            f"got {found.name} of type {kind!r}, "
+            "which takes no pictures together with text. Choose another model: `tvp models` "
+            "lists some."
+        )
     if "AutoModelForImageTextToText" in code:
-        raise ValueError(f"`trust_remote_code` must be True for {found.name}: its type {kind!r} is not part of transformers, it runs Python code of its "
-                         "own repository. Read that code first.")
-    offers = f"its own code offers only {', '.join(map(str, code))}" if code else "the installed version may be too old: pip install -U transformers"
-    raise ValueError(f"`name_or_path`: transformers has no image-text model of type {kind!r} ({found.name}); {offers}.")
+        raise ValueError(
+            f"`trust_remote_code` must be True for {found.name}: its type {kind!r} is not part "
+            "of transformers, it runs Python code of its "
+            "own repository. Read that code first."
+        )
+    offers = (
+        f"its own code offers only {', '.join(map(str, code))}"
+        if code
+        else "the installed version may be too old: pip install -U transformers"
+    )
+    raise ValueError(
+        f"`name_or_path`: transformers has no image-text model of type {kind!r} ({found.name}); "
+        f"{offers}."
+    )
 
 # %% ../nbs/api/23_pretrained.ipynb #5fbbd081
 def best_device() -> str:  # "cuda", "mps" or "cpu"
     "Where tensors are fastest here."
-    if torch.cuda.is_available(): return "cuda"
+    if torch.cuda.is_available():
+        return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/api/23_pretrained.ipynb #378d7936
@@ -186,12 +268,21 @@ def choose_dtype(
     quantization: str | None = None,  # "8bit", "4bit" or None
 ) -> torch.dtype | str:  # "auto" only if nobody says: transformers then looks at the weights
     "The precision to compute in."
-    if dtype in DTYPES.values(): return dtype
-    if dtype != "auto" and dtype not in DTYPES: raise ValueError(f"`dtype` must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if dtype != "auto": return DTYPES[dtype]
-    if quantization == "8bit": return torch.float16
-    if torch.device(device).type == "cpu": return torch.float32
-    saved = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("torch_dtype")
+    if dtype in DTYPES.values():
+        return dtype
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if quantization == "8bit":
+        return torch.float16
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    saved = (
+        config.get("dtype")
+        or config.get("torch_dtype")
+        or (config.get("text_config") or {}).get("torch_dtype")
+    )
     wanted = DTYPES.get(str(saved), "auto")
     bf16 = torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
     return wanted if bf16 or wanted == torch.float32 else torch.float16
@@ -199,16 +290,28 @@ def choose_dtype(
 # %% ../nbs/api/23_pretrained.ipynb #8078c7fc
 def quantization_config(
     quantization: str,  # "8bit" (LLM.int8) or "4bit" (NF4, its scales quantised too)
+    # a BitsAndBytesConfig
     dtype: torch.dtype | str,  # to compute in
-):  # a BitsAndBytesConfig
+):
     "What transformers wants to know about quantised loading."
-    if quantization not in ("8bit", "4bit"): raise ValueError(f"`quantization` must be None, '8bit' or '4bit', got {quantization!r}.")
+    if quantization not in ("8bit", "4bit"):
+        raise ValueError(f"`quantization` must be None, '8bit' or '4bit', got {quantization!r}.")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"`quantization`={quantization!r} needs bitsandbytes: pip install bitsandbytes. Or leave `quantization` out.")
+        raise ImportError(
+            f"`quantization`={quantization!r} needs bitsandbytes: pip install bitsandbytes. Or "
+            "leave `quantization` out."
+        )
     from transformers import BitsAndBytesConfig
-    if quantization == "8bit": return BitsAndBytesConfig(load_in_8bit=True)
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float16
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 # %% ../nbs/api/23_pretrained.ipynb #d8fb4383
 def load_options(
@@ -219,11 +322,16 @@ def load_options(
     quantization: str | None = None,  # see `quantization_config`
 ) -> dict:  # dtype, device_map and, if need be, quantization_config
     "Where and how precisely a model is held."
-    if device is not None and device_map is not None: raise ValueError("`device` and `device_map` exclude each other. Give one of them.")
+    if device is not None and device_map is not None:
+        raise ValueError("`device` and `device_map` exclude each other. Give one of them.")
     place = str(device or best_device())
     chosen = choose_dtype(dtype, config, place, quantization)
     options = {"dtype": chosen, "device_map": device_map or {"": place}}
-    return {**options, "quantization_config": quantization_config(quantization, chosen)} if quantization else options
+    return (
+        {**options, "quantization_config": quantization_config(quantization, chosen)}
+        if quantization
+        else options
+    )
 
 # %% ../nbs/api/23_pretrained.ipynb #14a16d94
 def _recomputed(forward):
@@ -234,8 +342,11 @@ def _recomputed(forward):
     @wraps(forward)
     def run(*args, **kwargs):
         values = (*args, *kwargs.values())
-        needed = torch.is_grad_enabled() and any(torch.is_tensor(v) and v.requires_grad for v in values)
-        if not needed or any(isinstance(v, Cache) for v in values): return forward(*args, **kwargs)
+        needed = torch.is_grad_enabled() and any(
+            torch.is_tensor(v) and v.requires_grad for v in values
+        )
+        if not needed or any(isinstance(v, Cache) for v in values):
+            return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     run.checkpointed = True
@@ -247,36 +358,56 @@ def checkpoint_gradients(
 ) -> int:  # layers that are computed again
     "Trade time for memory in the backward pass, in evaluation mode, with the same numbers."
     from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers: raise ValueError(f"`gradient_checkpointing` must be False for {type(model).__name__}: it marks no layers that could be computed again.")
+    if not layers:
+        raise ValueError(
+            f"`gradient_checkpointing` must be False for {type(model).__name__}: it marks no "
+            "layers that could be computed again."
+        )
     for layer in layers:
-        if not hasattr(layer.forward, "checkpointed"): layer.forward = _recomputed(layer.forward)
+        if not hasattr(layer.forward, "checkpointed"):
+            layer.forward = _recomputed(layer.forward)
     return len(layers)
 
 # %% ../nbs/api/23_pretrained.ipynb #3c1c7799
 def load_processor(
     found: Checkpoint,  # from `find_checkpoint`
+    # a processor of transformers
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
-):  # a processor of transformers
+):
     "The model's own preprocessing, differentiable."
     missing = f"`name_or_path`: {found.name} has no processor for pictures and text"
     try:
-        processor = load_auto_processor(found.place, revision=found.revision, trust_remote_code=trust_remote_code)
+        processor = load_auto_processor(
+            found.place, revision=found.revision, trust_remote_code=trust_remote_code
+        )
     except ValueError as error:
-        if not isinstance(error.__cause__, OSError): raise
-        raise ValueError(f"{missing} ({error}). Save one beside the model: processor.save_pretrained(FOLDER).") from None
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise ValueError(
+            f"{missing} ({error}). Save one beside the model: processor.save_pretrained(FOLDER)."
+        ) from None
     pictures = getattr(processor, "image_processor", None)
-    if pictures is None: raise ValueError(f"{missing}, only {type(processor).__name__}. Save one beside the model: processor.save_pretrained(FOLDER).")
+    if pictures is None:
+        raise ValueError(
+            f"{missing}, only {type(processor).__name__}. Save one beside the model: "
+            "processor.save_pretrained(FOLDER)."
+        )
     if getattr(pictures, "backend", "torchvision") != "torchvision":
-        raise ValueError(f"`name_or_path`: {found.name} prepares its pictures with {type(pictures).__name__}, which works on PIL images only: no gradient "
-                         "reaches the pixels through it. Choose another model: `tvp models` lists some.")
+        raise ValueError(
+            f"`name_or_path`: {found.name} prepares its pictures with {type(pictures).__name__}, "
+            "which works on PIL images only: no gradient "
+            "reaches the pixels through it. Choose another model: `tvp models` lists some."
+        )
     return processor
 
 # %% ../nbs/api/23_pretrained.ipynb #b0617b14
 def allow_turns(model: nn.Module) -> None:
     "4-bit layers of a model on a CPU: gradient also after a pass without gradient."
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/api/23_pretrained.ipynb #fb3dd757
 def load_weights(
@@ -284,8 +415,11 @@ def load_weights(
     **options,  # dtype, device_map, quantization_config, trust_remote_code
 ) -> nn.Module:  # in evaluation mode
     "All of the weights, or an error."
-    model = load_model("AutoModelForImageTextToText", found.place, revision=found.revision, **options)
-    if "quantization_config" in options: allow_turns(model)
+    model = load_model(
+        "AutoModelForImageTextToText", found.place, revision=found.revision, **options
+    )
+    if "quantization_config" in options:
+        allow_turns(model)
     return model
 
 # %% ../nbs/api/23_pretrained.ipynb #44537b0e
@@ -294,20 +428,29 @@ def load_pretrained(
     *,
     dtype: str | torch.dtype = "auto",  # see `choose_dtype`
     device: str | torch.device | None = None,  # None: the graphics card if there is one
-    device_map: str | dict | None = None,  # instead of `device`: accelerate spreads the layers, "auto" say
+    # instead of `device`: accelerate spreads the layers, "auto" say
+    device_map: str | dict | None = None,
     quantization: str | None = None,  # "8bit" or "4bit", with bitsandbytes
     revision: str | None = None,  # branch, tag or commit of a hub id
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
     template=None,  # instruction -> text; None: the model's chat template, if it has one
     end: str = "",  # end symbol behind an answer, in the loss
     gradient_checkpointing: bool = False,  # see `checkpoint_gradients`
-    straight_through: bool = False,  # pixels as bytes would give them, gradient as floats give it; see `tvp.inputs`
+    # pixels as bytes would give them, gradient as floats give it; see `tvp.inputs`
+    straight_through: bool = False,
 ) -> Mllm:  # frozen
     "Any model that AutoModelForImageTextToText loads."
     found = find_checkpoint(name_or_path, revision)
-    check_files(found), check_config(found, trust_remote_code), check_contents(found, trust_remote_code)
+    (
+        check_files(found),
+        check_config(found, trust_remote_code),
+        check_contents(found, trust_remote_code),
+    )
     options = load_options(found.config, dtype, device, device_map, quantization)
     processor = load_processor(found, trust_remote_code)
     model = load_weights(found, trust_remote_code=trust_remote_code, **options)
-    if gradient_checkpointing: checkpoint_gradients(model)
-    return Mllm(model, processor, template, name=found.name, end=end, straight_through=straight_through)
+    if gradient_checkpointing:
+        checkpoint_gradients(model)
+    return Mllm(
+        model, processor, template, name=found.name, end=end, straight_through=straight_through
+    )

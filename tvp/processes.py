@@ -20,18 +20,27 @@ def batch_part(
     parts: int,  # into how many it is cut
 ) -> Batch:  # every parts-th row, from row `part` on
     "Some rows of a batch."
-    return batch if parts == 1 else type(batch)(**{name: rows[part::parts] for name, rows in vars(batch).items()})
+    return (
+        batch
+        if parts == 1
+        else type(batch)(**{name: rows[part::parts] for name, rows in vars(batch).items()})
+    )
 
 # %% ../nbs/api/49_processes.ipynb #25ba8fd2
 def token_shares(
-    source,  # the model; `source.count_tokens(instructions, answers)` says how many tokens the answers have
+    # the model; `source.count_tokens(instructions, answers)` says how many tokens the answers have
+    source,
     pieces: list[Batch],  # of one process
     accelerator: Any,  # accelerate.Accelerator or PartialState
 ) -> list[Tensor]:  # scalars, their mean over all pieces of all processes is 1
     "How much the task loss of each piece counts."
     count = getattr(source, "count_tokens", lambda instructions, answers: len(answers))
-    tokens = torch.tensor([count(piece.instructions, piece.answers) for piece in pieces], dtype=torch.float32, device=source.device)
-    mean, = mean_over_processes([tokens.mean()], accelerator)
+    tokens = torch.tensor(
+        [count(piece.instructions, piece.answers) for piece in pieces],
+        dtype=torch.float32,
+        device=source.device,
+    )
+    (mean,) = mean_over_processes([tokens.mean()], accelerator)
     return list(tokens / mean)
 
 # %% ../nbs/api/49_processes.ipynb #844f62c0
@@ -43,14 +52,22 @@ def mean_over_processes(
     tensors: list[Tensor],  # the same shapes in every process
     accelerator: Any,  # accelerate.Accelerator or PartialState
 ) -> list[Tensor]:  # the same shapes
-    "The mean of each tensor over all processes, in one exchange; the tensors themselves where there is only one."
-    if accelerator.num_processes == 1: return tensors
+    """The mean of each tensor over all processes, in one exchange; the tensors themselves where
+    there is only one."""
+    if accelerator.num_processes == 1:
+        return tensors
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
     from accelerate.utils import reduce
-    try: flat = reduce(flat, "mean")
+
+    try:
+        flat = reduce(flat, "mean")
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise ProcessLost(f"process {accelerator.process_index} of {accelerator.num_processes} can no longer reach the others: one of them has "
-                          f"ended. The prompt is as it was before this step; look at the messages of the others for the cause. ({reason})") from None
+        raise ProcessLost(
+            f"process {accelerator.process_index} of {accelerator.num_processes} can no longer "
+            "reach the others: one of them has "
+            "ended. The prompt is as it was before this step; look at the messages of the "
+            f"others for the cause. ({reason})"
+        ) from None
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors)]

@@ -19,7 +19,9 @@ def split_pieces(
     separators: tuple[str, ...],  # strings that become pieces of their own
 ) -> list[str]:  # the pieces in order, separators included, empty ones left out
     "Cut a text at its separators and keep them."
-    return [piece for piece in re.split("(" + "|".join(map(re.escape, separators)) + ")", text) if piece]
+    return [
+        piece for piece in re.split("(" + "|".join(map(re.escape, separators)) + ")", text) if piece
+    ]
 
 # %% ../nbs/api/18_processor.ipynb #b7aa0155
 def marker_pieces(
@@ -31,7 +33,10 @@ def marker_pieces(
     for marker, least, most in (("<image>", 1, 1), ("<patches>", 0, int(patches))):
         if not least <= text.count(marker) <= most:
             wanted = "exactly once" if least else f"at most {most} times"
-            raise ValueError(f"`text` must contain the marker {marker!r} {wanted}, got {text.count(marker)} in {text!r}.")
+            raise ValueError(
+                f"`text` must contain the marker {marker!r} {wanted}, got {text.count(marker)} "
+                f"in {text!r}."
+            )
     return split_pieces(text, ("<image>", "<patches>", *alone))
 
 
@@ -41,19 +46,32 @@ def marker_ids(
 ) -> list[int]:  # placeholders where the markers were
     "Token ids of one text for the language model."
     slots = {"<image>": processor.num_image_tokens, "<patches>": processor.num_patch_tokens}
-    pieces, whole = marker_pieces(text, processor.alone, processor.num_patch_tokens > 0), not processor.alone
+    pieces = marker_pieces(text, processor.alone, processor.num_patch_tokens > 0)
+    whole = not processor.alone
     if whole:
-        line = "".join(processor.image_token * slots[piece] if piece in slots else piece for piece in pieces)
-        written = bool(processor.tokenizer.bos_token) and line.startswith(processor.tokenizer.bos_token)
+        line = "".join(
+            processor.image_token * slots[piece] if piece in slots else piece for piece in pieces
+        )
+        written = bool(processor.tokenizer.bos_token) and line.startswith(
+            processor.tokenizer.bos_token
+        )
         return processor.tokenizer(line, add_special_tokens=not written).input_ids
-    symbols = {piece: [processor.vocabulary[piece]] for piece in processor.alone if piece in processor.vocabulary}
+    symbols = {
+        piece: [processor.vocabulary[piece]]
+        for piece in processor.alone
+        if piece in processor.vocabulary
+    }
     symbols |= {marker: [processor.image_token_id] * count for marker, count in slots.items()}
-    tokenize = lambda piece: processor.tokenizer(piece, add_special_tokens=False).input_ids
+
+    def tokenize(piece):
+        return processor.tokenizer(piece, add_special_tokens=False).input_ids
+
     return sum((symbols[piece] if piece in symbols else tokenize(piece) for piece in pieces), [])
 
 # %% ../nbs/api/18_processor.ipynb #997af587
 class MarkerProcessor:
     "Image processor and tokenizers for texts with a picture marker inside (the paper's models)."
+
     chat_template = None
     markers = ("<image>", "<patches>")
 
@@ -61,44 +79,88 @@ class MarkerProcessor:
         self,
         image_processor,  # an image processor of transformers, torchvision backend
         tokenizer,  # a tokenizer of transformers
-        num_image_tokens: int,  # places for "<image>": visual tokens per picture, for BLIP-2 the number of queries
-        image_token: str = "<image>",  # the placeholder in the vocabulary; Vicuna has none to spare and uses "<unk>"
-        alone: tuple[str, ...] = (),  # cut the text here and tokenise each piece on its own; empty: tokenise it whole
+        # places for "<image>": visual tokens per picture, for BLIP-2 the number of queries
+        num_image_tokens: int,
+        # the placeholder in the vocabulary; Vicuna has none to spare and uses "<unk>"
+        image_token: str = "<image>",
+        # cut the text here and tokenise each piece on its own; empty: tokenise it whole
+        alone: tuple[str, ...] = (),
         num_patch_tokens: int = 0,  # places for "<patches>" (BLIVA)
         qformer_tokenizer=None,  # of a Q-Former that reads the instruction (InstructBLIP, BLIVA)
     ):
-        self.image_processor, self.tokenizer, self.qformer_tokenizer = image_processor, tokenizer, qformer_tokenizer
-        self.num_image_tokens, self.num_patch_tokens, self.image_token, self.alone = num_image_tokens, num_patch_tokens, image_token, tuple(alone)
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
+        self.num_image_tokens = num_image_tokens
+        self.num_patch_tokens = num_patch_tokens
+        self.image_token = image_token
+        self.alone = tuple(alone)
         self.vocabulary = tokenizer.get_vocab()
         if image_token not in self.vocabulary:
-            raise ValueError(f"`image_token` must be in the tokenizer's vocabulary, got {image_token!r}. Use a token that no text contains: '<unk>'.")
+            raise ValueError(
+                f"`image_token` must be in the tokenizer's vocabulary, got {image_token!r}. Use "
+                "a token that no text contains: '<unk>'."
+            )
         self.image_token_id = self.vocabulary[image_token]
 
-    def ids(self, text: str) -> list[int]: "Token numbers of a text with markers."; return marker_ids(self, text)
+    def ids(self, text: str) -> list[int]:
+        "Token numbers of a text with markers."
+        return marker_ids(self, text)
 
     def bare(self, text: str) -> str:
         "The instruction's text without markers and symbols, as a Q-Former reads it."
-        return "".join(p for p in marker_pieces(text, self.alone, self.num_patch_tokens > 0) if p not in ("<image>", "<patches>", *self.alone))
+        return "".join(
+            p
+            for p in marker_pieces(text, self.alone, self.num_patch_tokens > 0)
+            if p not in ("<image>", "<patches>", *self.alone)
+        )
 
-    def __call__(self, images=None, text=None, return_tensors: str | None = None, padding: bool = False):
+    def __call__(
+        self, images=None, text=None, return_tensors: str | None = None, padding: bool = False
+    ):
         "What a processor of transformers does, for this one kind of text; see `marker_batch`."
-        return marker_batch(self, images, [text] if isinstance(text, str) else text, return_tensors=return_tensors, padding=padding)
+        return marker_batch(
+            self,
+            images,
+            [text] if isinstance(text, str) else text,
+            return_tensors=return_tensors,
+            padding=padding,
+        )
 
 # %% ../nbs/api/18_processor.ipynb #9ca1897e
 def marker_batch(
     processor: MarkerProcessor,  # of a model
-    images=None,  # pictures as the image processor takes them, flat or one list per text; None: text only
+    # pictures as the image processor takes them, flat or one list per text; None: text only
+    images=None,
     texts: list[str] | None = None,  # one per picture; None: pictures only
-    **how,  # return_tensors ("pt"), padding (True pads the language model's ids on its tokenizer's side, the Q-Former's on the right)
-):  # BatchFeature: pixel_values, input_ids, attention_mask, and for a Q-Former that reads, qformer_input_ids, qformer_attention_mask
+    # return_tensors ("pt"), padding (True pads the language model's ids on its tokenizer's side,
+    # the Q-Former's on the right)
+    # BatchFeature: pixel_values, input_ids, attention_mask, and for a Q-Former that reads,
+    # qformer_input_ids, qformer_attention_mask
+    **how,
+):
     "A batch for the model."
     from transformers import BatchFeature
-    out = BatchFeature() if images is None else BatchFeature(processor.image_processor(images, return_tensors=how.get("return_tensors")))
-    if texts is None: return out
+
+    out = (
+        BatchFeature()
+        if images is None
+        else BatchFeature(
+            processor.image_processor(images, return_tensors=how.get("return_tensors"))
+        )
+    )
+    if texts is None:
+        return out
     out.update(processor.tokenizer.pad({"input_ids": [processor.ids(t) for t in texts]}, **how))
-    if processor.qformer_tokenizer is None: return out
+    if processor.qformer_tokenizer is None:
+        return out
     rows = {"input_ids": [processor.qformer_tokenizer(processor.bare(t)).input_ids for t in texts]}
-    out.update({f"qformer_{k}": v for k, v in processor.qformer_tokenizer.pad(rows, padding_side="right", **how).items()})
+    out.update(
+        {
+            f"qformer_{k}": v
+            for k, v in processor.qformer_tokenizer.pad(rows, padding_side="right", **how).items()
+        }
+    )
     return out
 
 # %% ../nbs/api/18_processor.ipynb #efbbee39
@@ -110,8 +172,12 @@ def save_processor(
     folder = Path(folder)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
-    if processor.qformer_tokenizer is not None: processor.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
-    ours = {name: getattr(processor, name) for name in ("num_image_tokens", "image_token", "alone", "num_patch_tokens")}
+    if processor.qformer_tokenizer is not None:
+        processor.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+    ours = {
+        name: getattr(processor, name)
+        for name in ("num_image_tokens", "image_token", "alone", "num_patch_tokens")
+    }
     write_atomic(folder / "marker_processor.json", json.dumps(ours, indent=2))
 
 
@@ -124,4 +190,9 @@ def load_processor(
     said = read_json(folder / "marker_processor.json")
     ours = {name: said[name] for name in FIELDS["marker_processor.json"] if name in said}
     image_processor = from_pretrained("AutoImageProcessor", folder, backend="torchvision")
-    return MarkerProcessor(image_processor, from_pretrained("AutoTokenizer", folder), qformer_tokenizer=qformer_tokenizer, **ours)
+    return MarkerProcessor(
+        image_processor,
+        from_pretrained("AutoTokenizer", folder),
+        qformer_tokenizer=qformer_tokenizer,
+        **ours,
+    )

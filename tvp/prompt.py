@@ -26,7 +26,9 @@ from ._markup import render
 from .arguments import check_choice, check_kind, check_whole
 
 # %% ../nbs/api/00_prompt.ipynb #1ddf328c
-MAX_SIZE = 4096  # canvas side, pixels: whatever asks for more is a mistake, or a file that wants to fill the memory
+# canvas side, pixels: whatever asks for more is a mistake, or a file that wants to fill the memory
+MAX_SIZE = 4096
+
 
 def check_geometry(
     size: int,  # canvas side, pixels
@@ -38,8 +40,10 @@ def check_geometry(
     check_whole("width", width, 1, hint="The paper's is width=30 for size=224.")
     limit = size / 2 if border else size + 1
     if not width < limit:
-        raise ValueError(f"`width` must be in (0, {limit:g}) for size={size}, got {width}. "
-                         f"Try width={max(1, round(size * 30 / 224))}, the paper's proportion.")
+        raise ValueError(
+            f"`width` must be in (0, {limit:g}) for size={size}, got {width}. "
+            f"Try width={max(1, round(size * 30 / 224))}, the paper's proportion."
+        )
 
 # %% ../nbs/api/00_prompt.ipynb #0a192e1c
 def border_mask(
@@ -49,7 +53,7 @@ def border_mask(
     "Trainable region of a border prompt (Bahng et al. 2022, sec. 3)."
     check_geometry(size, width)
     mask = torch.ones(1, size, size)
-    mask[:, width:size - width, width:size - width] = 0
+    mask[:, width : size - width, width : size - width] = 0
     return mask
 
 # %% ../nbs/api/00_prompt.ipynb #7e03ac00
@@ -97,13 +101,20 @@ def check_images(
 ) -> None:
     "Refuse anything but a batch of square RGB pictures in [0, 1]."
     if not isinstance(images, Tensor):
-        raise TypeError(f"`images` must be a torch tensor (B, 3, {side}, {side}), got {type(images).__name__}.")
+        raise TypeError(
+            f"`images` must be a torch tensor (B, 3, {side}, {side}), got {type(images).__name__}."
+        )
     if images.ndim != 4:
-        raise ValueError(f"`images` must be a batch (B, 3, {side}, {side}), got shape {tuple(images.shape)}. "
-                         "For a single picture pass images[None].")
+        raise ValueError(
+            f"`images` must be a batch (B, 3, {side}, {side}), got shape {tuple(images.shape)}. "
+            "For a single picture pass images[None]."
+        )
     if images.shape[1] != 3:
-        raise ValueError(f"`images` must be RGB, with 3 channels in dimension 1, got shape {tuple(images.shape)}. "
-                         "Convert with PIL's image.convert('RGB').")
+        raise ValueError(
+            "`images` must be RGB, with 3 channels in dimension 1, got shape "
+            f"{tuple(images.shape)}. "
+            "Convert with PIL's image.convert('RGB')."
+        )
     check_pixels(images, side)
 
 # %% ../nbs/api/00_prompt.ipynb #68889661
@@ -113,17 +124,27 @@ def check_pixels(
 ) -> None:
     "The second half of `check_images`: size and range."
     if images.shape[0] == 0 or tuple(images.shape[2:]) != (side, side):
-        raise ValueError(f"`images` must be (B, 3, {side}, {side}) with B > 0, got {tuple(images.shape)}. "
-                         "Fit the pictures to `prompt.inner` first.")
+        raise ValueError(
+            f"`images` must be (B, 3, {side}, {side}) with B > 0, got {tuple(images.shape)}. "
+            "Fit the pictures to `prompt.inner` first."
+        )
     if not images.is_floating_point():
-        raise ValueError(f"`images` must be floats in [0, 1], got {images.dtype}. Use images.float() / 255.")
-    low, high = images.min().item(), images.max().item()
+        raise ValueError(
+            f"`images` must be floats in [0, 1], got {images.dtype}. Use images.float() / 255."
+        )
+    low = images.min().item()
+    high = images.max().item()
     if low != low or abs(low) == float("inf") or abs(high) == float("inf"):
         first = int((~images.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"`images` must be finite, in [0, 1]; picture {first} of the batch holds NaN or infinity.")
+        raise ValueError(
+            f"`images` must be finite, in [0, 1]; picture {first} of the batch holds NaN or "
+            "infinity."
+        )
     if not (low >= -0.01 and high <= 1.01):
-        raise ValueError(f"`images` must be in [0, 1], got values from {low:g} to {high:g}. "
-                         "Divide 0..255 by 255 and leave normalisation to the model.")
+        raise ValueError(
+            f"`images` must be in [0, 1], got values from {low:g} to {high:g}. "
+            "Divide 0..255 by 255 and leave normalisation to the model."
+        )
 
 # %% ../nbs/api/00_prompt.ipynb #2e0a58b6
 RANGES = {
@@ -135,10 +156,14 @@ RANGES = {
 # %% ../nbs/api/00_prompt.ipynb #ca1ea37b
 class RoundToLevels(torch.autograd.Function):
     "Round pixels in [0, 1] to k / 255, with the gradient passed straight through."
+
     @staticmethod
-    def forward(ctx, pixels: Tensor) -> Tensor: return (pixels * 255).round() / 255
+    def forward(ctx, pixels: Tensor) -> Tensor:
+        return (pixels * 255).round() / 255
+
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor: return gradient
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
 
 # %% ../nbs/api/00_prompt.ipynb #58a84317
 def to_pixels(
@@ -147,17 +172,21 @@ def to_pixels(
 ) -> Tensor:  # same shape
     "What the numbers of a prompt stand for."
     check_choice("range", range, RANGES)
-    if range == "free": return delta
+    if range == "free":
+        return delta
     unit = 0.5 + 0.5 * (2 * delta).tanh()
     return unit if range == "unit" else RoundToLevels.apply(unit)
+
 
 def from_pixels(
     pixels: Tensor,  # any shape; clipped to [0, 1] unless the range is free
     range: str = "free",  # one of RANGES
 ) -> Tensor:  # same shape
-    "The numbers that stand for given pixels; black and white are as near as a quarter of an 8-bit level."
+    """The numbers that stand for given pixels; black and white are as near as a quarter of an 8-bit
+    level."""
     check_choice("range", range, RANGES)
-    if range == "free": return pixels
+    if range == "free":
+        return pixels
     return ((2 * pixels - 1).clamp(-1 + 0.5 / 255, 1 - 0.5 / 255)).atanh() / 2
 
 # %% ../nbs/api/00_prompt.ipynb #89014ed1
@@ -167,13 +196,17 @@ ADJUSTMENTS = {
     "scale": "size of the picture on its canvas, one number",
 }
 
+
 def check_adjust(
     adjust: Collection[str],  # names
 ) -> tuple[str, ...]:  # the same, in the order of ADJUSTMENTS
     "Refuse what is not in ADJUSTMENTS."
     if isinstance(adjust, str) or not isinstance(adjust, Collection):
-        raise TypeError(f"`adjust` must be a tuple of names, got {adjust!r}. Try adjust=('color',).")
-    for name in adjust: check_choice("adjust", name, ADJUSTMENTS)
+        raise TypeError(
+            f"`adjust` must be a tuple of names, got {adjust!r}. Try adjust=('color',)."
+        )
+    for name in adjust:
+        check_choice("adjust", name, ADJUSTMENTS)
     return tuple(name for name in ADJUSTMENTS if name in adjust)
 
 # %% ../nbs/api/00_prompt.ipynb #95cfdad7
@@ -193,19 +226,27 @@ def blurred(
     "Without details below a size; the edge goes on outside the picture."
     reach = round(3 * sigma)
     places = torch.arange(-reach, reach + 1, dtype=pictures.dtype, device=pictures.device)
-    kernel = (-places.square() / (2 * sigma ** 2)).exp()
+    kernel = (-places.square() / (2 * sigma**2)).exp()
     kernel = (kernel / kernel.sum()).expand(pictures.shape[1], 1, -1)
     wide = F.pad(pictures, [reach] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(wide, kernel[..., None], groups=len(kernel)), kernel[..., None, :], groups=len(kernel))
+    return F.conv2d(
+        F.conv2d(wide, kernel[..., None], groups=len(kernel)),
+        kernel[..., None, :],
+        groups=len(kernel),
+    )
 
 
 def resharpened(
     pictures: Tensor,  # (B, 3, H, W)
-    sharpness: Tensor,  # (3,): what is added to fine, medium and coarse details, as a share of them; 0: as it is, -1: they are gone
+    # (3,): what is added to fine, medium and coarse details, as a share of them; 0: as it is, -1:
+    # they are gone
+    sharpness: Tensor,
 ) -> Tensor:  # (B, 3, H, W), not clipped
     "Details of one, two and four pixels (differences of Gaussians), stronger or weaker."
     softer = [pictures, *(blurred(pictures, sigma) for sigma in (1.0, 2.0, 4.0))]
-    return pictures + sum(share * (fine - coarse) for share, fine, coarse in zip(sharpness, softer, softer[1:]))
+    return pictures + sum(
+        share * (fine - coarse) for share, fine, coarse in zip(sharpness, softer, softer[1:])
+    )
 
 
 def rescaled(
@@ -213,10 +254,17 @@ def rescaled(
     scale: Tensor,  # scalar: log of the size over `inner`; 0: as it is
     size: int,  # canvas side, pixels
 ) -> Tensor:  # (B, 3, size, size), black around the picture
-    "The picture in the middle of its canvas, larger or smaller, bilinear, with a gradient for the scale."
+    """The picture in the middle of its canvas, larger or smaller, bilinear, with a gradient for the
+    scale."""
     shrink = size / pictures.shape[-1] / scale.exp()
-    corners = torch.stack([shrink, shrink * 0, shrink * 0, shrink * 0, shrink, shrink * 0]).view(1, 2, 3).expand(len(pictures), -1, -1)
-    grid = F.affine_grid(corners.to(pictures.dtype), [len(pictures), 3, size, size], align_corners=False)
+    corners = (
+        torch.stack([shrink, shrink * 0, shrink * 0, shrink * 0, shrink, shrink * 0])
+        .view(1, 2, 3)
+        .expand(len(pictures), -1, -1)
+    )
+    grid = F.affine_grid(
+        corners.to(pictures.dtype), [len(pictures), 3, size, size], align_corners=False
+    )
     return F.grid_sample(pictures, grid, align_corners=False)
 
 # %% ../nbs/api/00_prompt.ipynb #f01dd88c
@@ -227,71 +275,163 @@ def first_delta(
     generator: torch.Generator,  # source of the N(0, 1) numbers
     range: str = "free",  # one of RANGES
 ) -> Tensor:  # (3, size, size), or (3, width, width) for a random patch
-    "Zero for a border and in any range but free; N(0, 1) inside the mask for the prompts of Bahng et al. (2022)."
+    """Zero for a border and in any range but free; N(0, 1) inside the mask for the prompts of Bahng
+    et al. (2022)."""
     mask = prompt_mask(size, width, kind)
     shape = (3, width, width) if kind == "random-patch" else (3, size, size)
-    if kind in ("border", "whole") or range != "free": return torch.zeros(shape)
-    if kind == "random-patch": return torch.randn(shape, generator=generator)
+    if kind in ("border", "whole") or range != "free":
+        return torch.zeros(shape)
+    if kind == "random-patch":
+        return torch.randn(shape, generator=generator)
     return torch.randn(shape, generator=generator) * mask
 
 # %% ../nbs/api/00_prompt.ipynb #bf9b82ba
 class PromptFiles(ModelHubMixin):
-    "A prompt's ways out and in: files (tvp.prompt_files), PNG (tvp.png), other people's pictures (tvp.apply), the hub (tvp.ship)."
-    def save(self, path: str | Path) -> Path: "Write a .safetensors file, all or nothing."; from tvp.prompt_files import save_prompt; return save_prompt(self, path)
+    """A prompt's ways out and in: files (tvp.prompt_files), PNG (tvp.png), other people's pictures
+    (tvp.apply), the hub (tvp.ship)."""
+
+    def save(self, path: str | Path) -> Path:
+        "Write a .safetensors file, all or nothing."
+        from tvp.prompt_files import save_prompt
+
+        return save_prompt(self, path)
+
     @classmethod
-    def load(cls, path: str | Path) -> Self: "Read .safetensors, .png, or a .pth of the reference."; from tvp.prompt_files import read_prompt; return read_prompt(path)
-    def to_png(self, path: str | Path) -> Path: "Write a picture that holds all of a uint8 prompt."; from tvp.png import save_png; return save_png(self, path)
+    def load(cls, path: str | Path) -> Self:
+        "Read .safetensors, .png, or a .pth of the reference."
+        from tvp.prompt_files import read_prompt
+
+        return read_prompt(path)
+
+    def to_png(self, path: str | Path) -> Path:
+        "Write a picture that holds all of a uint8 prompt."
+        from tvp.png import save_png
+
+        return save_png(self, path)
+
     @classmethod
-    def from_png(cls, path: str | Path) -> Self: "Read what to_png wrote."; from tvp.png import load_png; return load_png(path)
-    def to_range(self, range: str) -> Self: "A copy in another range, clipped and rounded as needed."; return to_range(self, range)
+    def from_png(cls, path: str | Path) -> Self:
+        "Read what to_png wrote."
+        from tvp.png import load_png
+
+        return load_png(path)
+
+    def to_range(self, range: str) -> Self:
+        "A copy in another range, clipped and rounded as needed."
+        return to_range(self, range)
+
     def apply(self, picture, out=None, **how):
-        "A picture with the prompt, or a folder of them, returned or written to `out`, see `tvp.apply.apply_prompt`; a function is still for nn.Module.apply."
-        if callable(picture): return super().apply(picture)
+        """A picture with the prompt, or a folder of them, returned or written to `out`, see
+        `tvp.apply.apply_prompt`; a function is still for nn.Module.apply."""
+        if callable(picture):
+            return super().apply(picture)
         from tvp.apply import apply_prompt
+
         return apply_prompt(self, picture, out, **how)
 
-    def _save_pretrained(self, save_directory: Path) -> None: from tvp.ship import write_folder; write_folder(self, save_directory)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from tvp.ship import write_folder
+
+        write_folder(self, save_directory)
+
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options) -> Self: from tvp.ship import read_folder; return read_folder(model_id, **options)
+    def _from_pretrained(cls, *, model_id: str, **options) -> Self:
+        from tvp.ship import read_folder
+
+        return read_folder(model_id, **options)
+
     @classmethod
     def from_pretrained(cls, name, **options) -> Self:
         "By name: a folder that save_pretrained wrote, or a repository on the Hugging Face hub."
         from tvp.ship import clear_errors
-        with clear_errors(name): return super().from_pretrained(name, **options)
-    def generate_model_card(self, **facts) -> ModelCard: "tvp.ship.prompt_card: results=, seconds=, licence="; from tvp.ship import prompt_card; return prompt_card(self, **facts)
+
+        with clear_errors(name):
+            return super().from_pretrained(name, **options)
+
+    def generate_model_card(self, **facts) -> ModelCard:
+        "tvp.ship.prompt_card: results=, seconds=, licence="
+        from tvp.ship import prompt_card
+
+        return prompt_card(self, **facts)
 
 # %% ../nbs/api/00_prompt.ipynb #0253824d
 class VisualPrompt(PromptFiles, nn.Module):
-    "Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al. 2022, sec. 3)."
-    def __init__(self, size: int,  # canvas side, pixels
-                 width: int,  # border on each side (or side of the patch), pixels
-                 kind: str = "border",  # one of KINDS
-                 seed: int = 0,  # of the N(0, 1) start and of random places; a border starts from zero
-                 provenance: dict | None = None,  # where the prompt comes from, anything JSON can hold
-                 range: str = "free",  # one of RANGES
-                 adjust: Collection[str] = ()):  # what of the picture itself is trained, too: names in ADJUSTMENTS
+    """Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al.
+    2022, sec. 3)."""
+
+    def __init__(
+        self,
+        size: int,  # canvas side, pixels
+        width: int,  # border on each side (or side of the patch), pixels
+        kind: str = "border",  # one of KINDS
+        seed: int = 0,  # of the N(0, 1) start and of random places; a border starts from zero
+        provenance: dict | None = None,  # where the prompt comes from, anything JSON can hold
+        range: str = "free",  # one of RANGES
+        # what of the picture itself is trained, too: names in ADJUSTMENTS
+        adjust: Collection[str] = (),
+    ):
         super().__init__()
-        check_choice("range", range, RANGES), check_kind("provenance", provenance, (dict, type(None)))
+        (
+            check_choice("range", range, RANGES),
+            check_kind("provenance", provenance, (dict, type(None))),
+        )
         self.register_buffer("mask", prompt_mask(size, width, kind))  # (1, size, size)
         self.generator = torch.Generator().manual_seed(check_whole("seed", seed, 0, 2**63 - 1))
-        size, width = int(size), int(width)
+        size = int(size)
+        width = int(width)
         self.delta = nn.Parameter(first_delta(size, width, kind, self.generator, range))
         self.adjust = check_adjust(adjust)
-        self.color = nn.Parameter(torch.zeros(2, 3)) if "color" in self.adjust else None  # log contrast and brightness of each channel
-        self.sharpness = nn.Parameter(torch.zeros(3)) if "sharpness" in self.adjust else None  # of fine, medium and coarse details
-        self.scale = nn.Parameter(torch.zeros(())) if "scale" in self.adjust else None  # log of the picture's size over `inner`
-        self.size, self.width, self.kind, self.range, self.provenance = size, width, kind, range, dict(provenance or {})
-        self.inner = size - 2 * width if kind == "border" else size  # pictures are fitted to this side
-        self.canvas_gradient: Tensor | None = None  # (3, size, size), whole canvas, summed over the batch
+        # log contrast and brightness of each channel
+        self.color = nn.Parameter(torch.zeros(2, 3)) if "color" in self.adjust else None
+        # of fine, medium and coarse details
+        self.sharpness = nn.Parameter(torch.zeros(3)) if "sharpness" in self.adjust else None
+        # log of the picture's size over `inner`
+        self.scale = nn.Parameter(torch.zeros(())) if "scale" in self.adjust else None
+        self.size = size
+        self.width = width
+        self.kind = kind
+        self.range = range
+        self.provenance = dict(provenance or {})
+        # pictures are fitted to this side
+        self.inner = size - 2 * width if kind == "border" else size
+        # (3, size, size), whole canvas, summed over the batch
+        self.canvas_gradient: Tensor | None = None
 
-    def canvas(self, images: Tensor) -> Tensor: "Images (B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): the picture in its black frame, without a prompt."; return clean_canvas(self, images)
-    def forward(self, images: Tensor) -> Tensor: "(B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): prompted, never clamped."; return compose(self, images)
-    def pixels(self) -> Tensor: "What delta stands for, (3, size, size) or a patch."; return to_pixels(self.delta, self.range)
-    def canvas_gradient_norm(self) -> Tensor: "L2 norm (a scalar) of the gradient over the whole canvas, before the mask: the reference divides by this."; return gradient_norm(self.canvas_gradient)
-    def to_pil(self) -> Image.Image: "On mid grey, clipped to 8 bit: to look at."; return pixels_to_pil(0.5 + shown_prompt(self).detach())
-    def show(self, image: Tensor | None = None, ax=None): "Draw it, alone or around an image (3, inner, inner)."; return show_prompt(self, image, ax)
-    def extra_repr(self) -> str: return f"size={self.size}, width={self.width}, kind={self.kind!r}" + (f", range={self.range!r}" if self.range != "free" else "") + (f", adjust={self.adjust}" if self.adjust else "")
-    def _repr_html_(self) -> str: return prompt_html(self)
+    def canvas(self, images: Tensor) -> Tensor:
+        """Images (B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): the picture in its black
+        frame, without a prompt."""
+        return clean_canvas(self, images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        "(B, 3, inner, inner) in [0, 1] -> (B, 3, size, size): prompted, never clamped."
+        return compose(self, images)
+
+    def pixels(self) -> Tensor:
+        "What delta stands for, (3, size, size) or a patch."
+        return to_pixels(self.delta, self.range)
+
+    def canvas_gradient_norm(self) -> Tensor:
+        """L2 norm (a scalar) of the gradient over the whole canvas, before the mask: the reference
+        divides by this."""
+        return gradient_norm(self.canvas_gradient)
+
+    def to_pil(self) -> Image.Image:
+        "On mid grey, clipped to 8 bit: to look at."
+        return pixels_to_pil(0.5 + shown_prompt(self).detach())
+
+    def show(self, image: Tensor | None = None, ax=None):
+        "Draw it, alone or around an image (3, inner, inner)."
+        return show_prompt(self, image, ax)
+
+    def extra_repr(self) -> str:
+        return (
+            f"size={self.size}, width={self.width}, kind={self.kind!r}"
+            + (f", range={self.range!r}" if self.range != "free" else "")
+            + (f", adjust={self.adjust}" if self.adjust else "")
+        )
+
+    def _repr_html_(self) -> str:
+        return prompt_html(self)
 
 # %% ../nbs/api/00_prompt.ipynb #4eeabfda
 def on_canvas(
@@ -300,17 +440,23 @@ def on_canvas(
     move: bool = False,  # draw a new place for a random patch (otherwise: top left)
 ) -> Tensor:  # (C, size, size), zero where there is no prompt
     "Values on their place on the canvas."
-    if prompt.kind != "random-patch": return values * prompt.mask
+    if prompt.kind != "random-patch":
+        return values * prompt.mask
     room = prompt.size - prompt.width
-    top, left = torch.randint(0, room + 1, (2,), generator=prompt.generator).tolist() if move else (0, 0)
+    top, left = (
+        torch.randint(0, room + 1, (2,), generator=prompt.generator).tolist() if move else (0, 0)
+    )
     return F.pad(values, (left, room - left, top, room - top))
+
 
 def shown_prompt(
     prompt: VisualPrompt,
     move: bool = False,  # draw a new place for a random patch (otherwise: top left)
 ) -> Tensor:  # (3, size, size), zero where there is no prompt
     "What a free prompt adds; how far the pixels of another are from mid grey."
-    return on_canvas(prompt, prompt.delta if prompt.range == "free" else prompt.pixels() - 0.5, move)
+    return on_canvas(
+        prompt, prompt.delta if prompt.range == "free" else prompt.pixels() - 0.5, move
+    )
 
 # %% ../nbs/api/00_prompt.ipynb #9e5373ef
 def clean_canvas(
@@ -321,13 +467,18 @@ def clean_canvas(
     check_images(images, prompt.inner)
     return F.pad(images, [(prompt.size - prompt.inner) // 2] * 4)
 
+
 def cover(
     prompt: VisualPrompt,
     clean: Tensor,  # (B, 3, size, size)
 ) -> Tensor:  # same, in [0, 1]
-    "The canvas with opaque pixels laid over it; over a whole picture they are mixed with it, half and half."
-    opacity, pixels = 0.5 if prompt.kind == "whole" else 1.0, prompt.pixels()
-    painted = on_canvas(prompt, torch.cat([pixels, torch.ones_like(pixels[:1])]), move=True) * opacity
+    """The canvas with opaque pixels laid over it; over a whole picture they are mixed with it, half
+    and half."""
+    opacity = 0.5 if prompt.kind == "whole" else 1.0
+    pixels = prompt.pixels()
+    painted = (
+        on_canvas(prompt, torch.cat([pixels, torch.ones_like(pixels[:1])]), move=True) * opacity
+    )
     return clean * (1 - painted[3:]) + painted[:3]
 
 # %% ../nbs/api/00_prompt.ipynb #86ec20a8
@@ -337,11 +488,18 @@ def adjusted(
 ) -> Tensor:  # (B, 3, size, size); in [0, 1] unless the prompt is free
     "The picture on its canvas in the prompt's own sharpness, color and scale."
     edge = (prompt.size - prompt.inner) // 2
-    picture = clean[..., edge:prompt.size - edge, edge:prompt.size - edge]
-    if prompt.sharpness is not None: picture = resharpened(picture, prompt.sharpness)
-    if prompt.color is not None: picture = recolored(picture, prompt.color)
-    if prompt.range != "free": picture = picture.clamp(0, 1)
-    return F.pad(picture, [edge] * 4) if prompt.scale is None else rescaled(picture, prompt.scale, prompt.size)
+    picture = clean[..., edge : prompt.size - edge, edge : prompt.size - edge]
+    if prompt.sharpness is not None:
+        picture = resharpened(picture, prompt.sharpness)
+    if prompt.color is not None:
+        picture = recolored(picture, prompt.color)
+    if prompt.range != "free":
+        picture = picture.clamp(0, 1)
+    return (
+        F.pad(picture, [edge] * 4)
+        if prompt.scale is None
+        else rescaled(picture, prompt.scale, prompt.size)
+    )
 
 # %% ../nbs/api/00_prompt.ipynb #7798e9d5
 def compose(
@@ -357,35 +515,52 @@ def lay(
     clean: Tensor,  # (B, 3, size, size), from `clean_canvas`
 ) -> Tensor:  # (B, 3, size, size)
     "The prompt over its canvas, with an eye on the gradient that will come back."
-    if prompt.adjust: clean = adjusted(prompt, clean)
+    if prompt.adjust:
+        clean = adjusted(prompt, clean)
     if prompt.range == "free":
         watched = shown_prompt(prompt, move=True)
         prompted = clean + watched
-    else: watched = prompted = cover(prompt, clean)
-    if watched.requires_grad: keep_canvas_gradient(prompt, watched)
+    else:
+        watched = prompted = cover(prompt, clean)
+    if watched.requires_grad:
+        keep_canvas_gradient(prompt, watched)
     return prompted
 
 # %% ../nbs/api/00_prompt.ipynb #00140e17
 def keep_canvas_gradient(
     prompt: VisualPrompt,
-    watched: Tensor,  # (3, size, size), the shown prompt of this forward pass, or (B, 3, size, size), its composites
+    # (3, size, size), the shown prompt of this forward pass, or (B, 3, size, size), its composites
+    watched: Tensor,
 ) -> None:
-    "Keep the gradient of the whole canvas in `prompt.canvas_gradient` when backward passes through `watched`."
+    """Keep the gradient of the whole canvas in `prompt.canvas_gradient` when backward passes
+    through `watched`."""
     known = prompt.canvas_gradient
+
     def keep(gradient: Tensor):
-        so_far, gradient = prompt.canvas_gradient, gradient.detach()
+        so_far = prompt.canvas_gradient
+        gradient = gradient.detach()
         gradient = gradient.sum(0) if gradient.ndim == 4 else gradient.clone()
-        if so_far is known and so_far is not None:  # the first since this forward pass: has `zero_grad` been called in between?
-            so_far = None if prompt.delta.grad is None else torch.where(prompt.delta.grad.any(), so_far, 0)  # asked on the device, where nobody waits
+        # the first since this forward pass: has `zero_grad` been called in between?
+        if so_far is known and so_far is not None:
+            # asked on the device, where nobody waits
+            so_far = (
+                None
+                if prompt.delta.grad is None
+                else torch.where(prompt.delta.grad.any(), so_far, 0)
+            )
         prompt.canvas_gradient = gradient if so_far is None else so_far + gradient
+
     watched.register_hook(keep)
+
 
 def gradient_norm(
     gradient: Tensor | None,  # (3, size, size)
 ) -> Tensor:  # scalar
     "L2 norm of a canvas gradient."
-    if gradient is None: raise RuntimeError("no gradient yet: call loss.backward() first.")
-    return gradient.norm(dim=-1).norm()  # rows first: in float32 one sum of 150,528 squares is off by 3e-6
+    if gradient is None:
+        raise RuntimeError("no gradient yet: call loss.backward() first.")
+    # rows first: in float32 one sum of 150,528 squares is off by 3e-6
+    return gradient.norm(dim=-1).norm()
 
 # %% ../nbs/api/00_prompt.ipynb #739a7239
 def pixels_to_pil(
@@ -399,11 +574,15 @@ def pixels_to_pil(
 def show_prompt(
     prompt: VisualPrompt,
     image: Tensor | None = None,  # (3, inner, inner) in [0, 1]; None: the prompt alone on mid grey
+    # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
-):  # matplotlib Axes
+):
     "Draw the prompt, alone or around a picture."
-    check_kind("image", image, (Tensor, type(None)), f"Its shape is (3, {prompt.inner}, {prompt.inner}).")
+    check_kind(
+        "image", image, (Tensor, type(None)), f"Its shape is (3, {prompt.inner}, {prompt.inner})."
+    )
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(2.5, 2.5))[1]
     with torch.no_grad():
         ax.imshow(prompt.to_pil() if image is None else pixels_to_pil(prompt(image[None])[0]))
@@ -413,10 +592,16 @@ def show_prompt(
 # %% ../nbs/api/00_prompt.ipynb #f0fbb338
 def adjustments(
     prompt: VisualPrompt,
-) -> dict[str, list[float]]:  # contrast and brightness of each channel, sharpness and scale, as far as they are trained
+    # contrast and brightness of each channel, sharpness and scale, as far as they are trained
+) -> dict[str, list[float]]:
     "What a prompt does to the picture itself, in plain numbers."
-    told = {} if prompt.color is None else {"contrast": prompt.color[0].exp().tolist(), "brightness": prompt.color[1].tolist()}
-    if prompt.sharpness is not None: told["sharpness"] = prompt.sharpness.tolist()
+    told = (
+        {}
+        if prompt.color is None
+        else {"contrast": prompt.color[0].exp().tolist(), "brightness": prompt.color[1].tolist()}
+    )
+    if prompt.sharpness is not None:
+        told["sharpness"] = prompt.sharpness.tolist()
     return told if prompt.scale is None else told | {"scale": [prompt.scale.exp().item()]}
 
 
@@ -424,11 +609,21 @@ def value_facts(
     prompt: VisualPrompt,
 ) -> dict[str, str]:  # what is said, and how it is put
     "What the numbers of a prompt look like."
-    delta, inside = prompt.delta.detach().float().cpu(), on_canvas(prompt, prompt.pixels().detach()).float().cpu()
-    seen = {name: ", ".join(f"{value:.3f}" for value in numbers) for name, numbers in adjustments(prompt).items()}
-    if prompt.range == "free": return {"values": f"{delta.min():.3f} to {delta.max():.3f}", "L2 norm": f"{delta.norm():.3f}"} | seen
-    if prompt.kind != "random-patch": inside = inside[prompt.mask.bool().cpu().expand(3, -1, -1)]
+    delta = prompt.delta.detach().float().cpu()
+    inside = on_canvas(prompt, prompt.pixels().detach()).float().cpu()
+    seen = {
+        name: ", ".join(f"{value:.3f}" for value in numbers)
+        for name, numbers in adjustments(prompt).items()
+    }
+    if prompt.range == "free":
+        return {
+            "values": f"{delta.min():.3f} to {delta.max():.3f}",
+            "L2 norm": f"{delta.norm():.3f}",
+        } | seen
+    if prompt.kind != "random-patch":
+        inside = inside[prompt.mask.bool().cpu().expand(3, -1, -1)]
     return {"pixels": f"{inside.min():.3f} to {inside.max():.3f}, mean {inside.mean():.3f}"} | seen
+
 
 def prompt_html(
     prompt: VisualPrompt,
@@ -436,16 +631,25 @@ def prompt_html(
     "A small card: the picture and the facts."
     buffer = io.BytesIO()
     prompt.to_pil().save(buffer, format="png")
-    facts = {"kind": prompt.kind, "range": prompt.range, "size": prompt.size, "width": prompt.width, "pictures": f"{prompt.inner} x {prompt.inner}"}
-    facts |= {**value_facts(prompt), **prompt.provenance, **value_facts(prompt)}  # what is measured wins over what is told
+    facts = {
+        "kind": prompt.kind,
+        "range": prompt.range,
+        "size": prompt.size,
+        "width": prompt.width,
+        "pictures": f"{prompt.inner} x {prompt.inner}",
+    }
+    # what is measured wins over what is told
+    facts |= {**value_facts(prompt), **prompt.provenance, **value_facts(prompt)}
     return render("prompt.html", image=buffer.getvalue(), facts=facts)
 
 # %% ../nbs/api/00_prompt.ipynb #bf957a9d
 def clipping(
     prompt: VisualPrompt,
-) -> tuple[float, float]:  # share of its values outside [0, 1], share of its energy (sum of squares) kept when clipped
+    # share of its values outside [0, 1], share of its energy (sum of squares) kept when clipped
+) -> tuple[float, float]:
     "What is lost when a prompt is shown as a picture; (0, 1) unless it is free."
-    if prompt.range != "free": return 0.0, 1.0
+    if prompt.range != "free":
+        return 0.0, 1.0
     values = shown_prompt(prompt).detach().double().cpu()
     values = values[on_canvas(prompt, torch.ones_like(prompt.delta)).bool().cpu()]
     energy = values.square().sum().item()
@@ -460,12 +664,27 @@ def to_range(
     "The same pixels in another range, clipped and rounded as needed."
     check_choice("range", range, RANGES)
     if "free" in (prompt.range, range) and prompt.range != range and prompt.kind != "border":
-        raise ValueError(f"only a border can go from range={prompt.range!r} to {range!r}: a free prompt of kind {prompt.kind!r} is added "
-                         "to the picture, the other ranges cover it. Train it in the range that it is to have.")
-    changed = {"trained as": prompt.range} | ({"range": range} if "range" in prompt.provenance else {})
+        raise ValueError(
+            f"only a border can go from range={prompt.range!r} to {range!r}: a free prompt of "
+            f"kind {prompt.kind!r} is added "
+            "to the picture, the other ranges cover it. Train it in the range that it is to have."
+        )
+    changed = {"trained as": prompt.range} | (
+        {"range": range} if "range" in prompt.provenance else {}
+    )
     story = prompt.provenance | (changed if range != prompt.range else {})
-    other = VisualPrompt(prompt.size, prompt.width, prompt.kind, prompt.generator.initial_seed(), story, range, prompt.adjust).to(prompt.delta)
-    with torch.no_grad(): values = prompt.delta if range == prompt.range else from_pixels(prompt.pixels(), range)
+    other = VisualPrompt(
+        prompt.size,
+        prompt.width,
+        prompt.kind,
+        prompt.generator.initial_seed(),
+        story,
+        range,
+        prompt.adjust,
+    ).to(prompt.delta)
+    with torch.no_grad():
+        values = prompt.delta if range == prompt.range else from_pixels(prompt.pixels(), range)
     other.delta.data.copy_(values if prompt.kind == "random-patch" else values * prompt.mask)
-    for name in prompt.adjust: getattr(other, name).data.copy_(getattr(prompt, name).detach())
+    for name in prompt.adjust:
+        getattr(other, name).data.copy_(getattr(prompt, name).detach())
     return other

@@ -37,25 +37,48 @@ def check_file(
     most: int = MAX_BYTES,  # bytes
 ) -> Path:  # the same
     "Refuse a file that is not there, is no file, or is far too large."
-    if not path.is_file(): raise FileNotFoundError(f"there is no prompt at {str(path)!r}.")
-    if (size := path.stat().st_size) > most: raise ValueError(f"{path.name!r} is too large for a prompt: {size:,} bytes, at most {most:,} are read.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no prompt at {str(path)!r}.")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(
+            f"{path.name!r} is too large for a prompt: {size:,} bytes, at most {most:,} are read."
+        )
     return path
 
 # %% ../nbs/api/02_prompt_files.ipynb #d45464b0
 MAX_ADJUSTMENT = 5.0  # size of each number
-SHAPES = {"color": ("two lists of three numbers", [3, 3]), "sharpness": ("a list of three numbers", [3]), "scale": ("one number", [1])}  # in words, and the lengths of the lists
+# in words, and the lengths of the lists
+SHAPES = {
+    "color": ("two lists of three numbers", [3, 3]),
+    "sharpness": ("a list of three numbers", [3]),
+    "scale": ("one number", [1]),
+}
+
 
 def check_adjustments(
     numbers: Any,  # name in ADJUSTMENTS -> numbers, as JSON holds them
 ) -> dict[str, Any]:  # the same
     "Refuse what no prompt does to a picture."
-    if not isinstance(numbers, dict) or not numbers: raise ValueError(f"`adjust` must be a JSON object with {' or '.join(ADJUSTMENTS)}, got {str(numbers)[:60]}")
+    if not isinstance(numbers, dict) or not numbers:
+        raise ValueError(
+            f"`adjust` must be a JSON object with {' or '.join(ADJUSTMENTS)}, got "
+            f"{str(numbers)[:60]}"
+        )
     for name, value in numbers.items():
         words, lengths = SHAPES[check_choice("adjust", name, ADJUSTMENTS)]
         rows = {"color": value, "sharpness": [value], "scale": [[value]]}[name]
-        fits = isinstance(rows, list) and all(isinstance(row, list) for row in rows) and [len(row) for row in rows] == lengths
-        if not fits or any(type(x) not in (int, float) or not abs(x) <= MAX_ADJUSTMENT for row in rows for x in row):
-            raise ValueError(f"`adjust` {name} must be {words} in [-{MAX_ADJUSTMENT:g}, {MAX_ADJUSTMENT:g}], got {str(value)[:60]}")
+        fits = (
+            isinstance(rows, list)
+            and all(isinstance(row, list) for row in rows)
+            and [len(row) for row in rows] == lengths
+        )
+        if not fits or any(
+            type(x) not in (int, float) or not abs(x) <= MAX_ADJUSTMENT for row in rows for x in row
+        ):
+            raise ValueError(
+                f"`adjust` {name} must be {words} in [-{MAX_ADJUSTMENT:g}, {MAX_ADJUSTMENT:g}], "
+                f"got {str(value)[:60]}"
+            )
     return numbers
 
 # %% ../nbs/api/02_prompt_files.ipynb #178f24cd
@@ -63,39 +86,67 @@ def adjust_numbers(
     prompt: VisualPrompt,
 ) -> dict[str, Any]:  # name -> numbers, exact; empty where nothing is adjusted
     "What a prompt does to the picture itself, as JSON can hold it."
-    numbers = {name: getattr(prompt, name).detach().cpu().double().tolist() for name in prompt.adjust}
-    if not numbers: return {}
-    try: return check_adjustments(numbers)
-    except ValueError as error: raise ValueError(f"`prompt` cannot be kept: {error}. Train it again with a smaller learning rate.") from None
+    numbers = {
+        name: getattr(prompt, name).detach().cpu().double().tolist() for name in prompt.adjust
+    }
+    if not numbers:
+        return {}
+    try:
+        return check_adjustments(numbers)
+    except ValueError as error:
+        raise ValueError(
+            f"`prompt` cannot be kept: {error}. Train it again with a smaller learning rate."
+        ) from None
 
 # %% ../nbs/api/02_prompt_files.ipynb #487a79f0
-STORY = {"task": str, "method": str, "source": str, "seed": int, "fit": str}  # what the package asks a provenance for; anything else may be anything
-FORMAT, VERSION, ADJUSTED, READS = "tvp-prompt", "2", "3", ("1", "2", "3")  # ADJUSTED: the version of a prompt with adjustments
+# what the package asks a provenance for; anything else may be anything
+STORY = {"task": str, "method": str, "source": str, "seed": int, "fit": str}
+# ADJUSTED: the version of a prompt with adjustments
+FORMAT = "tvp-prompt"
+VERSION = "2"
+ADJUSTED = "3"
+READS = ("1", "2", "3")
+
 
 def prompt_facts(
     prompt: VisualPrompt,
 ) -> dict[str, str]:  # the file's metadata
     "Geometry, range, adjustments and provenance as text."
-    try: story = json.dumps(prompt.provenance)
+    try:
+        story = json.dumps(prompt.provenance)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"`provenance` must hold only what JSON can hold: {error}.") from None
-    check_fields(prompt.provenance, "`provenance`", STORY, advice="Change it, or keep it under another name.")
-    if len(story) > MAX_STORY: raise ValueError(f"`provenance` must be at most {MAX_STORY:,} characters of JSON, got {len(story):,}.")
+    check_fields(
+        prompt.provenance, "`provenance`", STORY, advice="Change it, or keep it under another name."
+    )
+    if len(story) > MAX_STORY:
+        raise ValueError(
+            f"`provenance` must be at most {MAX_STORY:,} characters of JSON, got {len(story):,}."
+        )
     adjust = adjust_numbers(prompt)
     more = {"version": ADJUSTED, "adjust": json.dumps(adjust)} if adjust else {}
-    return {"format": FORMAT, "version": VERSION, "size": str(prompt.size), "width": str(prompt.width), "kind": prompt.kind,
-            "range": prompt.range, "provenance": story} | more
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "size": str(prompt.size),
+        "width": str(prompt.width),
+        "kind": prompt.kind,
+        "range": prompt.range,
+        "provenance": story,
+    } | more
 
 # %% ../nbs/api/02_prompt_files.ipynb #3214a8b3
 def read_story(
     text: Any,  # JSON
 ) -> dict:  # names and values
     "The provenance."
-    if not isinstance(text, str) or len(text) > MAX_STORY: raise ValueError(f"`provenance` must be JSON text of at most {MAX_STORY:,} characters")
+    if not isinstance(text, str) or len(text) > MAX_STORY:
+        raise ValueError(f"`provenance` must be JSON text of at most {MAX_STORY:,} characters")
     return check_fields(parse_json(text, "`provenance`"), "`provenance`", STORY)
 
 # %% ../nbs/api/02_prompt_files.ipynb #9e5307d2
 MAX_ADJUST = 1000  # characters of the adjustments as JSON
+
 
 def read_adjust(
     text: Any,  # JSON; None: there is none
@@ -103,9 +154,13 @@ def read_adjust(
 ) -> dict[str, Any]:  # {"adjust": {name: numbers}}, or empty
     "The adjustments, in files of the version that has them."
     if version != ADJUSTED:
-        if text is None: return {}
-        raise ValueError(f"`adjust` is known to version {ADJUSTED} only, and this is version {version}")
-    if not isinstance(text, str) or len(text) > MAX_ADJUST: raise ValueError(f"`adjust` must be JSON text of at most {MAX_ADJUST:,} characters")
+        if text is None:
+            return {}
+        raise ValueError(
+            f"`adjust` is known to version {ADJUSTED} only, and this is version {version}"
+        )
+    if not isinstance(text, str) or len(text) > MAX_ADJUST:
+        raise ValueError(f"`adjust` must be JSON text of at most {MAX_ADJUST:,} characters")
     return {"adjust": check_adjustments(parse_json(text, "`adjust`"))}
 
 # %% ../nbs/api/02_prompt_files.ipynb #50ecacab
@@ -114,17 +169,28 @@ def read_facts(
     name: str,  # of the file, for messages
 ) -> dict:  # arguments of VisualPrompt; `adjust`, where there is any, with its numbers
     "Check every word of the metadata."
-    if facts.get("format") != FORMAT: raise ValueError(f"{name!r} is not a prompt: its metadata must say format={FORMAT}.")
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{name!r} is not a prompt: its metadata must say format={FORMAT}.")
     if (version := facts.get("version")) not in READS:
-        raise ValueError(f"{name!r} has prompt version {version!r}, this tvp reads {', '.join(READS)}. Update tvp.")
+        raise ValueError(
+            f"{name!r} has prompt version {version!r}, this tvp "
+            f"reads {', '.join(READS)}. Update tvp."
+        )
     known = {"range": "free"} if version == "1" else {"range": facts.get("range")}
     try:
         for key in ("size", "width"):
-            if not re.fullmatch(r"[0-9]{1,4}", str(facts.get(key))): raise ValueError(f"`{key}` must be a whole number of up to 4 digits, got {facts.get(key)!r}")
+            if not re.fullmatch(r"[0-9]{1,4}", str(facts.get(key))):
+                raise ValueError(
+                    f"`{key}` must be a whole number of up to 4 digits, got {facts.get(key)!r}"
+                )
             known[key] = int(facts[key])
-        known |= {"kind": facts.get("kind"), "provenance": read_story(facts.get("provenance"))} | read_adjust(facts.get("adjust"), version)
+        known |= {
+            "kind": facts.get("kind"),
+            "provenance": read_story(facts.get("provenance")),
+        } | read_adjust(facts.get("adjust"), version)
         VisualPrompt(**known | {"provenance": None})  # geometry, kind and range
-    except ValueError as error: raise ValueError(f"{name!r} is not a prompt: its metadata are wrong. {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name!r} is not a prompt: its metadata are wrong. {error}") from None
     return known
 
 # %% ../nbs/api/02_prompt_files.ipynb #a7b9c4a3
@@ -135,14 +201,25 @@ def filled(
 ) -> VisualPrompt:  # in the numbers' own precision
     "A prompt with these numbers in it, checked."
     prompt = VisualPrompt(**facts)
-    if delta.shape != prompt.delta.shape or not delta.is_floating_point() or not delta.isfinite().all():
-        raise ValueError(f"{name!r} is not a prompt: its pixels must be finite and of shape {tuple(prompt.delta.shape)}, "
-                         f"got shape {tuple(delta.shape)}, {str(delta.dtype).removeprefix('torch.')}.")
+    if (
+        delta.shape != prompt.delta.shape
+        or not delta.is_floating_point()
+        or not delta.isfinite().all()
+    ):
+        raise ValueError(
+            f"{name!r} is not a prompt: its pixels must be finite and of shape "
+            f"{tuple(prompt.delta.shape)}, "
+            f"got shape {tuple(delta.shape)}, {str(delta.dtype).removeprefix('torch.')}."
+        )
     if prompt.kind != "random-patch" and (delta * (1 - prompt.mask)).any():
-        raise ValueError(f"{name!r} is not a {prompt.kind} prompt of width {prompt.width}: it has pixels outside its mask.")
+        raise ValueError(
+            f"{name!r} is not a {prompt.kind} prompt of width {prompt.width}: it has pixels "
+            "outside its mask."
+        )
     prompt = prompt.to(delta.dtype)
     prompt.delta.data.copy_(delta)
-    for name, numbers in facts.get("adjust", {}).items(): getattr(prompt, name).data.copy_(torch.tensor(numbers, dtype=torch.float64))
+    for name, numbers in facts.get("adjust", {}).items():
+        getattr(prompt, name).data.copy_(torch.tensor(numbers, dtype=torch.float64))
     return prompt
 
 # %% ../nbs/api/02_prompt_files.ipynb #e92e14d2
@@ -150,11 +227,18 @@ def save_prompt(
     prompt: VisualPrompt,
     path: str | Path,  # ends in .safetensors; missing folders are made
 ) -> Path:  # where it was written
-    "Write numbers, geometry, range, adjustments and provenance, all or nothing (tvp.files.write_atomic)."
+    """Write numbers, geometry, range, adjustments and provenance, all or nothing
+    (tvp.files.write_atomic)."""
     path = with_suffix(as_path(path), ".safetensors")
     delta = prompt.delta.detach().cpu()
-    if not all(part.isfinite().all() for part in prompt.parameters()): raise ValueError("`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller learning rate.")
-    if prompt.kind != "random-patch": delta = delta * prompt.mask.cpu()  # what nobody sees is not kept
+    if not all(part.isfinite().all() for part in prompt.parameters()):
+        raise ValueError(
+            "`prompt` holds NaN or infinity: it is not saved. Train it again with a smaller "
+            "learning rate."
+        )
+    # what nobody sees is not kept
+    if prompt.kind != "random-patch":
+        delta = delta * prompt.mask.cpu()
     return write_atomic(path, save({"delta": delta.contiguous()}, prompt_facts(prompt)))
 
 # %% ../nbs/api/02_prompt_files.ipynb #bd39d32c
@@ -164,15 +248,27 @@ def read_safetensors(
     "Read one of our own files."
     try:
         with safe_open(path, "pt") as file:
-            words, names = file.metadata() or {}, list(file.keys())
-            if names != ["delta"]: raise ValueError(f"{path.name!r} is a safetensors file but not a prompt: it must hold one tensor `delta`, got {', '.join(names[:3]) or 'none'}.")
-            facts, shape, kind = read_facts(words, path.name), file.get_slice("delta").get_shape(), file.get_slice("delta").get_dtype()
+            words = file.metadata() or {}
+            names = list(file.keys())
+            if names != ["delta"]:
+                raise ValueError(
+                    f"{path.name!r} is a safetensors file but not a prompt: it must hold one "
+                    f"tensor `delta`, got {', '.join(names[:3]) or 'none'}."
+                )
+            facts = read_facts(words, path.name)
+            shape = file.get_slice("delta").get_shape()
+            kind = file.get_slice("delta").get_dtype()
             side = facts["width"] if facts["kind"] == "random-patch" else facts["size"]
             if shape != [3, side, side] or kind not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{path.name!r} is not a prompt: its pixels must be floats of shape (3, {side}, {side}), got shape {tuple(shape)}, {kind}.")
+                raise ValueError(
+                    f"{path.name!r} is not a prompt: its pixels must be floats of shape (3, "
+                    f"{side}, {side}), got shape {tuple(shape)}, {kind}."
+                )
             delta = file.get_tensor("delta")
     except SafetensorError as error:
-        raise ValueError(f"{path.name!r} is not a safetensors file, or is damaged. ({error})") from None
+        raise ValueError(
+            f"{path.name!r} is not a safetensors file, or is damaged. ({error})"
+        ) from None
     return filled(facts, delta, path.name)
 
 # %% ../nbs/api/02_prompt_files.ipynb #fe814706
@@ -182,7 +278,8 @@ def zero_interior_width(
     "How far the non-zero pixels reach in from the edge."
     steps = torch.arange(delta.shape[-1])
     from_edge = torch.minimum(steps, steps.flip(0))
-    depth = torch.minimum(from_edge[:, None], from_edge[None])  # (size, size), 0 on the outermost ring
+    # (size, size), 0 on the outermost ring
+    depth = torch.minimum(from_edge[:, None], from_edge[None])
     return int(((depth + 1) * (delta != 0).any(0)).max())
 
 # %% ../nbs/api/02_prompt_files.ipynb #bfbefad0
@@ -190,13 +287,22 @@ def load_perturbation(
     path: Path,  # a .pth file
 ) -> Tensor:  # (3, size, size) float32
     "The one tensor of a reference file."
-    with zipfile.ZipFile(path) as file: unpacked = sum(entry.file_size for entry in file.infolist())
-    if unpacked > MAX_BYTES: raise ValueError(f"it unpacks to {unpacked:,} bytes, at most {MAX_BYTES:,} are read")
+    with zipfile.ZipFile(path) as file:
+        unpacked = sum(entry.file_size for entry in file.infolist())
+    if unpacked > MAX_BYTES:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes, at most {MAX_BYTES:,} are read")
     found = torch.load(path, map_location="cpu", weights_only=True)["perturbation"]
-    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta or not found.is_floating_point():
+    if (
+        not isinstance(found, Tensor)
+        or found.layout != torch.strided
+        or found.is_meta
+        or not found.is_floating_point()
+    ):
         raise ValueError("`perturbation` is not a dense tensor of floats that are in the file")
-    size = found.shape[-1] if found.ndim else 0  # before anything is made of it: a stored tensor may repeat one number for ever
-    if found.shape != (3, size, size) or not 0 < size <= MAX_SIZE: raise ValueError(f"`perturbation` has shape {tuple(found.shape)}")
+    # before anything is made of it: a stored tensor may repeat one number for ever
+    size = found.shape[-1] if found.ndim else 0
+    if found.shape != (3, size, size) or not 0 < size <= MAX_SIZE:
+        raise ValueError(f"`perturbation` has shape {tuple(found.shape)}")
     return found.detach().float().contiguous()
 
 # %% ../nbs/api/02_prompt_files.ipynb #db2cc2c2
@@ -204,30 +310,53 @@ def read_reference(
     path: Path,  # a .pth file
 ) -> VisualPrompt:
     "Read a prompt of the authors' released code."
-    try: delta = load_perturbation(path)
+    try:
+        delta = load_perturbation(path)
     except pickle.UnpicklingError:  # torch's own words would recommend to switch the protection off
-        raise ValueError(f"{path.name!r} is not a prompt of the reference code: it holds something other than tensors, which could run code. It is not read.") from None
+        raise ValueError(
+            f"{path.name!r} is not a prompt of the reference code: it holds something other than "
+            "tensors, which could run code. It is not read."
+        ) from None
     except Exception as error:  # what torch and zipfile say of a damaged file is of every kind
-        raise ValueError(f"{path.name!r} is not a prompt of the reference code: it must hold one tensor `perturbation` of shape "
-                         f"(3, size, size), size up to {MAX_SIZE}. ({type(error).__name__}: {str(error)[:300]})") from None
-    size, width = delta.shape[-1], zero_interior_width(delta)
+        raise ValueError(
+            f"{path.name!r} is not a prompt of the reference code: it must hold one tensor "
+            "`perturbation` of shape "
+            f"(3, size, size), size up to {MAX_SIZE}. ({type(error).__name__}: {str(error)[:300]})"
+        ) from None
+    size = delta.shape[-1]
+    width = zero_interior_width(delta)
     if not 0 < 2 * width < size:
-        raise ValueError(f"the width of the prompt in {path.name!r} cannot be told: it needs a non-zero border around "
-                         f"a zero interior, and its non-zero pixels reach {width} of {size} pixels in.")
-    return filled({"size": size, "width": width, "provenance": {"file": path.name, "format": "reference"}}, delta, path.name)
+        raise ValueError(
+            f"the width of the prompt in {path.name!r} cannot be told: it needs a non-zero "
+            "border around "
+            f"a zero interior, and its non-zero pixels reach {width} of {size} pixels in."
+        )
+    return filled(
+        {"size": size, "width": width, "provenance": {"file": path.name, "format": "reference"}},
+        delta,
+        path.name,
+    )
 
 # %% ../nbs/api/02_prompt_files.ipynb #fafbd7db
 def read_png(path: Path) -> VisualPrompt:
     "A picture that `to_png` wrote."
     from tvp.png import load_png
+
     return load_png(path)
 
-READERS: dict[str, Callable[[Path], VisualPrompt]] = {".safetensors": read_safetensors, ".png": read_png, ".pth": read_reference}
+
+READERS: dict[str, Callable[[Path], VisualPrompt]] = {
+    ".safetensors": read_safetensors,
+    ".png": read_png,
+    ".pth": read_reference,
+}
+
 
 def read_prompt(
     path: str | Path,  # a .safetensors or .png file of ours, or a .pth file of the reference
 ) -> VisualPrompt:
     "Read a prompt and make sure that it is one."
     path = as_path(path)
-    if path.suffix not in READERS: raise ValueError(f"`path` must end in {', '.join(READERS)}; got {str(path)!r}.")
+    if path.suffix not in READERS:
+        raise ValueError(f"`path` must end in {', '.join(READERS)}; got {str(path)!r}.")
     return READERS[path.suffix](check_file(path))

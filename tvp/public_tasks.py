@@ -44,16 +44,72 @@ def _photos(
     **more,  # other fields of Source
 ) -> Source:
     "A data set of photographs with one class each."
-    return Source(hub, {"train": train, test_name: test}, {"train": rows[0], test_name: rows[1]}, {image: "image", label: f"class {classes}"}, **more)
+    return Source(
+        hub,
+        {"train": train, test_name: test},
+        {"train": rows[0], test_name: rows[1]},
+        {image: "image", label: f"class {classes}"},
+        **more,
+    )
 
 
 SOURCES: dict[str, tuple[Source, ...]] = {
-    "cifar10": (_photos("uoft-cs/cifar10", "plain_text/train*", "plain_text/test*", (50_000, 10_000), 10, image="img", config="plain_text"),),
-    "cifar100": (_photos("uoft-cs/cifar100", "cifar100/train*", "cifar100/test*", (50_000, 10_000), 100, image="img", label="fine_label", config="cifar100"),),
-    "svhn": (_photos("ufldl-stanford/svhn", "cropped_digits/train*", "cropped_digits/test*", (73_257, 26_032), 10, config="cropped_digits"),),
-    "imagenette": (_photos("frgfm/imagenette", "320px/train*", "320px/validation*", (9_469, 3_925), 10, test_name="validation", revision="refs/convert/parquet", config="320px"),),
+    "cifar10": (
+        _photos(
+            "uoft-cs/cifar10",
+            "plain_text/train*",
+            "plain_text/test*",
+            (50_000, 10_000),
+            10,
+            image="img",
+            config="plain_text",
+        ),
+    ),
+    "cifar100": (
+        _photos(
+            "uoft-cs/cifar100",
+            "cifar100/train*",
+            "cifar100/test*",
+            (50_000, 10_000),
+            100,
+            image="img",
+            label="fine_label",
+            config="cifar100",
+        ),
+    ),
+    "svhn": (
+        _photos(
+            "ufldl-stanford/svhn",
+            "cropped_digits/train*",
+            "cropped_digits/test*",
+            (73_257, 26_032),
+            10,
+            config="cropped_digits",
+        ),
+    ),
+    "imagenette": (
+        _photos(
+            "frgfm/imagenette",
+            "320px/train*",
+            "320px/validation*",
+            (9_469, 3_925),
+            10,
+            test_name="validation",
+            revision="refs/convert/parquet",
+            config="320px",
+        ),
+    ),
     "pets": (_photos("timm/oxford-iiit-pet", "data/train*", "data/test*", (3_680, 3_669), 37),),
-    "food101": (_photos("ethz/food101", "data/train*", "data/validation*", (75_750, 25_250), 101, test_name="validation"),),
+    "food101": (
+        _photos(
+            "ethz/food101",
+            "data/train*",
+            "data/validation*",
+            (75_750, 25_250),
+            101,
+            test_name="validation",
+        ),
+    ),
 }
 
 # %% ../nbs/api/12_public_tasks.ipynb #9f6eb955
@@ -66,13 +122,36 @@ def _three(
 
 
 _POPE = ("random", "popular", "adversarial")
-_pope = Source("lmms-lab-encoder/POPE", {s: f"Full/{s}*" for s in _POPE}, dict.fromkeys(_POPE, 3_000),
-               {"image": "image", "question": "string", "answer": "string", "image_source": "string"}, config="Full")
+_pope = Source(
+    "lmms-lab-encoder/POPE",
+    {s: f"Full/{s}*" for s in _POPE},
+    dict.fromkeys(_POPE, 3_000),
+    {"image": "image", "question": "string", "answer": "string", "image_source": "string"},
+    config="Full",
+)
 SOURCES |= {
-    "aircraft": (Source("HuggingFaceM4/FGVC-Aircraft", **_three("*train-*", "*validation-*", "*test-*"), columns={"image": "image", "variant": "class 100"}, revision="refs/pr/1"),
-                 Source("Donghyun99/FGVC-Aircraft", **_three("data/train*", "data/val*", "data/test*"), columns={"image": "image", "variation": "class 100"})),
-    "clevr": (Source("dpdl-benchmark/clevr", {"train": "data/train-*.parquet", "test": "data/test-*.parquet"}, {"train": 70_000, "test": 15_000},
-                     {"image": "image", "objects": "list"}, revision="a9b3cc07eacabb93d57ceef72374427982104e00"),),
+    "aircraft": (
+        Source(
+            "HuggingFaceM4/FGVC-Aircraft",
+            **_three("*train-*", "*validation-*", "*test-*"),
+            columns={"image": "image", "variant": "class 100"},
+            revision="refs/pr/1",
+        ),
+        Source(
+            "Donghyun99/FGVC-Aircraft",
+            **_three("data/train*", "data/val*", "data/test*"),
+            columns={"image": "image", "variation": "class 100"},
+        ),
+    ),
+    "clevr": (
+        Source(
+            "dpdl-benchmark/clevr",
+            {"train": "data/train-*.parquet", "test": "data/test-*.parquet"},
+            {"train": 70_000, "test": 15_000},
+            {"image": "image", "objects": "list"},
+            revision="a9b3cc07eacabb93d57ceef72374427982104e00",
+        ),
+    ),
     "pope": (_pope, replace(_pope, hub="lmms-lab/POPE")),
 }
 
@@ -80,7 +159,10 @@ SOURCES |= {
 @dataclass(frozen=True)
 class PublicTask:
     "How one of the ten data sets becomes a task."
-    read: Callable[..., Answers]  # (name, data_dir, sources, seed, **options) -> candidates, pictures to learn from, pictures to test on
+
+    # (name, data_dir, sources, seed, **options) -> candidates, pictures to learn from, pictures to
+    # test on
+    read: Callable[..., Answers]
     about: str  # one sentence
     metric: str = "accuracy"  # see `tvp.tasks.Task`
     fit: str = "crop"  # likewise
@@ -106,13 +188,24 @@ def read_photos(
 ) -> Answers:
     "A recognition task from the hub, from a folder like it, or from the authors' archive."
     from datasets import concatenate_datasets
-    if data_dir is not None and (answers := list_folder(name, data_dir)): return check_classes(name, answers, sources[0])
+
+    if data_dir is not None and (answers := list_folder(name, data_dir)):
+        return check_classes(name, answers, sources[0])
     tables, source, place = open_source(name, sources, data_dir)
-    (image, label), (*learn, test) = _columns(source), source.rows
-    tables = {"train": concatenate_datasets([tables[split] for split in learn]), "test": tables[test]}
+    (image, label) = _columns(source)
+    (*learn, test) = source.rows
+    tables = {
+        "train": concatenate_datasets([tables[split] for split in learn]),
+        "test": tables[test],
+    }
     names, labels = column_labels(tables, label, f"{name} ({place})")
     names = [SPELLING.get(text, text).replace("_", " ") for text in names]
-    splits = [photo_split(column_pictures(table, image, f"{name} {split}", data_dir or "."), labels[split], names) for split, table in tables.items()]
+    splits = [
+        photo_split(
+            column_pictures(table, image, f"{name} {split}", data_dir or "."), labels[split], names
+        )
+        for split, table in tables.items()
+    ]
     return check_classes(name, Answers(names, *splits, place), source)
 
 # %% ../nbs/api/12_public_tasks.ipynb #4d7acba8
@@ -121,11 +214,15 @@ def check_classes(
     answers: Answers,
     source: Source,  # says how many classes there are
 ) -> Answers:  # the same
-    "A part of a data set may lack pictures, but not classes: with fewer candidates its numbers would mean something else."
+    """A part of a data set may lack pictures, but not classes: with fewer candidates its numbers
+    would mean something else."""
     expected = int(source.columns[_columns(source)[1]].split()[1])
     if len(answers.candidates) != expected:
-        raise ValueError(f"{name}: there must be {expected} classes, got {len(answers.candidates)} ({', '.join(answers.candidates[:5])}, ...). "
-                         "For a part of the classes make a task of your own: load_task(pathlib.Path(...)).")
+        raise ValueError(
+            f"{name}: there must be {expected} classes, got {len(answers.candidates)} "
+            f"({', '.join(answers.candidates[:5])}, ...). "
+            "For a part of the classes make a task of your own: load_task(pathlib.Path(...))."
+        )
     return answers
 
 # %% ../nbs/api/12_public_tasks.ipynb #815f6123
@@ -134,18 +231,34 @@ def read_clevr(
     data_dir: str | Path | None,  # the official folder, a folder like the hub's, or None
     sources: Sequence[Source],
     seed: int,
-    stream: tuple[int, int] | None = (2_000, 1_000),  # scenes to learn from and to test on; None: all of them
+    # scenes to learn from and to test on; None: all of them
+    stream: tuple[int, int] | None = (2_000, 1_000),
     counts: Iterable[int] = range(3, 11),  # the numbers that are possible
 ) -> Answers:
     "CLEVR counting: the number of objects in the scene."
-    if data_dir is not None and any((Path(data_dir).expanduser() / p / "scenes").is_dir() for p in (".", "CLEVR_v1.0")): return clevr_folder(data_dir, counts)
-    if stream: tables, source, place = stream_tables(name, sources[0], dict(zip(("train", "test"), stream)), data_dir)
-    else: tables, source, place = open_source(name, sources, data_dir)
-    candidates, splits = list(counts), []
+    if data_dir is not None and any(
+        (Path(data_dir).expanduser() / p / "scenes").is_dir() for p in (".", "CLEVR_v1.0")
+    ):
+        return clevr_folder(data_dir, counts)
+    if stream:
+        tables, source, place = stream_tables(
+            name, sources[0], dict(zip(("train", "test"), stream)), data_dir
+        )
+    else:
+        tables, source, place = open_source(name, sources, data_dir)
+    candidates = list(counts)
+    splits = []
     for split in ("train", "test"):
         objects = tables[split]["objects"]
-        numbers = [len(next(iter(o.values()))) if isinstance(o, dict) else len(o) for o in objects]  # a list of objects, or an object of lists
-        splits.append(count_split(column_pictures(tables[split], "image", f"{name} {split}", data_dir or "."), numbers, candidates))
+        # a list of objects, or an object of lists
+        numbers = [len(next(iter(o.values()))) if isinstance(o, dict) else len(o) for o in objects]
+        splits.append(
+            count_split(
+                column_pictures(tables[split], "image", f"{name} {split}", data_dir or "."),
+                numbers,
+                candidates,
+            )
+        )
     return Answers([str(n) for n in candidates], *splits, place)
 
 # %% ../nbs/api/12_public_tasks.ipynb #77dc3c64
@@ -159,14 +272,29 @@ def read_pope(
     train_file: str | Path | None = None,  # official questions about other pictures to learn from
 ) -> Answers:
     "POPE: is there such an object?"
-    if subset not in _POPE: raise ValueError(f"{name}: `subset` must be one of {', '.join(_POPE)}; got {subset!r}.")
-    if data_dir is not None and (Path(data_dir).expanduser() / f"coco_pope_{subset}.json").exists(): return pope_folder(data_dir, subset, coco_dir, train_file, seed)
-    if coco_dir or train_file: raise ValueError(f"{name}: `coco_dir` and `train_file` need `data_dir` with the official coco_pope_{subset}.json.")
-    only = [replace(source, files={subset: source.files[subset]}, rows={subset: source.rows[subset]}) for source in sources]
+    if subset not in _POPE:
+        raise ValueError(f"{name}: `subset` must be one of {', '.join(_POPE)}; got {subset!r}.")
+    if data_dir is not None and (Path(data_dir).expanduser() / f"coco_pope_{subset}.json").exists():
+        return pope_folder(data_dir, subset, coco_dir, train_file, seed)
+    if coco_dir or train_file:
+        raise ValueError(
+            f"{name}: `coco_dir` and `train_file` need `data_dir` with the official "
+            f"coco_pope_{subset}.json."
+        )
+    only = [
+        replace(source, files={subset: source.files[subset]}, rows={subset: source.rows[subset]})
+        for source in sources
+    ]
     tables, _, place = open_source(name, only, data_dir)
-    table, images = tables[subset], list(tables[subset]["image_source"])
+    table = tables[subset]
+    images = list(tables[subset]["image_source"])
     labels = yes_no_labels(list(table["answer"]), f"{name} {subset}")
-    questions = yes_no_questions(column_pictures(table, "image", f"{name} {subset}", data_dir or "."), images, list(table["question"]), labels)
+    questions = yes_no_questions(
+        column_pictures(table, "image", f"{name} {subset}", data_dir or "."),
+        images,
+        list(table["question"]),
+        labels,
+    )
     return half_and_half(questions, images, f"{place}, {subset} questions", seed)
 
 # %% ../nbs/api/12_public_tasks.ipynb #18979281
@@ -179,8 +307,12 @@ def read_memes_task(
 ) -> Answers:
     "Hateful Memes from the official folder."
     if data_dir is None:
-        raise ValueError(f"{name}: it has no hub id, because its licence (Meta, for research, not to be passed on) must be accepted in person at "
-                         f"hatefulmemeschallenge.com. Give the folder with train.jsonl and img: load_task({name!r}, data_dir=...).")
+        raise ValueError(
+            f"{name}: it has no hub id, because its licence (Meta, for research, not to be "
+            "passed on) must be accepted in person at "
+            "hatefulmemeschallenge.com. Give the folder with train.jsonl and img: "
+            f"load_task({name!r}, data_dir=...)."
+        )
     return memes_folder(data_dir, test_file)
 
 # %% ../nbs/api/12_public_tasks.ipynb #2aab8d02
@@ -188,13 +320,28 @@ PUBLIC_TASKS: dict[str, PublicTask] = {
     "cifar10": PublicTask(read_photos, "Ten kinds of things, 32 x 32 pixels.", flip=True),
     "cifar100": PublicTask(read_photos, "A hundred kinds of things, 32 x 32 pixels.", flip=True),
     "svhn": PublicTask(read_photos, "House numbers: which digit is in the middle?"),
-    "imagenette": PublicTask(read_photos, "Ten easy classes of ImageNet, 320 pixels on the shorter side.", flip=True),
+    "imagenette": PublicTask(
+        read_photos, "Ten easy classes of ImageNet, 320 pixels on the shorter side.", flip=True
+    ),
     "pets": PublicTask(read_photos, "Thirty-seven breeds of cats and dogs.", flip=True),
-    "aircraft": PublicTask(read_photos, "A hundred variants of aircraft (not the 70 families).", flip=True),
+    "aircraft": PublicTask(
+        read_photos, "A hundred variants of aircraft (not the 70 families).", flip=True
+    ),
     "food101": PublicTask(read_photos, "A hundred and one dishes.", flip=True),
     "clevr": PublicTask(read_clevr, "How many objects, three to ten?", fit="letterbox"),
-    "hateful_memes": PublicTask(read_memes_task, "Are picture and text together hateful? Licence: Meta's, for research, not to be passed on.", "auroc", "letterbox"),
-    "pope": PublicTask(read_pope, "Is there such an object? Half of the questions are about one that is not there.", "yes-no", "letterbox"),
+    "hateful_memes": PublicTask(
+        read_memes_task,
+        "Are picture and text together hateful? Licence: "
+        "Meta's, for research, not to be passed on.",
+        "auroc",
+        "letterbox",
+    ),
+    "pope": PublicTask(
+        read_pope,
+        "Is there such an object? Half of the questions are about one that is not there.",
+        "yes-no",
+        "letterbox",
+    ),
 }
 
 
@@ -205,9 +352,20 @@ def public_task_names() -> list[str]:
 # %% ../nbs/api/12_public_tasks.ipynb #b160052d
 def public_table() -> pd.DataFrame:  # task, hub, revision, rows, columns, metric, fit, flip
     "Everything that is known of the ten, a row for each place that has one."
-    rows = [dict(task=name, hub=source.hub, revision=source.revision or ("main" if source.files else ""), rows=" + ".join(f"{n:,} {split}" for split, n in source.rows.items()),
-                 columns=", ".join(f"{column} ({kind})" for column, kind in source.columns.items()), metric=task.metric, fit=task.fit, flip=task.flip)
-            for name, task in PUBLIC_TASKS.items() for source in SOURCES.get(name, [Source("(official folder only)", {}, {}, {})])]
+    rows = [
+        dict(
+            task=name,
+            hub=source.hub,
+            revision=source.revision or ("main" if source.files else ""),
+            rows=" + ".join(f"{n:,} {split}" for split, n in source.rows.items()),
+            columns=", ".join(f"{column} ({kind})" for column, kind in source.columns.items()),
+            metric=task.metric,
+            fit=task.fit,
+            flip=task.flip,
+        )
+        for name, task in PUBLIC_TASKS.items()
+        for source in SOURCES.get(name, [Source("(official folder only)", {}, {}, {})])
+    ]
     return pd.DataFrame(rows).set_index("task")
 
 # %% ../nbs/api/12_public_tasks.ipynb #a0dc148d
@@ -218,7 +376,8 @@ def _overridden(
     "The table's sources, or the first one with other values."
     own = {field.name: options.pop(field.name) for field in fields(Source) if field.name in options}
     sources = SOURCES.get(name, ())
-    if own and not sources: raise TypeError(f"{name} has no data set on the hub, so it takes no {', '.join(own)}.")
+    if own and not sources:
+        raise TypeError(f"{name} has no data set on the hub, so it takes no {', '.join(own)}.")
     return (replace(sources[0], **own),) if own else sources
 
 
@@ -227,30 +386,52 @@ def _validation(
     share: float,  # of the training pictures
     seed: int,  # of the draw
 ) -> tuple[Split, Split]:  # train, valid
-    "Set a part of the training pictures aside: by class, or by picture where there are several questions about one."
-    if not len(answers.groups): return hold_out(answers.train, share, seed)
+    """Set a part of the training pictures aside: by class, or by picture where there are several
+    questions about one."""
+    if not len(answers.groups):
+        return hold_out(answers.train, share, seed)
     rows = rows_by_picture(answers.groups, share, seed)
     return answers.train.select(rows[0]), answers.train.select(rows[1])
 
 # %% ../nbs/api/12_public_tasks.ipynb #03dea5b1
 def load_public_task(
-    name: str,  # one of `public_task_names()`; "pope-random" is short for "pope" with subset="random"
+    # one of `public_task_names()`; "pope-random" is short for "pope" with subset="random"
+    name: str,
     data_dir: str | Path | None = None,  # a folder with the same data; None: the hub
     valid: float = 0.1,  # part of the training pictures that becomes the validation split
     seed: int = 0,  # of all draws: validation pictures, order
-    **options,  # fields of `Source`: hub, revision, files, ...; and options of the task's reader: subset, stream, counts, ...
+    # fields of `Source`: hub, revision, files, ...; and options of the task's reader: subset,
+    # stream, counts, ...
+    **options,
 ) -> Task:
     "One of the paper's ten data sets as a task."
-    if name.startswith("pope-"): name, options["subset"] = "pope", name.removeprefix("pope-")
-    if name not in PUBLIC_TASKS: raise KeyError(f"`name` must be one of {', '.join(PUBLIC_TASKS)}; got {name!r}.")
-    task, sources = PUBLIC_TASKS[name], _overridden(name, options)
+    if name.startswith("pope-"):
+        name, options["subset"] = "pope", name.removeprefix("pope-")
+    if name not in PUBLIC_TASKS:
+        raise KeyError(f"`name` must be one of {', '.join(PUBLIC_TASKS)}; got {name!r}.")
+    task = PUBLIC_TASKS[name]
+    sources = _overridden(name, options)
     from inspect import signature
+
     known = list(signature(task.read).parameters)[4:]
     if unknown := set(options) - set(known):
-        raise TypeError(f"{name} takes no {', '.join(sorted(unknown))}. It takes data_dir, valid, seed, {', '.join([*known, *(f.name for f in fields(Source) if sources)])}.")
-    if data_dir is not None: data_dir = Path(data_dir).expanduser()
+        raise TypeError(
+            f"{name} takes no {', '.join(sorted(unknown))}. It takes data_dir, valid, seed, "
+            f"{', '.join([*known, *(f.name for f in fields(Source) if sources)])}."
+        )
+    if data_dir is not None:
+        data_dir = Path(data_dir).expanduser()
     answers = task.read(name, data_dir, sources, seed, **options)
     train, held = _validation(answers, valid, seed)
     full = f"pope-{options.get('subset', 'adversarial')}" if name == "pope" else name
-    return Task(full, train, shuffled(held, seed), shuffled(answers.test, seed), answers.candidates, task.metric, task.fit, task.flip,
-                f"{task.about} From {answers.place}.")
+    return Task(
+        full,
+        train,
+        shuffled(held, seed),
+        shuffled(answers.test, seed),
+        answers.candidates,
+        task.metric,
+        task.fit,
+        task.flip,
+        f"{task.about} From {answers.place}.",
+    )

@@ -20,6 +20,7 @@ from .transfer import TransferResults
 @dataclass(frozen=True)
 class Published:
     "One number of the paper."
+
     score: float  # in percent
     metric: str  # what it counts
     unknown: str = ""  # what we do not know about it
@@ -28,17 +29,29 @@ class Published:
 ANSWERS = "minigpt4-7b"  # the model that the scores are of
 TOP_1 = "top-1 by ranking"
 PUBLISHED: dict[str, Published] = {
-    "pope": Published(68.73, "a score of POPE", "which of the three question sets, and whether accuracy or F1"),
+    "pope": Published(
+        68.73, "a score of POPE", "which of the three question sets, and whether accuracy or F1"
+    ),
     "hateful_memes": Published(62.33, "a score of Hateful Memes", "whether AUROC or accuracy"),
     "clevr": Published(53.6, "counting", "whether by ranking or by generated text"),
-    "cifar10": Published(98.33, TOP_1), "imagenette": Published(97.71, TOP_1), "svhn": Published(82.58, TOP_1),
-    "cifar100": Published(75.36, TOP_1), "pets": Published(59.53, TOP_1), "aircraft": Published(33.99, TOP_1), "food101": Published(64.16, TOP_1),
+    "cifar10": Published(98.33, TOP_1),
+    "imagenette": Published(97.71, TOP_1),
+    "svhn": Published(82.58, TOP_1),
+    "cifar100": Published(75.36, TOP_1),
+    "pets": Published(59.53, TOP_1),
+    "aircraft": Published(33.99, TOP_1),
+    "food101": Published(64.16, TOP_1),
 }
 
 # %% ../nbs/api/65_published.ipynb #5b291cc6
 def published_table() -> pd.DataFrame:  # task, score in percent, metric, unknown
     "All scores that are known, and what is not known about them."
-    return pd.DataFrame([dict(task=task, score=p.score, metric=p.metric, unknown=p.unknown) for task, p in PUBLISHED.items()]).set_index("task")
+    return pd.DataFrame(
+        [
+            dict(task=task, score=p.score, metric=p.metric, unknown=p.unknown)
+            for task, p in PUBLISHED.items()
+        ]
+    ).set_index("task")
 
 # %% ../nbs/api/65_published.ipynb #618b6631
 def published_for(
@@ -47,12 +60,19 @@ def published_for(
     target: str,  # the model that answers
 ) -> Published | None:  # None: nothing is known for this row
     "The number that a measurement can be put beside."
-    if target != ANSWERS or method in ("none", "VP", "EVP"): return None
+    if target != ANSWERS or method in ("none", "VP", "EVP"):
+        return None
     return PUBLISHED.get("pope" if task.startswith("pope") else task)
 
 # %% ../nbs/api/65_published.ipynb #3b7f4314
-TEASER = pd.DataFrame({"TVP": (36.4, 25.4, 28.8, 26.9), "EVP": (35.0, 12.0, 15.0, 2.5), "VP": (27.0, 8.0, 19.0, -6.0)},
-                      index=["source", "unseen 1", "unseen 2", "unseen 3"])  # EVP and VP: about
+TEASER = pd.DataFrame(
+    {
+        "TVP": (36.4, 25.4, 28.8, 26.9),
+        "EVP": (35.0, 12.0, 15.0, 2.5),
+        "VP": (27.0, 8.0, 19.0, -6.0),
+    },
+    index=["source", "unseen 1", "unseen 2", "unseen 3"],
+)  # EVP and VP: about
 
 # %% ../nbs/api/65_published.ipynb #49045257
 def share_interval(
@@ -61,7 +81,8 @@ def share_interval(
     z: float = 1.96,  # standard deviations: 95 %
 ) -> tuple[float, float]:  # low, high
     "Wilson's score interval of a share (Wilson 1927)."
-    middle, shrink = (share + z * z / (2 * n)) / (1 + z * z / n), 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    shrink = 1 + z * z / n
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
@@ -70,13 +91,33 @@ def compare_published(
     results: TransferResults,  # of one task and source
 ) -> pd.DataFrame:  # a row for each method and model; scores in percent, NaN where there is none
     "What was measured here, and what is published for the same row."
-    rows, seeds = [], len({run.seed for run in results.runs})
+    rows = []
+    seeds = len({run.seed for run in results.runs})
     for row in results.mean().query("method != 'none'").to_dict("records"):
-        low, high = (math.nan, math.nan) if row["metric"] == "auroc" else share_interval(row["prompted"], row["n"])
+        low, high = (
+            (math.nan, math.nan)
+            if row["metric"] == "auroc"
+            else share_interval(row["prompted"], row["n"])
+        )
         known = published_for(row["task"], row["method"], row["target"])
-        rows.append(dict(method=row["method"], model=row["target"], role="source" if row["target"] in source_names(row["source"]) else "unseen", metric=row["metric"],
-                         without=100 * row["clean"], prompted=100 * row["prompted"], low=100 * low, high=100 * high, gain=100 * row["gain"],
-                         gain_low=100 * row["low"], gain_high=100 * row["high"], n=row["n"], seeds=seeds, published=known.score if known else math.nan))
+        rows.append(
+            dict(
+                method=row["method"],
+                model=row["target"],
+                role="source" if row["target"] in source_names(row["source"]) else "unseen",
+                metric=row["metric"],
+                without=100 * row["clean"],
+                prompted=100 * row["prompted"],
+                low=100 * low,
+                high=100 * high,
+                gain=100 * row["gain"],
+                gain_low=100 * row["low"],
+                gain_high=100 * row["high"],
+                n=row["n"],
+                seeds=seeds,
+                published=known.score if known else math.nan,
+            )
+        )
     return pd.DataFrame(rows).assign(difference=lambda df: df.prompted - df.published)
 
 # %% ../nbs/api/65_published.ipynb #6461ae95
@@ -92,16 +133,41 @@ def compared_cells(
     compared: pd.DataFrame,  # from `compare_published`
 ) -> list[list[str]]:  # the first row is the heading
     "The comparison as text, cell by cell."
-    span = lambda low, high, sign: "" if math.isnan(low) else f" [{number(low, sign)}, {number(high, sign)}]"
-    cells = [["method", "model", "role", "no prompt", "with prompt", "gain", "pictures", "published"]]
+
+    def span(low, high, sign):
+        return "" if math.isnan(low) else f" [{number(low, sign)}, {number(high, sign)}]"
+
+    cells = [
+        ["method", "model", "role", "no prompt", "with prompt", "gain", "pictures", "published"]
+    ]
     for row in compared.itertuples():
-        cells.append([row.method, row.model, row.role, number(row.without), number(row.prompted) + span(row.low, row.high, False),
-                      number(row.gain, True) + span(row.gain_low, row.gain_high, True), f"{row.n:,}", "" if math.isnan(row.published) else f"{row.published:.2f}"])
+        cells.append(
+            [
+                row.method,
+                row.model,
+                row.role,
+                number(row.without),
+                number(row.prompted) + span(row.low, row.high, False),
+                number(row.gain, True) + span(row.gain_low, row.gain_high, True),
+                f"{row.n:,}",
+                "" if math.isnan(row.published) else f"{row.published:.2f}",
+            ]
+        )
     return cells
 
 # %% ../nbs/api/65_published.ipynb #a7b07f3a
-PROMPT_PLACE = "save/checkpoint_best.pth in https://github.com/zycheiheihei/Transferable-Visual-Prompting (MIT)"
-PUBLISHED_PROMPT = {"numbers": 69_840, "low": -1.735, "high": 2.038, "norm": 63.39, "outside": 0.485}  # of the released file
+PROMPT_PLACE = (
+    "save/checkpoint_best.pth in "
+    "https://github.com/zycheiheihei/Transferable-Visual-Prompting (MIT)"
+)
+# of the released file
+PUBLISHED_PROMPT = {
+    "numbers": 69_840,
+    "low": -1.735,
+    "high": 2.038,
+    "norm": 63.39,
+    "outside": 0.485,
+}
 
 
 def prompt_figures(
@@ -113,5 +179,13 @@ def prompt_figures(
     norm = values.norm().item()
     count = int(3 * prompt.mask.sum()) if prompt.kind != "random-patch" else prompt.delta.numel()
     count += sum(getattr(prompt, name).numel() for name in prompt.adjust)
-    return {"numbers": count, "low": values.min().item(), "high": values.max().item(), "norm": norm, "outside": outside,
-            "energy kept": kept, "energy removed": 1 - kept, "norm when clipped": norm * math.sqrt(kept)}
+    return {
+        "numbers": count,
+        "low": values.min().item(),
+        "high": values.max().item(),
+        "norm": norm,
+        "outside": outside,
+        "energy kept": kept,
+        "energy removed": 1 - kept,
+        "norm when clipped": norm * math.sqrt(kept),
+    }

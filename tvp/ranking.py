@@ -41,9 +41,18 @@ def check_candidates(
 ) -> None:
     "At least one candidate, each with some text, no two alike."
     blank = [c for c in check_list("candidates", candidates) if not c.strip()]
-    if blank: raise ValueError(f"`candidates` must all have some text, got {blank[0]!r}. Remove it.")
-    twice = sorted({c for c in candidates if list(candidates).count(c) > 1}) if len(set(candidates)) < len(candidates) else []
-    if twice: raise ValueError(f"`candidates` must differ from one another, got {twice} more than once. Remove the duplicates.")
+    if blank:
+        raise ValueError(f"`candidates` must all have some text, got {blank[0]!r}. Remove it.")
+    twice = (
+        sorted({c for c in candidates if list(candidates).count(c) > 1})
+        if len(set(candidates)) < len(candidates)
+        else []
+    )
+    if twice:
+        raise ValueError(
+            f"`candidates` must differ from one another, got {twice} more than once. Remove the "
+            "duplicates."
+        )
 
 # %% ../nbs/api/22_ranking.ipynb #4c34c0e9
 def check_distinct(
@@ -56,8 +65,11 @@ def check_distinct(
     for candidate, ids in zip(candidates, plan):
         twin = first.setdefault(ids, candidate)
         if twin != candidate:
-            raise ValueError(f"`candidates` must have different tokens, got {twin!r} and {candidate!r}, which are {list(ids)} to this model's "
-                             f"tokenizer behind {instruction!r}. Reword one of them, or rank with another model.")
+            raise ValueError(
+                f"`candidates` must have different tokens, got {twin!r} and {candidate!r}, which "
+                f"are {list(ids)} to this model's "
+                f"tokenizer behind {instruction!r}. Reword one of them, or rank with another model."
+            )
 
 # %% ../nbs/api/22_ranking.ipynb #58c6503c
 Candidates = tuple[tuple[int, ...], ...]  # token ids of each candidate
@@ -77,7 +89,8 @@ def plain_scores(
     plan: Candidates,  # N candidates
 ) -> Tensor:  # (B, N)
     "One forward pass per candidate."
-    batch, scores = len(inputs["input_ids"]), []
+    batch = len(inputs["input_ids"])
+    scores = []
     for tokens in plan:
         ids = torch.tensor(tokens, device=mllm.device).expand(batch, -1)
         logits = answer_logits(mllm.model, inputs, ids, torch.ones_like(ids))
@@ -88,15 +101,29 @@ def plain_scores(
 def pack(
     plan: Candidates,  # some candidates
     device: torch.device,  # where the tensors go
-) -> dict[str, Tensor]:  # for the K nodes of the tree: token, depth (K,) and sees (K, K); for its E steps onward: node, following, owner (E,)
+    # for the K nodes of the tree: token, depth (K,) and sees (K, K); for its E steps onward: node,
+    # following, owner (E,)
+) -> dict[str, Tensor]:
     "All candidates side by side, each beginning once."
     nodes = {}
-    steps = [(nodes.setdefault(ids[:t], len(nodes)), ids[t], n) for n, ids in enumerate(plan) for t in range(1, len(ids))]
+    steps = [
+        (nodes.setdefault(ids[:t], len(nodes)), ids[t], n)
+        for n, ids in enumerate(plan)
+        for t in range(1, len(ids))
+    ]
     sees = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
-    pairs = [(node, nodes[beginning[:t]]) for beginning, node in nodes.items() for t in range(1, len(beginning) + 1)]
+    pairs = [
+        (node, nodes[beginning[:t]])
+        for beginning, node in nodes.items()
+        for t in range(1, len(beginning) + 1)
+    ]
     sees[tuple(torch.tensor(pairs).T)] = True  # a node sees itself and what it continues
     told = dict(zip(("node", "following", "owner"), torch.tensor(steps).T))
-    told |= {"token": torch.tensor([b[-1] for b in nodes]), "depth": torch.tensor([len(b) - 1 for b in nodes]), "sees": sees}
+    told |= {
+        "token": torch.tensor([b[-1] for b in nodes]),
+        "depth": torch.tensor([len(b) - 1 for b in nodes]),
+        "sees": sees,
+    }
     return {name: value.to(device) for name, value in told.items()}
 
 
@@ -105,21 +132,27 @@ def packed_mask(
     sees: Tensor,  # (K, K), from `pack`
     dtype: torch.dtype,  # of the model
 ) -> Tensor:  # (B, 1, K, L + K), 0 where a token may look, the lowest number elsewhere
-    "Every candidate sees the instruction and itself. Additive, since eager attention silently misreads a boolean mask."
+    """Every candidate sees the instruction and itself. Additive, since eager attention silently
+    misreads a boolean mask."""
     prefix = attention_mask.bool()[:, None].expand(-1, len(sees), -1)
     see = torch.cat([prefix, sees.expand(len(prefix), -1, -1)], -1)[:, None]
-    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(~see, torch.finfo(dtype).min)
+    return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill(
+        ~see, torch.finfo(dtype).min
+    )
 
 # %% ../nbs/api/22_ranking.ipynb #15e945ba
 def chunks(
     plan: Candidates,  # all candidates
     limit: int,  # nodes per chunk; at least one candidate goes into each
 ) -> list[list[int]]:  # indices of candidates with more than one token
-    "Candidates that are packed together, in the order of a dictionary: beyond some 500 tokens one pass gets slower, not faster."
-    out, nodes = [], set()
+    """Candidates that are packed together, in the order of a dictionary: beyond some 500 tokens one
+    pass gets slower, not faster."""
+    out = []
+    nodes = set()
     for n in sorted((n for n, ids in enumerate(plan) if len(ids) > 1), key=plan.__getitem__):
         own = {plan[n][:t] for t in range(1, len(plan[n]))}
-        if not out or len(nodes | own) > limit: out, nodes = [*out, []], set()
+        if not out or len(nodes | own) > limit:
+            out, nodes = [*out, []], set()
         out[-1].append(n)
         nodes |= own
     return out
@@ -129,10 +162,17 @@ def no_pictures(
     model: nn.Module,  # an image-text model
     features,  # what its `get_image_features` returned
 ) -> dict:  # arguments that stand in for the pictures
-    "For a pass that continues behind the picture. Models that insist on one (BLIP) get its features, for which the text has no place."
+    """For a pass that continues behind the picture. Models that insist on one (BLIP) get its
+    features, for which the text has no place."""
     parameters = inspect.signature(model.forward).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"]
-    return {**dict.fromkeys(required), "mm_encoder_outputs": {"image": features}} if required else {}
+    required = [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "input_ids"
+    ]
+    return (
+        {**dict.fromkeys(required), "mm_encoder_outputs": {"image": features}} if required else {}
+    )
 
 # %% ../nbs/api/22_ranking.ipynb #6b2cca2c
 def packed_scores(
@@ -142,16 +182,25 @@ def packed_scores(
     limit: int = 500,  # tokens per pass at most; fewer if the vocabulary is large
 ) -> Tensor:  # (B, N)
     "Picture and instruction once, then all candidates in one more pass over their keys and values."
-    model, lengths = mllm.model, torch.tensor([len(ids) for ids in plan], device=mllm.device)
-    positions, several = position_ids(model, inputs), bool((lengths > 1).any())
-    with captured_features(mllm.owner) as seen: out = model(**inputs, position_ids=positions, use_cache=several, logits_to_keep=1)
+    model = mllm.model
+    lengths = torch.tensor([len(ids) for ids in plan], device=mllm.device)
+    positions = position_ids(model, inputs)
+    several = bool((lengths > 1).any())
+    with captured_features(mllm.owner) as seen:
+        out = model(**inputs, position_ids=positions, use_cache=several, logits_to_keep=1)
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
-    if not several: return scores
+    if not several:
+        return scores
     cache = output_cache(out)
     limit = max(1, min(limit, 2**28 // out.logits[:, -1].numel()))  # 2**28 logits are a gigabyte
-    extra = no_pictures(model, seen[0]) | {n: inputs[n][:, -1:] for n in ("cross_attention_mask",) if n in inputs}  # Mllama: which tiles a token sees
+    # Mllama: which tiles a token sees
+    extra = no_pictures(model, seen[0]) | {
+        n: inputs[n][:, -1:] for n in ("cross_attention_mask",) if n in inputs
+    }
     for chunk in chunks(plan, limit):
-        scores = scores + continuations(mllm, inputs["attention_mask"], positions, cache, extra, plan, chunk)
+        scores = scores + continuations(
+            mllm, inputs["attention_mask"], positions, cache, extra, plan, chunk
+        )
     return scores / lengths
 
 # %% ../nbs/api/22_ranking.ipynb #9ea91487
@@ -163,38 +212,73 @@ def continuations(
     extra: dict,  # what else the model wants, the same for every token
     plan: Candidates,  # all N candidates
     chunk: list[int],  # those to read now
-) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first, 0 for candidates outside the chunk
+    # (B, N) summed log-probabilities of all tokens but the first, 0 for candidates outside the
+    # chunk
+) -> Tensor:
     "One pass over some candidates side by side."
-    packed, batch = pack([plan[n] for n in chunk], mllm.device), len(attention_mask)
-    mask, steps = packed_mask(attention_mask, packed["sees"], mllm.dtype), last_position(positions) + 1 + packed["depth"]
-    current, lengths = packed["token"].expand(batch, -1), [layer.get_seq_length() for layer in cache.layers]
-    extra = {n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v for n, v in extra.items()}
+    packed = pack([plan[n] for n in chunk], mllm.device)
+    batch = len(attention_mask)
+    mask = packed_mask(attention_mask, packed["sees"], mllm.dtype)
+    steps = last_position(positions) + 1 + packed["depth"]
+    current = packed["token"].expand(batch, -1)
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    extra = {
+        n: v.repeat(1, current.shape[1], *[1] * (v.ndim - 2)) if torch.is_tensor(v) else v
+        for n, v in extra.items()
+    }
     past = cache_argument(mllm.model, cache)
-    logits = mllm.model(input_ids=current, attention_mask=mask, position_ids=steps, **past, **extra).logits.float()
-    for layer, length in zip(cache.layers, lengths):  # the pass has written into the cache; layers of cross-attention have not grown
-        if (grown := layer.get_seq_length() - length): layer.crop(-grown)
+    logits = mllm.model(
+        input_ids=current, attention_mask=mask, position_ids=steps, **past, **extra
+    ).logits.float()
+    # the pass has written into the cache; layers of cross-attention have not grown
+    for layer, length in zip(cache.layers, lengths):
+        if grown := layer.get_seq_length() - length:
+            layer.crop(-grown)
     gains = logits[:, packed["node"], packed["following"]] - logits.logsumexp(-1)[:, packed["node"]]
-    return gains.new_zeros(batch, len(plan)).index_add(1, torch.tensor(chunk, device=mllm.device)[packed["owner"]], gains)
+    return gains.new_zeros(batch, len(plan)).index_add(
+        1, torch.tensor(chunk, device=mllm.device)[packed["owner"]], gains
+    )
 
 # %% ../nbs/api/22_ranking.ipynb #7e85dc2e
 def decoder_scores(
     mllm: Mllm,  # the adapter, an encoder-decoder
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
-    limit: int = 500,  # rows of the decoder per pass at most; fewer if the vocabulary or the cache is large
+    # rows of the decoder per pass at most; fewer if the vocabulary or the cache is large
+    limit: int = 500,
 ) -> Tensor:  # (B, N)
-    "One pass of the encoder and of the decoder's first token; the decoder then reads the candidates of several tokens as batches."
-    model, batch, longer = mllm.model, len(inputs["input_ids"]), sorted((n for n, ids in enumerate(plan) if len(ids) > 1), key=lambda n: len(plan[n]))
-    out = model(**inputs, decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device), use_cache=bool(longer))
+    """One pass of the encoder and of the decoder's first token; the decoder then reads the
+    candidates of several tokens as batches."""
+    model = mllm.model
+    batch = len(inputs["input_ids"])
+    longer = sorted((n for n, ids in enumerate(plan) if len(ids) > 1), key=lambda n: len(plan[n]))
+    out = model(
+        **inputs,
+        decoder_input_ids=torch.full((batch, 1), decoder_start(model), device=mllm.device),
+        use_cache=bool(longer),
+    )
     scores = out.logits[:, -1].float().log_softmax(-1)[:, [ids[0] for ids in plan]]
-    if not longer: return scores
-    cache, told = output_cache(out), out.get("language_model_outputs") or out
+    if not longer:
+        return scores
+    cache = output_cache(out)
+    told = out.get("language_model_outputs") or out
     layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     sample = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // batch
-    room = min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan))), 2**30 // sample) // batch  # 2**28 logits are a gigabyte
+    # 2**28 logits are a gigabyte
+    room = (
+        min(limit, 2**28 // (out.logits.shape[-1] * max(map(len, plan))), 2**30 // sample) // batch
+    )
     for some in torch.tensor(longer).split(max(1, room)):
-        gains = decoded(mllm, told.encoder_last_hidden_state, cache, inputs["attention_mask"], [plan[n] for n in some])
-        scores[:, some] = (scores[:, some] + gains) / torch.tensor([len(plan[n]) for n in some], device=mllm.device)
+        gains = decoded(
+            mllm,
+            told.encoder_last_hidden_state,
+            cache,
+            inputs["attention_mask"],
+            [plan[n] for n in some],
+        )
+        scores[:, some] = (scores[:, some] + gains) / torch.tensor(
+            [len(plan[n]) for n in some], device=mllm.device
+        )
     return scores
 
 
@@ -207,34 +291,59 @@ def decoded(
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first
     "One pass of the decoder over B * N rows, which share what it has read of the picture."
     from transformers.modeling_outputs import BaseModelOutput
-    batch, cache, fill = len(attention_mask), copy.deepcopy(cache), decoder_start(mllm.model)
+
+    batch = len(attention_mask)
+    cache = copy.deepcopy(cache)
+    fill = decoder_start(mllm.model)
     cache.batch_repeat_interleave(len(plan))
     rows = [torch.tensor([ids], device=mllm.device) for ids in plan]
-    ids, mask = pad_rows(rows, fill, False).repeat(batch, 1), pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
+    ids = pad_rows(rows, fill, False).repeat(batch, 1)
+    mask = pad_rows([torch.ones_like(row) for row in rows], 0, False)[:, 1:]
     masks = attention_mask.repeat_interleave(len(plan), 0)
-    shape = BaseModelOutput(hidden[:1, :1, :1].expand(len(ids), *hidden.shape[1:]))  # its numbers are in the cache already
+    # its numbers are in the cache already
+    shape = BaseModelOutput(hidden[:1, :1, :1].expand(len(ids), *hidden.shape[1:]))
     decoder = getattr(mllm.model, "language_model", mllm.model)
     past = cache_argument(decoder, cache)
-    logits = decoder(encoder_outputs=shape, attention_mask=masks, decoder_input_ids=ids[:, :-1], use_cache=True, **past).logits
+    logits = decoder(
+        encoder_outputs=shape,
+        attention_mask=masks,
+        decoder_input_ids=ids[:, :-1],
+        use_cache=True,
+        **past,
+    ).logits
     return (log_probabilities(logits.float(), ids[:, 1:]).view(batch, len(plan), -1) * mask).sum(-1)
 
 # %% ../nbs/api/22_ranking.ipynb #ecee7eae
 def tensors_in(
-    thing: Any,  # arguments or outputs of a model: tensors, alone or in tuples, lists and dictionaries
+    # arguments or outputs of a model: tensors, alone or in tuples, lists and dictionaries
+    thing: Any,
 ) -> list[Tensor]:  # in their order
     "All tensors of a nested thing."
-    if torch.is_tensor(thing): return [thing]
-    parts = thing.values() if isinstance(thing, dict) else thing if type(thing) in (tuple, list) else ()
+    if torch.is_tensor(thing):
+        return [thing]
+    parts = (
+        thing.values() if isinstance(thing, dict) else thing if type(thing) in (tuple, list) else ()
+    )
     return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def same_rows(
     tensors: Sequence[Tensor],  # (B, ...) each, at least one
-) -> list[int]:  # for each of the B rows the first one that is the same in all tensors: itself, or an earlier one
+    # for each of the B rows the first one that is the same in all tensors: itself, or an earlier
+    # one
+) -> list[int]:
     "Which rows repeat which."
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [tensor.reshape(len(tensor), -1).contiguous().view(whole[tensor.element_size()]).sum(1).tolist() for tensor in tensors]
-    seen, first = {}, []
+    bits = [
+        tensor.reshape(len(tensor), -1)
+        .contiguous()
+        .view(whole[tensor.element_size()])
+        .sum(1)
+        .tolist()
+        for tensor in tensors
+    ]
+    seen = {}
+    first = []
     for row, key in enumerate(zip(*bits)):
         same = seen.setdefault(key, row)
         first.append(same if all(tensor[row].equal(tensor[same]) for tensor in tensors) else row)
@@ -247,12 +356,20 @@ def take_rows(
     size: int,  # tensors of so many rows are meant; others stay as they are
 ) -> Any:  # of the same structure
     "Some rows of every tensor in a nested thing."
-    if torch.is_tensor(thing): return thing.index_select(0, rows) if thing.shape[:1] == (size,) else thing
-    if isinstance(thing, dict): return type(thing)(**{name: take_rows(part, rows, size) for name, part in thing.items()})
-    return type(thing)(take_rows(part, rows, size) for part in thing) if type(thing) in (tuple, list) else thing
+    if torch.is_tensor(thing):
+        return thing.index_select(0, rows) if thing.shape[:1] == (size,) else thing
+    if isinstance(thing, dict):
+        return type(thing)(**{name: take_rows(part, rows, size) for name, part in thing.items()})
+    return (
+        type(thing)(take_rows(part, rows, size) for part in thing)
+        if type(thing) in (tuple, list)
+        else thing
+    )
 
 # %% ../nbs/api/22_ranking.ipynb #bbd4aa18
-ROWWISE = WeakKeyDictionary()  # vision encoder -> whether a picture's output is the same without its repetitions: found out at the first one
+# vision encoder -> whether a picture's output is the same without its repetitions: found out at the
+# first one
+ROWWISE = WeakKeyDictionary()
 
 
 def look_once(
@@ -263,17 +380,31 @@ def look_once(
 ) -> Any:  # what `forward` returns for these arguments
     "One pass over the pictures that differ."
     inputs = tensors_in((args, how))
-    if not ROWWISE.get(encoder, True) or not inputs or inputs[0].ndim < 3: return forward(*args, **how)
+    if not ROWWISE.get(encoder, True) or not inputs or inputs[0].ndim < 3:
+        return forward(*args, **how)
     size = len(inputs[0])
     first = same_rows([tensor for tensor in inputs if tensor.shape[:1] == (size,)])
-    if len(chosen := sorted({*first})) == size: return forward(*args, **how)
-    rows, back = (torch.tensor(numbers, device=inputs[0].device) for numbers in (chosen, [chosen.index(row) for row in first]))
-    look = lambda: take_rows(forward(*take_rows(args, rows, size), **take_rows(how, rows, size)), back, len(chosen))
-    if encoder in ROWWISE: return look()
+    if len(chosen := sorted({*first})) == size:
+        return forward(*args, **how)
+    rows, back = (
+        torch.tensor(numbers, device=inputs[0].device)
+        for numbers in (chosen, [chosen.index(row) for row in first])
+    )
+
+    def look():
+        return take_rows(
+            forward(*take_rows(args, rows, size), **take_rows(how, rows, size)), back, len(chosen)
+        )
+
+    if encoder in ROWWISE:
+        return look()
     whole = forward(*args, **how)
-    try: ROWWISE[encoder] = all_close(look(), whole)
-    except torch.OutOfMemoryError: raise
-    except Exception: ROWWISE[encoder] = False  # whatever it is, the ordinary pass remains
+    try:
+        ROWWISE[encoder] = all_close(look(), whole)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        ROWWISE[encoder] = False  # whatever it is, the ordinary pass remains
     return whole
 
 # %% ../nbs/api/22_ranking.ipynb #a90f4c5d
@@ -283,26 +414,41 @@ def all_close(
 ) -> bool:
     "Whether two outputs agree up to rounding, measured by the largest number in each tensor."
     pairs = list(zip(tensors_in(these), tensors_in(those), strict=True))
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs): return False
-    return all((a.float() - b.float()).abs().max() <= (1e-4 if b.dtype == torch.float32 else .05) * b.float().abs().max() for a, b in pairs if a.numel())
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        return False
+    return all(
+        (a.float() - b.float()).abs().max()
+        <= (1e-4 if b.dtype == torch.float32 else 0.05) * b.float().abs().max()
+        for a, b in pairs
+        if a.numel()
+    )
 
 # %% ../nbs/api/22_ranking.ipynb #bef3adec
 @contextmanager
 def pictures_once(
     model: nn.Module,  # an image-text model; nothing happens if it has no vision encoder
 ):
-    "Until the block ends, the vision encoder looks once at pictures that a batch shows several times."
-    try: encoder = vision_encoder(model)
-    except (TypeError, AttributeError): encoder = None  # the model's own code has another `get_encoder`
+    """Until the block ends, the vision encoder looks once at pictures that a batch shows several
+    times."""
+    try:
+        encoder = vision_encoder(model)
+    # the model's own code has another `get_encoder`
+    except (TypeError, AttributeError):
+        encoder = None
     if encoder is None:
         yield
         return
-    forward, before = encoder.forward, vars(encoder).get("forward")
+    forward = encoder.forward
+    before = vars(encoder).get("forward")
     encoder.forward = lambda *args, **how: look_once(encoder, forward, args, how)
-    try: yield
+    try:
+        yield
     finally:
-        if before is not None: encoder.forward = before  # somebody else has put theirs there, too (accelerate)
-        else: del encoder.forward  # uncovers the class's own method
+        # somebody else has put theirs there, too (accelerate)
+        if before is not None:
+            encoder.forward = before
+        else:
+            del encoder.forward  # uncovers the class's own method
 
 # %% ../nbs/api/22_ranking.ipynb #5b5b054a
 def fast_scores(
@@ -321,7 +467,9 @@ def slow_from_now(
 ) -> None:
     "Fall back to the plain way for good, and say so."
     mllm.packed = False
-    warnings.warn(f"{mllm.name}: packed ranking {problem}. Using one pass per candidate, which is slower.")
+    warnings.warn(
+        f"{mllm.name}: packed ranking {problem}. Using one pass per candidate, which is slower."
+    )
 
 
 def fast_is_exact(
@@ -329,15 +477,20 @@ def fast_is_exact(
     inputs: dict[str, Tensor],  # pixels and instructions of one or two samples
     plan: Candidates,  # the task's candidates
 ) -> bool:  # False after a warning
-    "Compare the fast way, in two passes, with the plain way on the longest candidates, which are put together if all are single tokens."
+    """Compare the fast way, in two passes, with the plain way on the longest candidates, which are
+    put together if all are single tokens."""
     some = tuple(sorted(plan, key=len)[-4:])
-    if len(some[-1]) == 1: some = (some[0] + some[-1], some[-1] + some[0])
+    if len(some[-1]) == 1:
+        some = (some[0] + some[-1], some[-1] + some[0])
     try:
         fast = fast_scores(mllm, inputs, some, limit=max(1, sum(map(len, some)) // 2))
         gap = (plain_scores(mllm, inputs, some) - fast).abs().max().item()
-        if gap <= (1e-4 if mllm.dtype == torch.float32 else .1): return True
+        if gap <= (1e-4 if mllm.dtype == torch.float32 else 0.1):
+            return True
         slow_from_now(mllm, f"is {gap:.2g} away from one pass per candidate")
-    except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")  # whatever it is, the plain way remains
+    # whatever it is, the plain way remains
+    except Exception as error:
+        slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")
     return False
 
 # %% ../nbs/api/22_ranking.ipynb #7be94b17
@@ -346,11 +499,15 @@ def group_scores(
     inputs: dict[str, Tensor],  # pixels and instructions of B samples
     plan: Candidates,  # N candidates
 ) -> Tensor:  # (B, N)
-    "The fast way as long as it works: a sliding window may be long enough for one task's candidates and too short for another's."
+    """The fast way as long as it works: a sliding window may be long enough for one task's
+    candidates and too short for another's."""
     try:
-        if mllm.packed: return fast_scores(mllm, inputs, plan)
-    except torch.OutOfMemoryError: raise
-    except Exception as error: slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")
+        if mllm.packed:
+            return fast_scores(mllm, inputs, plan)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        slow_from_now(mllm, f"does not work ({type(error).__name__}: {error})")
     return plain_scores(mllm, inputs, plan)
 
 
@@ -362,18 +519,37 @@ def rank(
     candidates: list[str],  # N possible answers, the same for all pictures
 ) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
     "Score candidate answers, each normalised by its own length."
-    check_images(images), check_texts(len(images), instructions=instructions), check_candidates(candidates)
-    groups, plans, size = defaultdict(list), {}, tuple(images.shape[-2:])
+    (
+        check_images(images),
+        check_texts(len(images), instructions=instructions),
+        check_candidates(candidates),
+    )
+    groups = defaultdict(list)
+    plans = {}
+    size = tuple(images.shape[-2:])
     for instruction in set(instructions):
-        mllm.text.row(instruction, size)  # once, at the right size: it also tells how an answer begins
+        # once, at the right size: it also tells how an answer begins
+        mllm.text.row(instruction, size)
         plans[instruction] = tuple(mllm.text.answer_ids(instruction, c) for c in candidates)
-    for row, instruction in enumerate(instructions): groups[plans[instruction]].append(row)  # nearly always one: the instruction seldom changes a candidate's tokens
-    for instruction, plan in plans.items(): check_distinct(candidates, plan, instruction)
+    # nearly always one: the instruction seldom changes a candidate's tokens
+    for row, instruction in enumerate(instructions):
+        groups[plans[instruction]].append(row)
+    for instruction, plan in plans.items():
+        check_distinct(candidates, plan, instruction)
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
     for plan, rows in groups.items():
-        select = lambda rows: model_inputs(mllm, images[rows], [instructions[r] for r in rows])
+
+        def select(rows):
+            return model_inputs(mllm, images[rows], [instructions[r] for r in rows])
+
         if mllm.packed is None:
-            length = lambda row: len(instructions[row])
-            mllm.packed = fast_is_exact(mllm, select(sorted({min(rows, key=length), max(rows, key=length)})), plan)
-        with pictures_once(mllm.model): scores[rows] = group_scores(mllm, select(rows), plan)
+
+            def length(row):
+                return len(instructions[row])
+
+            mllm.packed = fast_is_exact(
+                mllm, select(sorted({min(rows, key=length), max(rows, key=length)})), plan
+            )
+        with pictures_once(mllm.model):
+            scores[rows] = group_scores(mllm, select(rows), plan)
     return scores

@@ -25,19 +25,23 @@ from .updates import NormalizedGradient, cosine_by_epoch, cosine_by_step, parame
 @dataclass(frozen=True)
 class Recipe:
     "How one method trains a prompt."
+
     name: str  # VP, EVP, TVP or TVP-lens
     kind: str  # of the prompt: "border", "overlay", ...; see tvp.prompt.KINDS
     lr: float  # learning rate: for a normalised gradient the length of a step
     epochs: int  # passes over the train split
     batch_size: int = 16  # pictures per update
     momentum: float | None = None  # None: normalised gradient; a number: SGD with this momentum
-    warmup: int | None = None  # None: cosine by epoch; a number: cosine by step after so many updates of warm-up
+    # None: cosine by epoch; a number: cosine by step after so many updates of warm-up
+    warmup: int | None = None
     fca: float = 0.0  # weight of Feature Consistency Alignment
     tse: float = 0.0  # weight of Task Semantics Enrichment
     augment: bool = False  # random crops and flips, as far as the task allows
     range: str = "free"  # of the prompt's pixels: "free", "unit" or "uint8"; see tvp.prompt.RANGES
-    adjust: tuple[str, ...] = ()  # what of the picture itself is learned, too; see tvp.prompt.ADJUSTMENTS
-    adjust_lr: float = 0.02  # learning rate of that: the length of its common step where the gradient is normalised
+    # what of the picture itself is learned, too; see tvp.prompt.ADJUSTMENTS
+    adjust: tuple[str, ...] = ()
+    # learning rate of that: the length of its common step where the gradient is normalised
+    adjust_lr: float = 0.02
     width: int | None = None  # of the border, pixels; None: what suits the zoo
 
 # %% ../nbs/api/55_recipes.ipynb #13293cab
@@ -53,7 +57,17 @@ RECIPES = {
         "VP": Recipe("VP", "overlay", lr=4, epochs=8, momentum=0.9, warmup=10),
         "EVP": Recipe("EVP", "border", lr=45, epochs=8),
         "TVP": Recipe("TVP", "border", lr=45, epochs=8, fca=0.005, tse=0.005),
-        "TVP-lens": Recipe("TVP-lens", "border", lr=20, epochs=4, fca=0.005, tse=0.005, adjust=("sharpness", "scale"), adjust_lr=0.06, width=3),
+        "TVP-lens": Recipe(
+            "TVP-lens",
+            "border",
+            lr=20,
+            epochs=4,
+            fca=0.005,
+            tse=0.005,
+            adjust=("sharpness", "scale"),
+            adjust_lr=0.06,
+            width=3,
+        ),
     },
 }
 
@@ -68,7 +82,10 @@ def find_recipe(
     check_choice("method", method, RECIPES[scale], KeyError)
     unknown = set(changes) - {field.name for field in fields(Recipe)}
     if unknown:
-        raise TypeError(f"a recipe has no {', '.join(sorted(unknown))}. It has {', '.join(field.name for field in fields(Recipe))}.")
+        raise TypeError(
+            f"a recipe has no {', '.join(sorted(unknown))}. It has "
+            f"{', '.join(field.name for field in fields(Recipe))}."
+        )
     return replace(RECIPES[scale][method], **changes)
 
 # %% ../nbs/api/55_recipes.ipynb #390d5fe2
@@ -78,7 +95,8 @@ def make_optimizer(
 ) -> Optimizer:
     "SGD where the recipe has a momentum, else the normalised gradient over the whole canvas."
     groups = parameter_groups(prompt, recipe.adjust_lr)
-    if recipe.momentum is not None: return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    if recipe.momentum is not None:
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     return NormalizedGradient(groups, recipe.lr, prompt.canvas_gradient_norm)
 
 # %% ../nbs/api/55_recipes.ipynb #45c3e949
@@ -86,8 +104,14 @@ def check_zoo(
     zoo: Any,  # as handed in
 ) -> Mapping[str, Mllm]:  # the same
     "Models by name, with the geometry of their canvas."
-    if isinstance(zoo, Mapping) and all(isinstance(getattr(zoo, name, None), int) for name in ("size", "width")): return zoo
-    raise TypeError(f"`zoo` must be a Zoo, got {type(zoo).__name__} {str(zoo)[:60]!r}. Try tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own.")
+    if isinstance(zoo, Mapping) and all(
+        isinstance(getattr(zoo, name, None), int) for name in ("size", "width")
+    ):
+        return zoo
+    raise TypeError(
+        f"`zoo` must be a Zoo, got {type(zoo).__name__} {str(zoo)[:60]!r}. Try "
+        f"tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own."
+    )
 
 # %% ../nbs/api/55_recipes.ipynb #6b36e111
 def make_learner(
@@ -101,12 +125,36 @@ def make_learner(
 ) -> Learner:  # ready to fit
     "A learner with a fresh prompt, set up as a recipe says."
     recipe = find_recipe(method, scale, **overrides)
-    names = check_texts("source", source_names(source) if isinstance(source, (str, list, tuple)) else source)
-    for name in names: check_choice("source", name, check_zoo(zoo), KeyError)
-    prompt = VisualPrompt(zoo.size, zoo.width if recipe.width is None else recipe.width, recipe.kind, seed, range=recipe.range, adjust=recipe.adjust)
+    names = check_texts(
+        "source", source_names(source) if isinstance(source, (str, list, tuple)) else source
+    )
+    for name in names:
+        check_choice("source", name, check_zoo(zoo), KeyError)
+    prompt = VisualPrompt(
+        zoo.size,
+        zoo.width if recipe.width is None else recipe.width,
+        recipe.kind,
+        seed,
+        range=recipe.range,
+        adjust=recipe.adjust,
+    )
     losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None)
     schedule = cosine_by_epoch if recipe.warmup is None else cosine_by_step(recipe.warmup)
-    learner = Learner(prompt, [zoo[name] for name in names], task, losses, make_optimizer(recipe, prompt), schedule, recipe.batch_size, seed,
-                      recipe.augment, recipe.epochs)
-    learner.provenance |= {"method": recipe.name, "source": " + ".join(names), "epochs": recipe.epochs}
+    learner = Learner(
+        prompt,
+        [zoo[name] for name in names],
+        task,
+        losses,
+        make_optimizer(recipe, prompt),
+        schedule,
+        recipe.batch_size,
+        seed,
+        recipe.augment,
+        recipe.epochs,
+    )
+    learner.provenance |= {
+        "method": recipe.name,
+        "source": " + ".join(names),
+        "epochs": recipe.epochs,
+    }
     return learner

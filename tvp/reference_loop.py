@@ -27,7 +27,10 @@ def normalised(
     images: Tensor,  # (B, 3, size, size), in the size that the model wants
 ) -> Tensor:  # the same, normalised
     "Pixels as the reference makes them."
-    mean, std = (images.new_tensor(getattr(processor.image_processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+    mean, std = (
+        images.new_tensor(getattr(processor.image_processor, name))[:, None, None]
+        for name in ("image_mean", "image_std")
+    )
     return (images - mean) / std
 
 # %% ../nbs/api/84_reference_loop.ipynb #7e13f145
@@ -38,20 +41,33 @@ def language_loss(
     answers: list[str],  # one per picture
 ) -> Tensor:  # scalar
     "The model's own loss, with labels."
-    inputs, (ids, mask) = source_inputs(source, pixels, instructions), answer_batch(source.text, instructions, answers, source.end)
-    ids, mask = ids.to(source.device), mask.to(source.device)
+    inputs = source_inputs(source, pixels, instructions)
+    (ids, mask) = answer_batch(source.text, instructions, answers, source.end)
+    ids = ids.to(source.device)
+    mask = mask.to(source.device)
     labels = ids.masked_fill(mask == 0, -100)
     if source.text.seq2seq:
         start = ids.new_full((len(ids), 1), decoder_start(source.model))
-        return source.model(**inputs, decoder_input_ids=torch.cat([start, ids[:, :-1]], 1), labels=labels, use_cache=False).loss
+        return source.model(
+            **inputs,
+            decoder_input_ids=torch.cat([start, ids[:, :-1]], 1),
+            labels=labels,
+            use_cache=False,
+        ).loss
     labels = torch.cat([torch.full_like(inputs["input_ids"], -100), labels], 1)
-    return source.model(**append_ids(source.model, inputs, ids, mask), labels=labels, use_cache=False).loss
+    return source.model(
+        **append_ids(source.model, inputs, ids, mask), labels=labels, use_cache=False
+    ).loss
 
 
-def source_inputs(source: Mllm, pixels: Tensor, instructions: list[str]) -> dict[str, Tensor]:  # the model's inputs
+def source_inputs(
+    source: Mllm, pixels: Tensor, instructions: list[str]
+) -> dict[str, Tensor]:  # the model's inputs
     "Normalised pixels and instructions, padded on the left."
     text = text_batch(source.text, instructions, tuple(pixels.shape[-2:]))
-    return {name: value.to(source.device) for name, value in text.items()} | {"pixel_values": pixels.to(source.dtype)}
+    return {name: value.to(source.device) for name, value in text.items()} | {
+        "pixel_values": pixels.to(source.dtype)
+    }
 
 # %% ../nbs/api/84_reference_loop.ipynb #99f66565
 def visual_tokens(
@@ -61,8 +77,14 @@ def visual_tokens(
 ) -> Tensor:  # (B, T, D), as handed to the language model
     "One more encode."
     encode = source.owner.get_image_features
-    names, inputs = inspect.signature(encode).parameters, source_inputs(source, pixels, instructions)
-    return flat_tokens(encode(**{name: value for name, value in inputs.items() if name in names}, return_dict=True), len(pixels))
+    names = inspect.signature(encode).parameters
+    inputs = source_inputs(source, pixels, instructions)
+    return flat_tokens(
+        encode(
+            **{name: value for name, value in inputs.items() if name in names}, return_dict=True
+        ),
+        len(pixels),
+    )
 
 
 def clip_scores(
@@ -72,39 +94,69 @@ def clip_scores(
 ) -> Tensor:  # (B,) cosine of picture and caption
     "Both encoded, pictures and texts."
     wanted = clip.model.config.vision_config.image_size
-    if images.shape[-1] != wanted: images = F.interpolate(images, (wanted, wanted), mode="bicubic", antialias=True)
-    texts = clip.processor.tokenizer(captions, padding=True, return_tensors="pt").to(clip.model.device)
+    if images.shape[-1] != wanted:
+        images = F.interpolate(images, (wanted, wanted), mode="bicubic", antialias=True)
+    texts = clip.processor.tokenizer(captions, padding=True, return_tensors="pt").to(
+        clip.model.device
+    )
     pixels = normalised(clip.processor, images).to(clip.model.dtype)
     seen = clip.model.get_image_features(pixel_values=pixels).pooler_output.float()
-    read = clip.model.get_text_features(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).pooler_output.float()
+    read = clip.model.get_text_features(
+        input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]
+    ).pooler_output.float()
     return F.cosine_similarity(seen, read)
 
 # %% ../nbs/api/84_reference_loop.ipynb #31fab644
 class ReferenceLoop:
     "TVP as it was released: losses, gradient and update of a border prompt."
-    def __init__(self, size: int,  # canvas, pixels
-                 width: int,  # border, pixels
-                 source: Mllm,  # whose processor only normalises pictures of that size
-                 clip: Clip,
-                 fca: float = 0.005,  # weight of Feature Consistency Alignment
-                 tse: float = 0.001,  # weight of Task Semantics Enrichment
-                 lr: float = 10.0):  # length of a step before the mask
-        check_kind("source", source, Mllm), check_kind("clip", clip, Clip), check_number("lr", lr, above=True)
+
+    def __init__(
+        self,
+        size: int,  # canvas, pixels
+        width: int,  # border, pixels
+        source: Mllm,  # whose processor only normalises pictures of that size
+        clip: Clip,
+        fca: float = 0.005,  # weight of Feature Consistency Alignment
+        tse: float = 0.001,  # weight of Task Semantics Enrichment
+        lr: float = 10.0,  # length of a step before the mask
+    ):
+        (
+            check_kind("source", source, Mllm),
+            check_kind("clip", clip, Clip),
+            check_number("lr", lr, above=True),
+        )
         if not hasattr(source.owner, "get_image_features"):
-            raise TypeError(f"`source` must have visual tokens of its own (get_image_features), got {source.name}. Take a BLIP-2 or a LLaVA.")
-        self.mask, self.width, self.source, self.clip = border_mask(size, width).to(source.device), width, source, clip
-        self.fca, self.tse, self.lr, self.delta = fca, tse, lr, torch.zeros(3, size, size, device=source.device)
+            raise TypeError(
+                "`source` must have visual tokens of its own (get_image_features), got "
+                f"{source.name}. Take a BLIP-2 or a LLaVA."
+            )
+        self.mask = border_mask(size, width).to(source.device)
+        self.width = width
+        self.source = source
+        self.clip = clip
+        self.fca = fca
+        self.tse = tse
+        self.lr = lr
+        self.delta = torch.zeros(3, size, size, device=source.device)
 
     def losses(self, batch: Batch, delta: Tensor) -> dict[str, Tensor]:  # delta: (B, 3, size, size), one copy for each picture
         "Three encodes of the source, two of CLIP."
-        source, clean = self.source, F.pad(batch.images.to(delta), [self.width] * 4)
+        source = self.source
+        clean = F.pad(batch.images.to(delta), [self.width] * 4)
         prompted = clean + delta
         pixels = normalised(source.processor, prompted)
         task = language_loss(source, pixels, batch.instructions, batch.answers)
         moved = visual_tokens(source, pixels, batch.instructions)
-        with torch.no_grad(): still = visual_tokens(source, normalised(source.processor, clean), batch.instructions)
-        scores = clip_scores(self.clip, prompted, [f"this is a photo of a {what}" for what in batch.semantics])
-        return {"task": task, "fca": (moved - still).float().norm(dim=-1).mean(), "tse": self.clip.logit_scale * scores.mean()}
+        with torch.no_grad():
+            still = visual_tokens(source, normalised(source.processor, clean), batch.instructions)
+        scores = clip_scores(
+            self.clip, prompted, [f"this is a photo of a {what}" for what in batch.semantics]
+        )
+        return {
+            "task": task,
+            "fca": (moved - still).float().norm(dim=-1).mean(),
+            "tse": self.clip.logit_scale * scores.mean(),
+        }
 
     def step(self, batch: Batch) -> dict[str, float]:  # losses and norm, by name
         "One update; its numbers."
@@ -115,7 +167,10 @@ class ReferenceLoop:
         gradient = delta.grad.mean(0)
         norm = gradient.norm()
         self.delta -= self.lr * self.mask * (gradient / (norm + 1e-10))
-        return {name: value.item() for name, value in (values | {"loss": total, "grad_norm": norm}).items()}
+        return {
+            name: value.item()
+            for name, value in (values | {"loss": total, "grad_norm": norm}).items()
+        }
 
 # %% ../nbs/api/84_reference_loop.ipynb #a436872e
 @torch.no_grad()
@@ -127,14 +182,18 @@ def reference_rank(
 ) -> Tensor:  # (B, N) mean log-likelihood per token
     "One call of the language model per candidate."
     check_texts("candidates", candidates)
-    if source.text.seq2seq: raise TypeError(f"`source` must be a decoder, got {source.name}, an encoder-decoder.")
+    if source.text.seq2seq:
+        raise TypeError(f"`source` must be a decoder, got {source.name}, an encoder-decoder.")
     inputs = source_inputs(source, normalised(source.processor, images), instructions)
     positions = position_ids(source.model, inputs)
     out = source.model(**inputs, position_ids=positions, use_cache=True)  # logits at every position
     cache = output_cache(out)
-    prefix, scores = (inputs["attention_mask"], last_position(positions), out.logits[:, -1:], cache), []
+    prefix = (inputs["attention_mask"], last_position(positions), out.logits[:, -1:], cache)
+    scores = []
     for candidate in candidates:
-        ids = torch.tensor(source.text.answer_ids(instructions[0], candidate), device=images.device).expand(len(images), -1)
+        ids = torch.tensor(
+            source.text.answer_ids(instructions[0], candidate), device=images.device
+        ).expand(len(images), -1)
         scores.append(continued(source, ids, *prefix))
     return torch.stack(scores, 1)
 
@@ -150,8 +209,11 @@ def continued(
     "The candidate's mean log-likelihood, from one call."
     mask = torch.cat([attention_mask, torch.ones_like(ids)], 1)
     steps = last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    language_model = getattr(source.model, "language_model", source.model)  # a BLIP-2 insists on pictures, its language model does not
+    # a BLIP-2 insists on pictures, its language model does not
+    language_model = getattr(source.model, "language_model", source.model)
     past = cache_argument(language_model, cache)
-    logits = language_model(input_ids=ids, attention_mask=mask, position_ids=steps, use_cache=True, **past).logits
+    logits = language_model(
+        input_ids=ids, attention_mask=mask, position_ids=steps, use_cache=True, **past
+    ).logits
     cache.crop(-ids.shape[1])
     return log_probabilities(torch.cat([first, logits[:, :-1]], 1).float(), ids).mean(1)

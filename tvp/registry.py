@@ -15,14 +15,14 @@ from .mllm import Mllm
 from .pretrained import load_pretrained
 
 # %% ../nbs/api/34_registry.ipynb #1ee1c761
-BYTES = {"16 bit": 2., "4 bit": .8, "4 bit, float32": 1.1}  # per parameter
+BYTES = {"16 bit": 2.0, "4 bit": 0.8, "4 bit, float32": 1.1}  # per parameter
 
 
 def span(
     parameters: float,  # of a transformer
 ) -> float:  # a count
     "Layers times width, roughly."
-    return 131_072 * (parameters / 7e9)**.6
+    return 131_072 * (parameters / 7e9) ** 0.6
 
 
 def training_memory(
@@ -35,7 +35,8 @@ def training_memory(
     checkpointing: bool = True,  # see `tvp.pretrained.checkpoint_gradients`
 ) -> float:  # gigabytes (1e9 bytes)
     "Estimated memory for training a prompt."
-    kept, size = (3 if checkpointing else 20), (4 if weights.endswith("float32") else 2)
+    kept = 3 if checkpointing else 20
+    size = 4 if weights.endswith("float32") else 2
     activations = patches * span(vision) + (tokens + 50) * span(parameters - vision)
     return (parameters * BYTES[weights] + size * pictures * kept * activations + 1e9) / 1e9
 
@@ -43,6 +44,7 @@ def training_memory(
 @dataclass(frozen=True)
 class KnownModel:
     "An image-text model of the hub."
+
     name: str  # short
     id: str  # on the hub
     type: str  # transformers' model type
@@ -57,7 +59,8 @@ class KnownModel:
     checked: bool = True  # id and licence were looked up on (a copy of) its page
     float16: bool = True  # False: its activations are known to overflow in float16
     tried: bool = False  # loaded with its real weights by the authors of this package
-    family: str = "hub"  # "paper": by its short name it is loaded by `tvp.paper`, with the paper's wrapper
+    # "paper": by its short name it is loaded by `tvp.paper`, with the paper's wrapper
+    family: str = "hub"
 
     @property
     def width(self) -> int:
@@ -71,7 +74,9 @@ def prompt_memory(
     **options,  # of `training_memory`
 ) -> float:  # gigabytes
     "Estimated memory for training a prompt on this model."
-    return training_memory(row.parameters * 1e9, row.vision * 1e9, row.patches, row.tokens, weights, **options)
+    return training_memory(
+        row.parameters * 1e9, row.vision * 1e9, row.patches, row.tokens, weights, **options
+    )
 
 
 def fits_t4(
@@ -82,60 +87,448 @@ def fits_t4(
     return next((way for way in ways if prompt_memory(row, way) < 14.5), None)
 
 # %% ../nbs/api/34_registry.ipynb #0154cd1d
-_SMOL, _LLAVA, _INTERN = "HuggingFaceTB/SmolVLM", "llava-hf/llava", "OpenGVLab/InternVL3"
+_SMOL = "HuggingFaceTB/SmolVLM"
+_LLAVA = "llava-hf/llava"
+_INTERN = "OpenGVLab/InternVL3"
 
 # %% ../nbs/api/34_registry.ipynb #29a14991
 _SMALL_MODELS = (
-    KnownModel("florence2-base", "florence-community/Florence-2-base", "florence2", .23, .09, "mit", "768 px", 768, 2304, 577),
-    KnownModel("smolvlm-256m", _SMOL + "-256M-Instruct", "idefics3", .26, .09, "apache-2.0", "16 tiles of 512 px + 1", 512, 17408, 1088),
-    KnownModel("smolvlm-500m", _SMOL + "-500M-Instruct", "idefics3", .51, .09, "apache-2.0", "16 tiles of 512 px + 1", 512, 17408, 1088),
-    KnownModel("florence2-large", "florence-community/Florence-2-large", "florence2", .78, .36, "mit", "768 px", 768, 2304, 577, checked=False),
-    KnownModel("llava-ov-0.5b", _LLAVA + "-onevision-qwen2-0.5b-ov-hf", "llava_onevision", .89, .4, "apache-2.0", "384 px tiles", 384, 1458, 1485),
-    KnownModel("internvl3-1b", _INTERN + "-1B-hf", "internvl", .94, .3, "qwen", "448 px tiles", 448, 1025, 256, checked=False),
-    KnownModel("kosmos-2", "microsoft/kosmos-2-patch14-224", "kosmos-2", 1.66, .3, "mit", "224 px", 224, 257, 64),
-    KnownModel("internvl3-2b", _INTERN + "-2B-hf", "internvl", 2.09, .3, "qwen", "448 px tiles", 448, 1025, 256, checked=False))
+    KnownModel(
+        "florence2-base",
+        "florence-community/Florence-2-base",
+        "florence2",
+        0.23,
+        0.09,
+        "mit",
+        "768 px",
+        768,
+        2304,
+        577,
+    ),
+    KnownModel(
+        "smolvlm-256m",
+        _SMOL + "-256M-Instruct",
+        "idefics3",
+        0.26,
+        0.09,
+        "apache-2.0",
+        "16 tiles of 512 px + 1",
+        512,
+        17408,
+        1088,
+    ),
+    KnownModel(
+        "smolvlm-500m",
+        _SMOL + "-500M-Instruct",
+        "idefics3",
+        0.51,
+        0.09,
+        "apache-2.0",
+        "16 tiles of 512 px + 1",
+        512,
+        17408,
+        1088,
+    ),
+    KnownModel(
+        "florence2-large",
+        "florence-community/Florence-2-large",
+        "florence2",
+        0.78,
+        0.36,
+        "mit",
+        "768 px",
+        768,
+        2304,
+        577,
+        checked=False,
+    ),
+    KnownModel(
+        "llava-ov-0.5b",
+        _LLAVA + "-onevision-qwen2-0.5b-ov-hf",
+        "llava_onevision",
+        0.89,
+        0.4,
+        "apache-2.0",
+        "384 px tiles",
+        384,
+        1458,
+        1485,
+    ),
+    KnownModel(
+        "internvl3-1b",
+        _INTERN + "-1B-hf",
+        "internvl",
+        0.94,
+        0.3,
+        "qwen",
+        "448 px tiles",
+        448,
+        1025,
+        256,
+        checked=False,
+    ),
+    KnownModel(
+        "kosmos-2",
+        "microsoft/kosmos-2-patch14-224",
+        "kosmos-2",
+        1.66,
+        0.3,
+        "mit",
+        "224 px",
+        224,
+        257,
+        64,
+    ),
+    KnownModel(
+        "internvl3-2b",
+        _INTERN + "-2B-hf",
+        "internvl",
+        2.09,
+        0.3,
+        "qwen",
+        "448 px tiles",
+        448,
+        1025,
+        256,
+        checked=False,
+    ),
+)
 
 # %% ../nbs/api/34_registry.ipynb #54c2baec
 _MIDDLE_MODELS = (
-    KnownModel("qwen3-vl-2b", "Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", 2.13, .4, "apache-2.0", "any, 256 px or more", 256, 256, 64),
-    KnownModel("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl", 2.21, .67, "apache-2.0", "any", 224, 256, 64),
-    KnownModel("smolvlm-2.2b", _SMOL + "-Instruct", "idefics3", 2.25, .43, "apache-2.0", "16 tiles of 384 px + 1", 384, 12393, 1377),
-    KnownModel("smolvlm2-2.2b", _SMOL + "2-2.2B-Instruct", "smolvlm", 2.25, .43, "apache-2.0", "16 tiles of 384 px + 1", 384, 12393, 1377),
-    KnownModel("paligemma-3b", "google/paligemma-3b-mix-224", "paligemma", 2.92, .41, "gemma", "224 px", 224, 256, 256, gated=True),
-    KnownModel("paligemma2-3b", "google/paligemma2-3b-mix-224", "paligemma", 3.03, .41, "gemma", "224 px", 224, 256, 256, gated=True),
-    KnownModel("blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b", "blip-2", 3.74, 1.1, "mit", "224 px", 224, 257, 32, family="paper"),
-    KnownModel("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3.75, .67, "qwen-research", "any", 224, 256, 64),
-    KnownModel("blip2-flan-t5-xl", "Salesforce/blip2-flan-t5-xl", "blip-2", 3.94, 1.1, "mit", "224 px", 224, 257, 32, family="paper"),
-    KnownModel("instructblip-flan-t5-xl", "Salesforce/instructblip-flan-t5-xl", "instructblip", 4.02, 1.2, "mit", "224 px", 224, 257, 32),
-    KnownModel("gemma3-4b", "google/gemma-3-4b-it", "gemma3", 4.3, .42, "gemma", "896 px", 896, 4096, 256, gated=True, float16=False),
-    KnownModel("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", 4.44, .4, "apache-2.0", "any, 256 px or more", 256, 256, 64, checked=False))
+    KnownModel(
+        "qwen3-vl-2b",
+        "Qwen/Qwen3-VL-2B-Instruct",
+        "qwen3_vl",
+        2.13,
+        0.4,
+        "apache-2.0",
+        "any, 256 px or more",
+        256,
+        256,
+        64,
+    ),
+    KnownModel(
+        "qwen2-vl-2b",
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen2_vl",
+        2.21,
+        0.67,
+        "apache-2.0",
+        "any",
+        224,
+        256,
+        64,
+    ),
+    KnownModel(
+        "smolvlm-2.2b",
+        _SMOL + "-Instruct",
+        "idefics3",
+        2.25,
+        0.43,
+        "apache-2.0",
+        "16 tiles of 384 px + 1",
+        384,
+        12393,
+        1377,
+    ),
+    KnownModel(
+        "smolvlm2-2.2b",
+        _SMOL + "2-2.2B-Instruct",
+        "smolvlm",
+        2.25,
+        0.43,
+        "apache-2.0",
+        "16 tiles of 384 px + 1",
+        384,
+        12393,
+        1377,
+    ),
+    KnownModel(
+        "paligemma-3b",
+        "google/paligemma-3b-mix-224",
+        "paligemma",
+        2.92,
+        0.41,
+        "gemma",
+        "224 px",
+        224,
+        256,
+        256,
+        gated=True,
+    ),
+    KnownModel(
+        "paligemma2-3b",
+        "google/paligemma2-3b-mix-224",
+        "paligemma",
+        3.03,
+        0.41,
+        "gemma",
+        "224 px",
+        224,
+        256,
+        256,
+        gated=True,
+    ),
+    KnownModel(
+        "blip2-opt-2.7b",
+        "Salesforce/blip2-opt-2.7b",
+        "blip-2",
+        3.74,
+        1.1,
+        "mit",
+        "224 px",
+        224,
+        257,
+        32,
+        family="paper",
+    ),
+    KnownModel(
+        "qwen2.5-vl-3b",
+        "Qwen/Qwen2.5-VL-3B-Instruct",
+        "qwen2_5_vl",
+        3.75,
+        0.67,
+        "qwen-research",
+        "any",
+        224,
+        256,
+        64,
+    ),
+    KnownModel(
+        "blip2-flan-t5-xl",
+        "Salesforce/blip2-flan-t5-xl",
+        "blip-2",
+        3.94,
+        1.1,
+        "mit",
+        "224 px",
+        224,
+        257,
+        32,
+        family="paper",
+    ),
+    KnownModel(
+        "instructblip-flan-t5-xl",
+        "Salesforce/instructblip-flan-t5-xl",
+        "instructblip",
+        4.02,
+        1.2,
+        "mit",
+        "224 px",
+        224,
+        257,
+        32,
+    ),
+    KnownModel(
+        "gemma3-4b",
+        "google/gemma-3-4b-it",
+        "gemma3",
+        4.3,
+        0.42,
+        "gemma",
+        "896 px",
+        896,
+        4096,
+        256,
+        gated=True,
+        float16=False,
+    ),
+    KnownModel(
+        "qwen3-vl-4b",
+        "Qwen/Qwen3-VL-4B-Instruct",
+        "qwen3_vl",
+        4.44,
+        0.4,
+        "apache-2.0",
+        "any, 256 px or more",
+        256,
+        256,
+        64,
+        checked=False,
+    ),
+)
 
 # %% ../nbs/api/34_registry.ipynb #cb36dd73
 _LARGE_MODELS = (
-    KnownModel("llava-1.5-7b", _LLAVA + "-1.5-7b-hf", "llava", 7.06, .3, "llama2", "336 px", 336, 577, 576),
-    KnownModel("instructblip-7b", "Salesforce/instructblip-vicuna-7b", "instructblip", 7.91, 1.2, "other", "224 px", 224, 257, 32, family="paper"),
-    KnownModel("internvl3-8b", _INTERN + "-8B-hf", "internvl", 7.94, .3, "qwen", "448 px tiles", 448, 1025, 256),
-    KnownModel("llava-ov-7b", _LLAVA + "-onevision-qwen2-7b-ov-hf", "llava_onevision", 8.03, .4, "apache-2.0", "384 px tiles", 384, 1458, 1485),
-    KnownModel("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", "qwen2_vl", 8.29, .67, "apache-2.0", "any", 224, 256, 64, checked=False),
-    KnownModel("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8.29, .67, "apache-2.0", "any", 224, 256, 64, checked=False),
-    KnownModel("idefics3-8b", "HuggingFaceM4/Idefics3-8B-Llama3", "idefics3", 8.46, .43, "apache-2.0", "16 tiles of 364 px + 1", 364, 11492, 2873),
-    KnownModel("aya-vision-8b", "CohereLabs/aya-vision-8b", "aya_vision", 8.63, .43, "cc-by-nc-4.0", "364 px tiles", 364, 676, 169, gated=True, checked=False),
-    KnownModel("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 8.77, .58, "apache-2.0", "any, 256 px or more", 256, 256, 64),
-    KnownModel("llama3.2-vision-11b", "meta-llama/Llama-3.2-11B-Vision-Instruct", "mllama", 10.67, .86, "llama3.2", "4 tiles of 560 px", 560, 6404, 0, gated=True),
-    KnownModel("gemma3-12b", "google/gemma-3-12b-it", "gemma3", 12.19, .42, "gemma", "896 px", 896, 4096, 256, gated=True, checked=False, float16=False),
-    KnownModel("mistral-small-3.1", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", 24.01, .44, "apache-2.0", "any, up to 1540 px", 448, 1024, 256,
-               checked=False))
+    KnownModel(
+        "llava-1.5-7b", _LLAVA + "-1.5-7b-hf", "llava", 7.06, 0.3, "llama2", "336 px", 336, 577, 576
+    ),
+    KnownModel(
+        "instructblip-7b",
+        "Salesforce/instructblip-vicuna-7b",
+        "instructblip",
+        7.91,
+        1.2,
+        "other",
+        "224 px",
+        224,
+        257,
+        32,
+        family="paper",
+    ),
+    KnownModel(
+        "internvl3-8b",
+        _INTERN + "-8B-hf",
+        "internvl",
+        7.94,
+        0.3,
+        "qwen",
+        "448 px tiles",
+        448,
+        1025,
+        256,
+    ),
+    KnownModel(
+        "llava-ov-7b",
+        _LLAVA + "-onevision-qwen2-7b-ov-hf",
+        "llava_onevision",
+        8.03,
+        0.4,
+        "apache-2.0",
+        "384 px tiles",
+        384,
+        1458,
+        1485,
+    ),
+    KnownModel(
+        "qwen2-vl-7b",
+        "Qwen/Qwen2-VL-7B-Instruct",
+        "qwen2_vl",
+        8.29,
+        0.67,
+        "apache-2.0",
+        "any",
+        224,
+        256,
+        64,
+        checked=False,
+    ),
+    KnownModel(
+        "qwen2.5-vl-7b",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
+        "qwen2_5_vl",
+        8.29,
+        0.67,
+        "apache-2.0",
+        "any",
+        224,
+        256,
+        64,
+        checked=False,
+    ),
+    KnownModel(
+        "idefics3-8b",
+        "HuggingFaceM4/Idefics3-8B-Llama3",
+        "idefics3",
+        8.46,
+        0.43,
+        "apache-2.0",
+        "16 tiles of 364 px + 1",
+        364,
+        11492,
+        2873,
+    ),
+    KnownModel(
+        "aya-vision-8b",
+        "CohereLabs/aya-vision-8b",
+        "aya_vision",
+        8.63,
+        0.43,
+        "cc-by-nc-4.0",
+        "364 px tiles",
+        364,
+        676,
+        169,
+        gated=True,
+        checked=False,
+    ),
+    KnownModel(
+        "qwen3-vl-8b",
+        "Qwen/Qwen3-VL-8B-Instruct",
+        "qwen3_vl",
+        8.77,
+        0.58,
+        "apache-2.0",
+        "any, 256 px or more",
+        256,
+        256,
+        64,
+    ),
+    KnownModel(
+        "llama3.2-vision-11b",
+        "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "mllama",
+        10.67,
+        0.86,
+        "llama3.2",
+        "4 tiles of 560 px",
+        560,
+        6404,
+        0,
+        gated=True,
+    ),
+    KnownModel(
+        "gemma3-12b",
+        "google/gemma-3-12b-it",
+        "gemma3",
+        12.19,
+        0.42,
+        "gemma",
+        "896 px",
+        896,
+        4096,
+        256,
+        gated=True,
+        checked=False,
+        float16=False,
+    ),
+    KnownModel(
+        "mistral-small-3.1",
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        "mistral3",
+        24.01,
+        0.44,
+        "apache-2.0",
+        "any, up to 1540 px",
+        448,
+        1024,
+        256,
+        checked=False,
+    ),
+)
 
-REGISTRY = {row.name: row for row in (*_SMALL_MODELS, *_MIDDLE_MODELS, *_LARGE_MODELS)}  # small first
+# small first
+REGISTRY = {row.name: row for row in (*_SMALL_MODELS, *_MIDDLE_MODELS, *_LARGE_MODELS)}
 
 # %% ../nbs/api/34_registry.ipynb #4c19cccd
 def registry():  # a pandas DataFrame, one row per model, indexed by its short name
     "The known models with the memory that a prompt on them needs."
     import pandas as pd
-    columns = ("name", "id", "type", "parameters", "licence", "gated", "checked", "input", "size", "width")
-    rows = [{column: getattr(row, column) for column in columns}
-            | {"GB 16 bit": round(prompt_memory(row, "16 bit"), 1), "GB 4 bit": round(prompt_memory(row, "4 bit"), 1), "T4": fits_t4(row), "tried": row.tried, "family": row.family}
-            for row in REGISTRY.values()]
+
+    columns = (
+        "name",
+        "id",
+        "type",
+        "parameters",
+        "licence",
+        "gated",
+        "checked",
+        "input",
+        "size",
+        "width",
+    )
+    rows = [
+        {column: getattr(row, column) for column in columns}
+        | {
+            "GB 16 bit": round(prompt_memory(row, "16 bit"), 1),
+            "GB 4 bit": round(prompt_memory(row, "4 bit"), 1),
+            "T4": fits_t4(row),
+            "tried": row.tried,
+            "family": row.family,
+        }
+        for row in REGISTRY.values()
+    ]
     return pd.DataFrame(rows).set_index("name")
 
 # %% ../nbs/api/34_registry.ipynb #3471ff2a
@@ -152,17 +545,22 @@ T4: how it fits the 16 GB of a free Colab's card. Formula and facts: `tvp.regist
 def _lines(rows: list[tuple[str, ...]]) -> list[str]:
     "Rows as aligned text; the first is the heading."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
 
 
 def registry_text() -> str:
     "The known models as plain text."
-    where, needs = [("model", "B", "licence", "hub id")], [("model", "input", "canvas", "border", "GB 16 bit", "GB 4 bit", "T4")]
+    where = [("model", "B", "licence", "hub id")]
+    needs = [("model", "input", "canvas", "border", "GB 16 bit", "GB 4 bit", "T4")]
     for row in REGISTRY.values():
         licence = row.licence + ("" if row.checked else "?") + (", gated" if row.gated else "")
         where.append((row.name, f"{row.parameters:.1f}", licence, row.id))
         memory = (f"{prompt_memory(row, way):.0f}" for way in ("16 bit", "4 bit"))
-        needs.append((row.name, row.input, str(row.size), str(row.width), *memory, fits_t4(row) or "-"))
+        needs.append(
+            (row.name, row.input, str(row.size), str(row.width), *memory, fits_t4(row) or "-")
+        )
     return "\n".join([*_lines(where), "", *_lines(needs), "", LEGEND])
 
 # %% ../nbs/api/34_registry.ipynb #92115a09
@@ -179,9 +577,13 @@ def load_known(
 ) -> Mllm:  # frozen, called by its short name
     "Load a model of the registry from the hub, or from this machine's copy of it."
     row = find_known(name)
-    if row is None: raise KeyError(f"`name` must be one of {', '.join(REGISTRY)}; got {name!r}.")
+    if row is None:
+        raise KeyError(f"`name` must be one of {', '.join(REGISTRY)}; got {name!r}.")
     old_card = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
-    if not row.float16 and old_card and options.get("dtype", "auto") == "auto": options["dtype"] = torch.float32
+    if not row.float16 and old_card and options.get("dtype", "auto") == "auto":
+        options["dtype"] = torch.float32
     mllm = load_pretrained(row.id, **options)
-    if row.family == "hub": mllm.name = row.name  # "paper": the short name stands for the paper's wrapper
+    # "paper": the short name stands for the paper's wrapper
+    if row.family == "hub":
+        mllm.name = row.name
     return mllm

@@ -19,41 +19,69 @@ from .formatting import versions
 from .transfer import TransferResults
 
 # %% ../nbs/api/75_report.ipynb #75ad3a73
-_WHERE = {"source": "the source model", "unseen, same tower": "the unseen models on the source's vision tower",
-          "unseen, other tower": "the models on other vision towers", "unseen": "the unseen models"}
+_WHERE = {
+    "source": "the source model",
+    "unseen, same tower": "the unseen models on the source's vision tower",
+    "unseen, other tower": "the models on other vision towers",
+    "unseen": "the unseen models",
+}
+
 
 def where(
     row: Mapping[str, Any],  # of `TransferResults.summary()` or `.compare()`, with group and source
 ) -> str:
     "A group of models in words."
     text = _WHERE[row["group"]]
-    return text if len(source_names(row["source"])) < 2 else text.replace("the source model", "the source models").replace("the source's vision tower", "a source's vision tower")
+    return (
+        text
+        if len(source_names(row["source"])) < 2
+        else text.replace("the source model", "the source models").replace(
+            "the source's vision tower", "a source's vision tower"
+        )
+    )
+
 
 def points(
     row: Mapping[str, float],  # with gain, low and high, 0 to 1
 ) -> str:
     "A gain with its interval, in points."
-    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * row[name] for name in ("gain", "low", "high")))
+    return "{:+.1f} points [{:+.1f}, {:+.1f}]".format(
+        *(100 * row[name] for name in ("gain", "low", "high"))
+    )
 
 # %% ../nbs/api/75_report.ipynb #34941434
 def _spread(
     rows: pd.DataFrame,  # of `TransferResults.mean()`: one method, one group of models
 ) -> str | None:  # None if no model loses or none gains beyond chance
     "Who is best and worst off in a group that disagrees."
-    if not ((rows.low > 0).any() and (rows.high < 0).any()): return None
-    worst, best = rows.loc[rows.gain.idxmin()], rows.loc[rows.gain.idxmax()]
-    return f"from {100 * worst.gain:+.1f} for {worst.target} to {100 * best.gain:+.1f} for {best.target}"
+    if not ((rows.low > 0).any() and (rows.high < 0).any()):
+        return None
+    worst = rows.loc[rows.gain.idxmin()]
+    best = rows.loc[rows.gain.idxmax()]
+    return (
+        f"from {100 * worst.gain:+.1f} for {worst.target} to {100 * best.gain:+.1f} for "
+        f"{best.target}"
+    )
+
 
 def gain_sentences(
     results: TransferResults,
     method: str,  # looked at
 ) -> list[str]:  # one sentence for each group of models
     "What a prompt does to the source and to the unseen models."
-    models, sentences = results.mean().query("method == @method"), []
+    models = results.mean().query("method == @method")
+    sentences = []
     for row in results.summary().query("method == @method").to_dict("records"):
-        verb = "helps" if row["low"] > 0 else "harms" if row["high"] < 0 else "makes no clear difference for"
+        verb = (
+            "helps"
+            if row["low"] > 0
+            else "harms"
+            if row["high"] < 0
+            else "makes no clear difference for"
+        )
         mean = f", mean of {row['models']}" if row["models"] > 1 else ""
-        if spread := _spread(models[models.group == row["group"]]): verb, mean = "divides", f"{mean}, {spread}"
+        if spread := _spread(models[models.group == row["group"]]):
+            verb, mean = "divides", f"{mean}, {spread}"
         sentences.append(f"{method} {verb} {where(row)}: {points(row)}{mean}.")
     return sentences
 
@@ -64,13 +92,22 @@ def compare_sentences(
     baseline: str = "EVP",  # than this one
 ) -> list[str]:  # one sentence for each group of models
     "Does one method beat another?"
-    if not {method, baseline} <= {m for run in results.runs for m in run.methods}: return []
+    if not {method, baseline} <= {m for run in results.runs for m in run.methods}:
+        return []
     sentences = []
     for row in results.compare(method, baseline).to_dict("records"):
         there = where(row)
-        if row["low"] > 0: sentences.append(f"{method} beats {baseline} on {there}, by {points(row)}.")
-        elif row["high"] < 0: sentences.append(f"{method} does not beat {baseline} on {there}: it is worse, {points(row)}.")
-        else: sentences.append(f"{method} does not beat {baseline} on {there}: the difference, {points(row)}, is within chance.")
+        if row["low"] > 0:
+            sentences.append(f"{method} beats {baseline} on {there}, by {points(row)}.")
+        elif row["high"] < 0:
+            sentences.append(
+                f"{method} does not beat {baseline} on {there}: it is worse, {points(row)}."
+            )
+        else:
+            sentences.append(
+                f"{method} does not beat {baseline} on {there}: the difference, {points(row)}, "
+                "is within chance."
+            )
     return sentences
 
 # %% ../nbs/api/75_report.ipynb #edf90157
@@ -81,10 +118,15 @@ def rival_sentences(
 ) -> list[str]:  # one sentence for each method and group that does better
     "Which other methods do better, and where?"
     methods = dict.fromkeys(m for run in results.runs for m in run.methods)
-    if method not in methods: return []
-    return [f"{rival} does better than {method} on {where(row)}, by {points(row)}."
-            for rival in methods if rival not in ("none", method, *told)
-            for row in results.compare(rival, method).to_dict("records") if row["low"] > 0]
+    if method not in methods:
+        return []
+    return [
+        f"{rival} does better than {method} on {where(row)}, by {points(row)}."
+        for rival in methods
+        if rival not in ("none", method, *told)
+        for row in results.compare(rival, method).to_dict("records")
+        if row["low"] > 0
+    ]
 
 # %% ../nbs/api/75_report.ipynb #07585c75
 def harm_sentences(
@@ -93,10 +135,15 @@ def harm_sentences(
     "Negative transfer, model by model."
     tried = results.mean().query("method != 'none'")
     harmed = tried[tried.high < 0]
-    if not len(harmed): return [f"No prompt harms a model beyond chance ({len(tried)} pairs of prompt and model)."]
-    return [f"{method} harms {', '.join(f'{row.target} ({100 * row.gain:+.1f})' for row in rows.itertuples())}: negative transfer "
-            f"on {len(rows)} of {(tried.method == method).sum()} models."
-            for method, rows in harmed.groupby("method", sort=False)]
+    if not len(harmed):
+        return [f"No prompt harms a model beyond chance ({len(tried)} pairs of prompt and model)."]
+    return [
+        f"{method} harms "
+        f"{', '.join(f'{row.target} ({100 * row.gain:+.1f})' for row in rows.itertuples())}: "
+        "negative transfer "
+        f"on {len(rows)} of {(tried.method == method).sum()} models."
+        for method, rows in harmed.groupby("method", sort=False)
+    ]
 
 # %% ../nbs/api/75_report.ipynb #8477b49a
 def caveats(
@@ -104,9 +151,17 @@ def caveats(
 ) -> list[str]:
     "What these numbers cannot tell."
     seeds = len({run.seed for run in results.runs})
-    seed = ("One prompt seed: another seed gives another prompt, and the intervals do not cover that." if seeds == 1 else
-            f"Means over {seeds} prompt seeds; the intervals are over pictures, not over seeds.")
-    return [seed, "Each model was trained once, with one seed of its own: a difference below two points means little, whatever its interval."]
+    seed = (
+        "One prompt seed: another seed gives another prompt, and the intervals do not cover that."
+        if seeds == 1
+        else f"Means over {seeds} prompt seeds; the intervals are over pictures, not over seeds."
+    )
+    return [
+        seed,
+        "Each model was trained once, with one seed of its own: a difference below two points "
+        "means little, whatever its interval.",
+    ]
+
 
 def notes(
     results: TransferResults,  # of one task and source
@@ -115,7 +170,13 @@ def notes(
     methods = [m for m in results.runs[0].methods if m != "none"]
     best = "TVP" if "TVP" in methods else methods[-1]
     pairs = compare_sentences(results) + compare_sentences(results, "TVP-lens", "TVP")
-    return gain_sentences(results, best) + pairs + rival_sentences(results) + harm_sentences(results) + caveats(results)
+    return (
+        gain_sentences(results, best)
+        + pairs
+        + rival_sentences(results)
+        + harm_sentences(results)
+        + caveats(results)
+    )
 
 # %% ../nbs/api/75_report.ipynb #0097ee4b
 def png(
@@ -125,25 +186,34 @@ def png(
 ) -> bytes:
     "A picture as a PNG file."
     import matplotlib.pyplot as plt
+
     first = picture.flat[0] if hasattr(picture, "flat") else picture
-    figure, file = getattr(first, "figure", first), io.BytesIO()
+    figure = getattr(first, "figure", first)
+    file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
-    if close: plt.close(figure)
+    if close:
+        plt.close(figure)
     return file.getvalue()
 
 # %% ../nbs/api/75_report.ipynb #8aeaba38
 METHOD_NOTES = {
     "none": "No prompt: the picture fills the canvas.",
     "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size picture.",
-    "EVP": "Enhanced visual prompting (Wu et al. 2024): the picture is shrunk, and a frame around it is trained on the task loss alone.",
-    "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature consistency (FCA) and task semantics (TSE) as well.",
-    "TVP-lens": "TVP's losses, a frame, and a few trained numbers beside it: how sharply and how large the picture itself is shown. An addition of this package.",
+    "EVP": "Enhanced visual prompting (Wu et al. 2024): the "
+    "picture is shrunk, and a frame around it is "
+    "trained on the task loss alone.",
+    "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature "
+    "consistency (FCA) and task semantics (TSE) as well.",
+    "TVP-lens": "TVP's losses, a frame, and a few trained numbers "
+    "beside it: how sharply and how large the "
+    "picture itself is shown. An addition of this package.",
 }
 
 # %% ../nbs/api/75_report.ipynb #73c8382d
 def report_html(
     results: TransferResults,  # of one task and source, all seeds
-    pictures: Mapping[str, bytes],  # PNG files: "transfer", and if there are any "prompt", "history"
+    # PNG files: "transfer", and if there are any "prompt", "history"
+    pictures: Mapping[str, bytes],
     samples: Mapping[str, bytes] = {},  # caption -> PNG file
     facts: Mapping[str, Any] = {},  # what was run: shown as a table, with the versions
     description: str = "",  # of the task
@@ -154,11 +224,16 @@ def report_html(
     return render(
         "report.html",
         title=f"{run.task}: one prompt, {len(run.targets)} models",
-        lead=f"A prompt of pixels, trained on {sources} alone, plugged into models that never saw it. {description}",
+        lead=f"A prompt of pixels, trained on {sources} alone, "
+        "plugged into models that never saw it. "
+        f"{description}",
         images={"prompt": None, "history": None, **pictures},
         tables=results._repr_html_(),
         notes=notes(results),
-        methods=[f"{method}: {METHOD_NOTES.get(method, 'a prompt of your own.')}" for method in run.methods],
+        methods=[
+            f"{method}: {METHOD_NOTES.get(method, 'a prompt of your own.')}"
+            for method in run.methods
+        ],
         samples=samples,
         run={**facts, **versions()},
     )

@@ -49,15 +49,32 @@ def model_differences(
     about: pd.DataFrame,  # from `ask_models`
 ) -> list[str]:
     "Which of the paper's models were not there, or were others."
-    lines, small = [], [f"{name} ({n:,} parameters)" for name, n in about.parameters.items() if n < STAND_IN]
-    missing, others = [name for name in SIX if name not in about.index], [name for name in about.index if name not in PAPER]
-    if small: lines.append(f"Stand-ins, not models of the paper: {', '.join(small)}. Their scores say nothing about the paper's.")
-    if missing: lines.append(f"Of the paper's six models these were not asked: {', '.join(missing)}.")
-    if others: lines.append(f"Not in the paper: {', '.join(others)}.")
+    lines = []
+    small = [f"{name} ({n:,} parameters)" for name, n in about.parameters.items() if n < STAND_IN]
+    missing = [name for name in SIX if name not in about.index]
+    others = [name for name in about.index if name not in PAPER]
+    if small:
+        lines.append(
+            f"Stand-ins, not models of the paper: {', '.join(small)}. Their scores say nothing "
+            "about the paper's."
+        )
+    if missing:
+        lines.append(f"Of the paper's six models these were not asked: {', '.join(missing)}.")
+    if others:
+        lines.append(f"Not in the paper: {', '.join(others)}.")
     if "bliva-7b" in about.index:
-        lines.append("BLIVA ranks with its patch tokens, as it is trained; the reference's ranking leaves them out (`reference_ranking=True` does, too).")
-    if any(recipe.tse for recipe in plan.recipes.values()) and (n := plan.zoo.clip.model.num_parameters()) < 10**8:
-        lines.append(f"Task semantics (TSE) come from {plan.zoo.clip.name}, a CLIP of {n:,} parameters, not from CLIP ViT-B/32.")
+        lines.append(
+            "BLIVA ranks with its patch tokens, as it is trained; the reference's ranking leaves "
+            "them out (`reference_ranking=True` does, too)."
+        )
+    if (
+        any(recipe.tse for recipe in plan.recipes.values())
+        and (n := plan.zoo.clip.model.num_parameters()) < 10**8
+    ):
+        lines.append(
+            f"Task semantics (TSE) come from {plan.zoo.clip.name}, a CLIP of {n:,} parameters, "
+            "not from CLIP ViT-B/32."
+        )
     return lines
 
 # %% ../nbs/api/79_reproduce.ipynb #db623793
@@ -66,54 +83,93 @@ def data_differences(
     n: int,  # test pictures that were asked about
 ) -> list[str]:
     "Which pictures were others, or fewer."
-    train, valid, test, lines = len(plan.task.train), len(plan.task.valid), len(plan.task.test), []
+    train = len(plan.task.train)
+    valid = len(plan.task.valid)
+    test = len(plan.task.test)
+    lines = []
     # unknown for Hateful Memes; POPE has a name for each part
     rows = list(SOURCES[plan.task.name][0].rows.values()) if plan.task.name in SOURCES else None
-    if plan.task.name.partition("-")[0] not in PUBLISHED: lines.append(f"{plan.task.name} is none of the paper's data sets.")
+    if plan.task.name.partition("-")[0] not in PUBLISHED:
+        lines.append(f"{plan.task.name} is none of the paper's data sets.")
     if rows and not plan.ready:
-        lines.append(f"Trained on {train:,} of the {sum(rows[:-1]):,} pictures of the training split; {valid:,} are kept for validation. "
-                     "The reference's code trains on all of them, and validates on test pictures.")
-    if rows and n < rows[-1]: lines.append(f"Tested on {n:,} of {rows[-1]:,} test pictures.")
-    elif n < test: lines.append(f"Tested on {n:,} of the {test:,} test pictures that were given.")
+        lines.append(
+            f"Trained on {train:,} of the {sum(rows[:-1]):,} pictures of the training split; "
+            f"{valid:,} are kept for validation. "
+            "The reference's code trains on all of them, and validates on test pictures."
+        )
+    if rows and n < rows[-1]:
+        lines.append(f"Tested on {n:,} of {rows[-1]:,} test pictures.")
+    elif n < test:
+        lines.append(f"Tested on {n:,} of the {test:,} test pictures that were given.")
     return lines
 
 # %% ../nbs/api/79_reproduce.ipynb #9ce6337e
 OTHERS = {
-    "EVP": "EVP is TVP with both weights 0, as the reference's code has it; EVP's own authors train with learning rate 70 and batches of 256.",
-    "VP": "VP is trained with the numbers of its authors (Bahng et al. 2022), for as many epochs as the others; how long the paper trained it is not known here.",
+    "EVP": "EVP is TVP with both weights 0, as the reference's "
+    "code has it; EVP's own authors train "
+    "with learning rate 70 and batches of 256.",
+    "VP": "VP is trained with the numbers of its authors (Bahng "
+    "et al. 2022), for as many epochs as "
+    "the others; how long the paper trained it is not known here.",
 }
-RANDOM = ("The order of the pictures and their flips come from other random numbers than the reference's, so that no prompt is the same "
-          "bit for bit.")
+RANDOM = (
+    "The order of the pictures and their flips come from other random numbers than the "
+    "reference's, so that no prompt is the same "
+    "bit for bit."
+)
 
 
 def facts_text(
     facts: Mapping[str, Any],  # name -> value
 ) -> str:
     "Facts in a line; what is empty or 0 is left out."
-    say = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
-    return ", ".join(f"{name} {say(value)}" for name, value in facts.items() if value not in (None, 0, False)) or "nothing"
+
+    def say(value):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return (
+        ", ".join(
+            f"{name} {say(value)}" for name, value in facts.items() if value not in (None, 0, False)
+        )
+        or "nothing"
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #8fab08c2
 def training_differences(
     plan: Plan,
 ) -> list[str]:
     "Which numbers of the recipe are others, or not known."
-    lines, cifar, epochs = [], plan.task.name == "cifar10", {recipe.epochs for recipe in plan.recipes.values()}
+    lines = []
+    cifar = plan.task.name == "cifar10"
+    epochs = {recipe.epochs for recipe in plan.recipes.values()}
     if plan.recipes and not cifar:
-        lines.append("The weights of FCA and TSE (0.005 and 0.001), the learning rate and one epoch are the authors' for CIFAR-10; "
-                     "theirs for other data sets are not known here.")
-    if epochs - {1}: lines.append(f"Trained for {max(epochs)} epochs; the authors' command for CIFAR-10 says 1.")
-    if plan.ready: lines.append("The prompt was not trained here. It says of itself: " + facts_text(plan.ready.provenance) + ".")
+        lines.append(
+            "The weights of FCA and TSE (0.005 and 0.001), the learning rate and one epoch are "
+            "the authors' for CIFAR-10; "
+            "theirs for other data sets are not known here."
+        )
+    if epochs - {1}:
+        lines.append(f"Trained for {max(epochs)} epochs; the authors' command for CIFAR-10 says 1.")
+    if plan.ready:
+        lines.append(
+            "The prompt was not trained here. It says of itself: "
+            + facts_text(plan.ready.provenance)
+            + "."
+        )
     lines += [OTHERS[method] for method in plan.recipes if method in OTHERS]
-    if plan.recipes and plan.seeds != (42,): lines.append(f"Seed {', '.join(map(str, plan.seeds))}; the reference's is 42.")
-    if plan.size != SIZE: lines.append(f"The canvas has {plan.size} pixels on a side, the paper's {SIZE}.")
-    if plan.recipes: lines.append(RANDOM)
+    if plan.recipes and plan.seeds != (42,):
+        lines.append(f"Seed {', '.join(map(str, plan.seeds))}; the reference's is 42.")
+    if plan.size != SIZE:
+        lines.append(f"The canvas has {plan.size} pixels on a side, the paper's {SIZE}.")
+    if plan.recipes:
+        lines.append(RANDOM)
     return lines
 
 # %% ../nbs/api/79_reproduce.ipynb #19f768b0
 @dataclass
 class Reproduction:
     "What a reproduction has made and measured."
+
     plan: Plan
     prompts: dict[int, dict[str, VisualPrompt]]  # seed -> method -> prompt
     histories: dict[str, pd.DataFrame]  # method -> one row for each step, first seed
@@ -122,18 +178,33 @@ class Reproduction:
     seconds: dict[str, float]  # what took how long
 
     @property
-    def compared(self) -> pd.DataFrame: "Measured beside published."; return compare_published(self.results)
+    def compared(self) -> pd.DataFrame:
+        "Measured beside published."
+        return compare_published(self.results)
 
     @property
     def differences(self) -> list[str]:
         "What was done otherwise than in the paper, in words."
         n = len(self.results.runs[0].labels)
-        return model_differences(self.plan, self.models) + data_differences(self.plan, n) + training_differences(self.plan)
+        return (
+            model_differences(self.plan, self.models)
+            + data_differences(self.plan, n)
+            + training_differences(self.plan)
+        )
 
-    def table(self) -> str: "The result for a terminal."; return result_text(self)
-    def save(self, folder: str | Path, facts: Mapping[str, Any] = {}) -> list[Path]: "Report, tables and prompts as files; facts are rows for the report."; return save_reproduction(self, folder, facts)
-    def __repr__(self) -> str: return self.table()
-    def _repr_html_(self) -> str: return result_html(self)
+    def table(self) -> str:
+        "The result for a terminal."
+        return result_text(self)
+
+    def save(self, folder: str | Path, facts: Mapping[str, Any] = {}) -> list[Path]:
+        "Report, tables and prompts as files; facts are rows for the report."
+        return save_reproduction(self, folder, facts)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return result_html(self)
 
 # %% ../nbs/api/79_reproduce.ipynb #0d6bbef7
 def published_sentence(
@@ -141,12 +212,22 @@ def published_sentence(
 ) -> str:
     "What the published column is, and what it is not."
     task = reproduction.plan.task.name
-    rows = [published_for(task, method, name) for name in reproduction.models.index for method in reproduction.plan.methods]
+    rows = [
+        published_for(task, method, name)
+        for name in reproduction.models.index
+        for method in reproduction.plan.methods
+    ]
     if (known := next(filter(None, rows), None)) is None:
-        return "No number is published for these rows that we know of: the known ones are MiniGPT-4's with TVP, one for each data set of the paper."
+        return (
+            "No number is published for these rows that we know of: the known ones are MiniGPT-4's "
+            "with TVP, one for each data set of the paper."
+        )
     unknown = f", and {known.unknown}" if known.unknown else ""
-    return (f"Published: {known.score:.2f} ({known.metric}), Zhang et al. 2024, for MiniGPT-4 as the model that answers. "
-            f"Not known to us: which model that prompt was trained on{unknown}.")
+    return (
+        f"Published: {known.score:.2f} ({known.metric}), Zhang et al. 2024, for MiniGPT-4 as the "
+        "model that answers. "
+        f"Not known to us: which model that prompt was trained on{unknown}."
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #b5a1e7bb
 def result_text(
@@ -155,10 +236,30 @@ def result_text(
     "The comparison for a terminal."
     cells = compared_cells(reproduction.compared)
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-    seeds = f"; mean of {len(reproduction.prompts)} prompt seeds" if len(reproduction.prompts) > 1 else ""
-    head = f"{reproduction.plan.task.name}, prompts trained on {reproduction.plan.source}: {reproduction.compared.metric.iloc[0]} in %"
-    return "\n".join([f"{head}, 95 % intervals over pictures{seeds}", "", *lines, "", published_sentence(reproduction), "", "Not as in the paper:", *(f"- {line}" for line in reproduction.differences)])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells
+    ]
+    seeds = (
+        f"; mean of {len(reproduction.prompts)} prompt seeds"
+        if len(reproduction.prompts) > 1
+        else ""
+    )
+    head = (
+        f"{reproduction.plan.task.name}, prompts trained on {reproduction.plan.source}: "
+        f"{reproduction.compared.metric.iloc[0]} in %"
+    )
+    return "\n".join(
+        [
+            f"{head}, 95 % intervals over pictures{seeds}",
+            "",
+            *lines,
+            "",
+            published_sentence(reproduction),
+            "",
+            "Not as in the paper:",
+            *(f"- {line}" for line in reproduction.differences),
+        ]
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #015cba41
 def result_html(
@@ -166,22 +267,31 @@ def result_html(
 ) -> str:
     "The comparison for a notebook or a report."
     rows = compared_cells(reproduction.compared)
-    return render("comparison.html", rows=rows, published=published_sentence(reproduction), differences=reproduction.differences)
+    return render(
+        "comparison.html",
+        rows=rows,
+        published=published_sentence(reproduction),
+        differences=reproduction.differences,
+    )
 
 # %% ../nbs/api/79_reproduce.ipynb #6ce21c25
 def run_plan(
     plan: Plan,  # from `plan_reproduction`
-    out: str | Path | None = None,  # folder for what is made on the way: finished parts in `tvp-parts`, results so far; None: nowhere
+    # folder for what is made on the way: finished parts in `tvp-parts`, results so far; None:
+    # nowhere
+    out: str | Path | None = None,
     say: Callable[[str], Any] = print,  # told what happens
 ) -> Reproduction:
     "Train and ask as planned; the same call goes on where it was stopped."
-    start, out = time.monotonic(), None if out is None else Path(out)
+    start = time.monotonic()
+    out = None if out is None else Path(out)
     parts = None if out is None else Parts(out / PARTS, plan_settings(plan))
     prompts, histories = train_prompts(plan, parts, say)
     trained = time.monotonic()
 
     def keep(results: TransferResults) -> None:
-        if out is None: return
+        if out is None:
+            return
         with suppress(OSError):  # `parts` says so; all of it is written once more at the end
             write_atomic(out / "results.csv", csv_text(results.df))
 
@@ -201,10 +311,12 @@ def reproduce(
 ) -> Reproduction:
     "The paper's experiment, checked, run, compared and written down (Zhang et al. 2024, sec. 4)."
     plan = plan_reproduction(task, source, method, models, say=say, **how)
-    if out is not None: Path(out).expanduser().mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     with nullcontext() if out is None else RunLock(out):
         reproduction = run_plan(plan, out, say)
-        if out is not None: reproduction.save(out)
+        if out is not None:
+            reproduction.save(out)
     return reproduction
 
 # %% ../nbs/api/79_reproduce.ipynb #215d3dab
@@ -214,13 +326,26 @@ def run_facts(
     "What was run, for the report."
     plan = reproduction.plan
     said = {"task": f"{plan.task.name}. {plan.task.description}", "trained on": plan.source}
-    said |= {method: facts_text({name: value for name, value in asdict(recipe).items() if name != "name"}) for method, recipe in plan.recipes.items()}
+    said |= {
+        method: facts_text(
+            {name: value for name, value in asdict(recipe).items() if name != "name"}
+        )
+        for method, recipe in plan.recipes.items()
+    }
     for method, prompt in next(iter(reproduction.prompts.values())).items():
         f = prompt_figures(prompt)
-        said[f"the {method} prompt"] = (f"{f['numbers']:,} numbers from {f['low']:.3f} to {f['high']:.3f}, norm {f['norm']:.2f}; {f['outside']:.1%} outside [0, 1], "
-                                        f"clipping to a picture keeps {f['energy kept']:.1%} of the energy")
-    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in reproduction.seconds.items())
-    return said | {"seeds": ", ".join(map(str, plan.seeds)), "time": f"{times} on {os.cpu_count()} cores"}
+        said[f"the {method} prompt"] = (
+            f"{f['numbers']:,} numbers from {f['low']:.3f} to {f['high']:.3f}, norm "
+            f"{f['norm']:.2f}; {f['outside']:.1%} outside [0, 1], "
+            f"clipping to a picture keeps {f['energy kept']:.1%} of the energy"
+        )
+    times = ", ".join(
+        f"{name} {duration(seconds)}" for name, seconds in reproduction.seconds.items()
+    )
+    return said | {
+        "seeds": ", ".join(map(str, plan.seeds)),
+        "time": f"{times} on {os.cpu_count()} cores",
+    }
 
 # %% ../nbs/api/79_reproduce.ipynb #f75e8a66
 def reproduction_report(
@@ -229,17 +354,28 @@ def reproduction_report(
 ) -> str:  # a self-contained HTML file
     "A page to pass on."
     from tvp.plots import plot_history, plot_prompt, plot_transfer
-    plan, results = reproduction.plan, reproduction.results
+
+    plan = reproduction.plan
+    results = reproduction.results
     first = list(next(iter(reproduction.prompts.values())).values())[-1]
-    said = [line for method in plan.methods for line in gain_sentences(results, method)] + compare_sentences(results) + harm_sentences(results)
+    said = (
+        [line for method in plan.methods for line in gain_sentences(results, method)]
+        + compare_sentences(results)
+        + harm_sentences(results)
+    )
     models = reproduction.models.reset_index(names="model")
-    images = {"prompt": png(plot_prompt(first)), "history": None, "transfer": png(plot_transfer(results.mean()))}
+    images = {
+        "prompt": png(plot_prompt(first)),
+        "history": None,
+        "transfer": png(plot_transfer(results.mean())),
+    }
     if reproduction.histories:
         images["history"] = png(plot_history(reproduction.histories), dpi=120)
     return render(
         "reproduction.html",
         title=f"{plan.task.name}: the paper's experiment",
-        lead=f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and {len(models)} models that are asked.",
+        lead=f"Prompts of {plan.size} x {plan.size} pixels, trained on {plan.source} alone, and "
+        f"{len(models)} models that are asked.",
         comparison=result_html(reproduction),
         images=images,
         width=240 + 120 * len(models),
@@ -256,9 +392,14 @@ def save_reproduction(
 ) -> list[Path]:  # the files written
     "Write the files of a reproduction, each whole or not at all, and remove its parts."
     tables = {"results.csv": reproduction.results.df, "comparison.csv": reproduction.compared}
-    writers = {name: partial(write_atomic, content=csv_text(table)) for name, table in tables.items()}
+    writers = {
+        name: partial(write_atomic, content=csv_text(table)) for name, table in tables.items()
+    }
     for seed, chosen in reproduction.prompts.items():
-        writers |= {f"prompt-{method}-seed{seed}.safetensors": prompt.save for method, prompt in chosen.items()}
+        writers |= {
+            f"prompt-{method}-seed{seed}.safetensors": prompt.save
+            for method, prompt in chosen.items()
+        }
     writers["report.html"] = partial(write_atomic, content=reproduction_report(reproduction, facts))
     files = write_all(folder, writers)
     clear_parts(Path(folder) / PARTS)

@@ -51,20 +51,32 @@ def pack_records(
     "The records as one table of numbers."
     others = [*dict.fromkeys(name for record in records for name in record.others)]
     known = [name for name in StepRecord.__dataclass_fields__ if name != "others"]
-    rows = [[getattr(r, name) for name in known] + [r.others.get(name, math.nan) for name in others] for r in records]
-    return {"columns": known + others, "values": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(known + others))}
+    rows = [
+        [getattr(r, name) for name in known] + [r.others.get(name, math.nan) for name in others]
+        for r in records
+    ]
+    return {
+        "columns": known + others,
+        "values": torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(known + others)),
+    }
 
 # %% ../nbs/api/52_resume.ipynb #5cc37583
 def unpack_records(
     table: dict,  # made by `pack_records`
 ) -> list[StepRecord]:
     "The records again."
-    known, records = StepRecord.__dataclass_fields__, []
+    known = StepRecord.__dataclass_fields__
+    records = []
     for values in table["values"].tolist():
         row = dict(zip(table["columns"], values, strict=True))
         row |= {"step": int(row["step"]), "epoch": int(row["epoch"])}
         others = {name: row.pop(name) for name in list(row) if name not in known}
-        records.append(StepRecord(**row, others={name: value for name, value in others.items() if not math.isnan(value)}))
+        records.append(
+            StepRecord(
+                **row,
+                others={name: value for name, value in others.items() if not math.isnan(value)},
+            )
+        )
     return records
 
 # %% ../nbs/api/52_resume.ipynb #f23f43d4
@@ -72,9 +84,24 @@ def plain_facts(
     facts: dict,  # attributes of a prompt or a loss
 ) -> dict:  # its numbers and texts, and the names of its models
     "What can be said about a thing in a word, or in a list of words."
-    named = lambda value: [*map(named, value)] if isinstance(value, (list, tuple)) else getattr(value, "name", value)
-    short = lambda value: all(map(short, value)) if isinstance(value, list) else isinstance(value, (bool, int, float, str))
-    told = {key: named(value) for key, value in facts.items() if key[0] != "_" and key != "training"}
+
+    def named(value):
+        return (
+            [*map(named, value)]
+            if isinstance(value, (list, tuple))
+            else getattr(value, "name", value)
+        )
+
+    def short(value):
+        return (
+            all(map(short, value))
+            if isinstance(value, list)
+            else isinstance(value, (bool, int, float, str))
+        )
+
+    told = {
+        key: named(value) for key, value in facts.items() if key[0] != "_" and key != "training"
+    }
     return {key: value for key, value in told.items() if short(value)}
 
 # %% ../nbs/api/52_resume.ipynb #0deb3ca9
@@ -82,7 +109,11 @@ def describe_loss(
     term: Any,  # a loss
 ) -> dict:  # names and values
     "Weight and sign, and the fields of those that are dataclasses."
-    own = {field.name: getattr(term, field.name) for field in fields(term)} if is_dataclass(term) else {}
+    own = (
+        {field.name: getattr(term, field.name) for field in fields(term)}
+        if is_dataclass(term)
+        else {}
+    )
     return plain_facts({"weight": term.weight, "sign": term.sign} | own)
 
 # %% ../nbs/api/52_resume.ipynb #5d8b3d3f
@@ -90,25 +121,45 @@ def identity(
     learner: Learner,
 ) -> dict:  # names and values
     "What decides the numbers of a training, by name."
-    return {"task": learner.task.name, "pictures to train on": len(learner.task.split("train")), "source": " + ".join(source.name for source in learner.sources),
-            "prompt": plain_facts(vars(learner.prompt)) | {"dtype": str(learner.prompt.delta.dtype)},
-            "seed": learner.seed, "batch_size": learner.batch_size, "augment": learner.augment,
-            "losses": {term.name: describe_loss(term) for term in learner.losses}, "optimizer": learner.rule,
-            "scheduler": getattr(learner.scheduler, "__name__", type(learner.scheduler).__name__)} | tricks(learner)
+    return {
+        "task": learner.task.name,
+        "pictures to train on": len(learner.task.split("train")),
+        "source": " + ".join(source.name for source in learner.sources),
+        "prompt": plain_facts(vars(learner.prompt)) | {"dtype": str(learner.prompt.delta.dtype)},
+        "seed": learner.seed,
+        "batch_size": learner.batch_size,
+        "augment": learner.augment,
+        "losses": {term.name: describe_loss(term) for term in learner.losses},
+        "optimizer": learner.rule,
+        "scheduler": getattr(learner.scheduler, "__name__", type(learner.scheduler).__name__),
+    } | tricks(learner)
 
 # %% ../nbs/api/52_resume.ipynb #0d9b8406
 def learner_state(
     learner: Learner,  # between two updates of a training
 ) -> dict:  # dicts, lists and tuples of numbers, texts and tensors
     "All that the next update depends on, and what has been so far."
-    prompt, clean_tokens = learner.prompt, learner.clean_tokens
-    return {"identity": identity(learner), "position": vars(learner.position), "epoch": learner.epoch,
-            "prompt": prompt.state_dict(), "places": prompt.generator.get_state(), "provenance": [learner.provenance, prompt.provenance],
-            "optimizer": learner.optimizer.state_dict(), "scheduler": learner.lr_scheduler.state_dict(), "random": random_states(),
-            "records": pack_records(learner.records), "filled": clean_tokens.filled if clean_tokens else [], "summed": learner.summed}
+    prompt = learner.prompt
+    clean_tokens = learner.clean_tokens
+    return {
+        "identity": identity(learner),
+        "position": vars(learner.position),
+        "epoch": learner.epoch,
+        "prompt": prompt.state_dict(),
+        "places": prompt.generator.get_state(),
+        "provenance": [learner.provenance, prompt.provenance],
+        "optimizer": learner.optimizer.state_dict(),
+        "scheduler": learner.lr_scheduler.state_dict(),
+        "random": random_states(),
+        "records": pack_records(learner.records),
+        "filled": clean_tokens.filled if clean_tokens else [],
+        "summed": learner.summed,
+    }
 
 # %% ../nbs/api/52_resume.ipynb #fa52e52e
-MOST_EPOCHS, MOST_LR = 10**6, 1000  # MOST_LR: times the learner's own; schedules with a warm-up go beyond it
+# MOST_LR: times the learner's own; schedules with a warm-up go beyond it
+MOST_EPOCHS = 10**6
+MOST_LR = 1000
 
 
 def check_progress(
@@ -117,18 +168,33 @@ def check_progress(
 ) -> None:
     "Refuse a place and numbers to which no training of this learner comes."
     position = state["position"]
-    limits = {"epochs": (1, MOST_EPOCHS), "before": (0, MOST_EPOCHS), "done": (0, MOST_EPOCHS * learner.per_epoch)}
+    limits = {
+        "epochs": (1, MOST_EPOCHS),
+        "before": (0, MOST_EPOCHS),
+        "done": (0, MOST_EPOCHS * learner.per_epoch),
+    }
     for name, (least, most) in limits.items():
-        if type(position[name]) is not int or not least <= position[name] <= most: raise ValueError(f"its `{name}` must be in [{least}, {most}], got {position[name]!r}")
-    if position["done"] > (most := position["epochs"] * learner.per_epoch): raise ValueError(f"its `done` must be in [0, {most}], got {position['done']}")
-    if type(state["epoch"]) is not int or not 0 <= state["epoch"] <= 2 * MOST_EPOCHS: raise ValueError(f"its `epoch` must be in [0, {2 * MOST_EPOCHS}], got {state['epoch']!r}")
-    for name in ("prompt", "optimizer", "summed"): check_finite(state.get(name, []), f"its {name}")
+        if type(position[name]) is not int or not least <= position[name] <= most:
+            raise ValueError(f"its `{name}` must be in [{least}, {most}], got {position[name]!r}")
+    if position["done"] > (most := position["epochs"] * learner.per_epoch):
+        raise ValueError(f"its `done` must be in [0, {most}], got {position['done']}")
+    if type(state["epoch"]) is not int or not 0 <= state["epoch"] <= 2 * MOST_EPOCHS:
+        raise ValueError(f"its `epoch` must be in [0, {2 * MOST_EPOCHS}], got {state['epoch']!r}")
+    for name in ("prompt", "optimizer", "summed"):
+        check_finite(state.get(name, []), f"its {name}")
     for place in state["filled"]:
-        if not isinstance(place, (list, tuple)) or [type(number) for number in place] != [int, int]: raise ValueError(f"its `filled` must hold pairs of whole numbers, got {place!r}")
-    most, groups = MOST_LR * max(group.get("initial_lr", group["lr"]) for group in learner.optimizer.param_groups), state["optimizer"]["param_groups"]
-    rates = [group[name] for group in groups for name in ("lr", "initial_lr") if name in group] + state["scheduler"].get("base_lrs", [])
+        if not isinstance(place, (list, tuple)) or [type(number) for number in place] != [int, int]:
+            raise ValueError(f"its `filled` must hold pairs of whole numbers, got {place!r}")
+    most = MOST_LR * max(
+        group.get("initial_lr", group["lr"]) for group in learner.optimizer.param_groups
+    )
+    groups = state["optimizer"]["param_groups"]
+    rates = [
+        group[name] for group in groups for name in ("lr", "initial_lr") if name in group
+    ] + state["scheduler"].get("base_lrs", [])
     for rate in rates:
-        if not 0 <= rate <= most: raise ValueError(f"its `lr` must be in [0, {most:g}], got {rate:g}")
+        if not 0 <= rate <= most:
+            raise ValueError(f"its `lr` must be in [0, {most:g}], got {rate:g}")
 
 
 def check_finite(
@@ -137,8 +203,10 @@ def check_finite(
 ) -> None:
     "Refuse NaN and infinity, in tensors too."
     if isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value: check_finite(item, name)
-    elif isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all(): raise ValueError(f"{name} is not finite")
+        for item in value.values() if isinstance(value, dict) else value:
+            check_finite(item, name)
+    elif isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
+        raise ValueError(f"{name} is not finite")
 
 # %% ../nbs/api/52_resume.ipynb #02476948
 def set_state(
@@ -146,15 +214,22 @@ def set_state(
     state: dict,  # made by `learner_state`
 ) -> None:
     "Put a learner where another one was."
-    prompt, position, records = learner.prompt, Position(**state["position"]), unpack_records(state["records"])
+    prompt = learner.prompt
+    position = Position(**state["position"])
+    records = unpack_records(state["records"])
     start_training(learner, position.epochs)
     prompt.load_state_dict(state["prompt"])
     prompt.generator.set_state(state["places"])
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.lr_scheduler.load_state_dict(state["scheduler"])
     set_random_states(state["random"])
-    learner.records, learner.position, learner.epoch = records, position, state["epoch"]
-    learner.summed = [total.to(parameter.device) for total, parameter in zip(state.get("summed", []), prompt.parameters())]
+    learner.records = records
+    learner.position = position
+    learner.epoch = state["epoch"]
+    learner.summed = [
+        total.to(parameter.device)
+        for total, parameter in zip(state.get("summed", []), prompt.parameters())
+    ]
     learner.provenance, prompt.provenance = state["provenance"]
 
 # %% ../nbs/api/52_resume.ipynb #aa1b59be
@@ -163,15 +238,19 @@ def refill(
     filled: list[tuple[int, int]],  # epoch and number of the batches to encode
 ) -> None:
     "Encode clean pictures once more, in the company in which they were first met."
-    if not learner.clean_tokens or learner.clean_tokens.filled == filled: return
-    learner.clean_tokens, now = CleanTokens(learner.sources), learner.epoch
+    if not learner.clean_tokens or learner.clean_tokens.filled == filled:
+        return
+    learner.clean_tokens = CleanTokens(learner.sources)
+    now = learner.epoch
     for learner.epoch, places in groupby(filled, key=lambda place: place[0]):
         wanted = {number for _, number in places}
         for number, batch in enumerate(islice(training_batches(learner), max(wanted) + 1)):
-            if number not in wanted: continue
+            if number not in wanted:
+                continue
             learner.clean_tokens.place = (learner.epoch, number)
             clean = learner.prompt.canvas(batch.images.to(learner.device))
-            for source in range(len(learner.sources)): learner.clean_tokens(clean, batch, source)
+            for source in range(len(learner.sources)):
+                learner.clean_tokens(clean, batch, source)
     learner.epoch = now
 
 # %% ../nbs/api/52_resume.ipynb #39898cf1
@@ -180,7 +259,8 @@ def save_checkpoint(
     path: str | Path,  # a file, ends in .safetensors
 ) -> int:  # updates made so far in this training
     "Write the state of a training, all or nothing; of several processes, the main one does."
-    if learner.accelerator.is_main_process: write_checkpoint(path, learner_state(learner))
+    if learner.accelerator.is_main_process:
+        write_checkpoint(path, learner_state(learner))
     return learner.position.done
 
 # %% ../nbs/api/52_resume.ipynb #dfaebe2f
@@ -191,14 +271,22 @@ def load_checkpoint(
     "Put a learner where a checkpoint says."
     state = read_checkpoint(path)
     if unlike := differences(state.get("identity"), identity(learner)):
-        raise ValueError(f"the checkpoint {str(path)!r} is of another training: {'; '.join(unlike)}. Make the learner with the same arguments "
-                         "to go on with it, or choose another path. It was left as it is.")
-    if learner.position is None: start_training(learner)
+        raise ValueError(
+            f"the checkpoint {str(path)!r} is of another training: {'; '.join(unlike)}. Make the "
+            "learner with the same arguments "
+            "to go on with it, or choose another path. It was left as it is."
+        )
+    if learner.position is None:
+        start_training(learner)
     before = copy.deepcopy(learner_state(learner))
-    try: check_progress(learner, state), set_state(learner, state)
+    try:
+        check_progress(learner, state), set_state(learner, state)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         set_state(learner, before)
-        raise ValueError(f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: {' '.join(str(error).split())})") from None
+        raise ValueError(
+            f"the checkpoint {str(path)!r} does not fit this learner. ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from None
     refill(learner, state["filled"])
 
 # %% ../nbs/api/52_resume.ipynb #f850e6ba
@@ -207,12 +295,21 @@ def say_where(
     epochs: int | None,  # as for `fit`
     file: Path,  # of the checkpoint
 ) -> None:
-    "Log where a training goes on; as a warning when it has other epochs than the learner was made with and nobody named them."
-    at, log = learner.position, logging.getLogger(__name__)
+    """Log where a training goes on; as a warning when it has other epochs than the learner was made
+    with and nobody named them."""
+    at = learner.position
+    log = logging.getLogger(__name__)
     log.info("going on from %s after update %d of %d", file, at.done, at.epochs * learner.per_epoch)
-    if epochs is not None or at.epochs == learner.epochs: return
-    log.warning("The training in %s has epochs=%d and goes on with that; this learner was made with epochs=%d. "
-                "For another number start a training at another place.", file, at.epochs, learner.epochs)
+    if epochs is not None or at.epochs == learner.epochs:
+        return
+    log.warning(
+        "The training in %s has epochs=%d and goes on with that; this learner was made with "
+        "epochs=%d. "
+        "For another number start a training at another place.",
+        file,
+        at.epochs,
+        learner.epochs,
+    )
 
 # %% ../nbs/api/52_resume.ipynb #34bdfb0f
 def begin(
@@ -221,7 +318,8 @@ def begin(
     file: Path | None,  # of the checkpoint; None: there is none
     resume: bool,  # from the checkpoint, where there is one
     read_every: int = 1,  # as for `training_steps`
-) -> tuple[AbstractContextManager, Iterator[StepRecord]]:  # the lock of the checkpoint, held until it is left; the steps to make
+    # the lock of the checkpoint, held until it is left; the steps to make
+) -> tuple[AbstractContextManager, Iterator[StepRecord]]:
     "Start a training, or go on with one; nobody else writes its checkpoint meanwhile."
     if file is None or not learner.accelerator.is_main_process:
         return nullcontext(), _begin(learner, epochs, file, resume, read_every)
@@ -232,20 +330,28 @@ def begin(
     return lock, steps
 
 
-def _begin(learner: Learner, epochs: int | None, file: Path | None, resume: bool, read_every: int) -> Iterator[StepRecord]:
+def _begin(
+    learner: Learner, epochs: int | None, file: Path | None, resume: bool, read_every: int
+) -> Iterator[StepRecord]:
     "As `begin`, which has locked the checkpoint; and try whether that can be written."
     there = file is not None and os.path.exists(file)
     if there and not resume:
-        raise FileExistsError(f"there is a checkpoint at {str(file)!r}. Go on from it with resume=True, choose another place with checkpoint=..., "
-                              "or remove it to start again.")
+        raise FileExistsError(
+            f"there is a checkpoint at {str(file)!r}. Go on from it with resume=True, choose "
+            "another place with checkpoint=..., "
+            "or remove it to start again."
+        )
     if there:
         load_checkpoint(learner, file)
-        if learner.accelerator.is_main_process: say_where(learner, epochs, file)
+        if learner.accelerator.is_main_process:
+            say_where(learner, epochs, file)
     elif file and resume and learner.position is None:
         logging.getLogger(__name__).info("no checkpoint at %s yet: starting", file)
         resume = False
     steps = training_steps(learner, epochs, resume, read_every)
-    if learner.accelerator.num_processes > 1: learner.accelerator.wait_for_everyone()  # all have looked before one writes
+    # all have looked before one writes
+    if learner.accelerator.num_processes > 1:
+        learner.accelerator.wait_for_everyone()
     if file:
         remove_leftovers(file)
         save_checkpoint(learner, file)
@@ -255,17 +361,24 @@ def _begin(learner: Learner, epochs: int | None, file: Path | None, resume: bool
 def task_settings(
     task: Task,
 ) -> dict:  # names and numbers
-    "What decides the answers to a task, as far as it can be said in words: for the settings of `Parts`."
+    """What decides the answers to a task, as far as it can be said in words: for the settings of
+    `Parts`."""
     rows = {split: len(task.split(split)) for split in ("train", "valid", "test")}
-    return {"name": task.name, "rows": rows, "candidates": list(task.candidates), "fit": getattr(task, "fit", "crop")}
+    return {
+        "name": task.name,
+        "rows": rows,
+        "candidates": list(task.candidates),
+        "fit": getattr(task, "fit", "crop"),
+    }
 
 
 def fit_part(
     parts: Parts,  # of the run
     name: str,  # of this part, such as "TVP-seed0"
     make: Callable[[], Learner],  # called if there is something left to train
+    # VisualPrompt, and its history as a DataFrame, one row for each step
     epochs: int | None = None,  # as for `fit`
-):  # VisualPrompt, and its history as a DataFrame, one row for each step
+):
     "Train a prompt and keep it; or go on with it, or take it over, where an earlier call had come."
     file = parts.folder / f"prompt-{name}.safetensors"
     if name in parts:
@@ -278,6 +391,10 @@ def fit_part(
     checkpoint = parts.folder / f"training-{name}.safetensors"
     prompt = learner.fit(epochs, checkpoint, resume=True)
     prompt.save(file)
-    parts[name] = {"records": pack_records(learner.records), "places": prompt.generator.get_state(), "random": random_states()}
+    parts[name] = {
+        "records": pack_records(learner.records),
+        "places": prompt.generator.get_state(),
+        "random": random_states(),
+    }
     checkpoint.unlink(missing_ok=True)
     return prompt, learner.history

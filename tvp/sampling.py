@@ -16,32 +16,53 @@ from .tasks import Split, Task
 # %% ../nbs/api/11_sampling.ipynb #cdb8f01e
 def stratified_rows(
     labels: Sequence[int],  # class of each row
-    take: int | float,  # a whole number: so many rows of each class; a share in (0, 1]: this part of each class, at least one row
+    # a whole number: so many rows of each class; a share in (0, 1]: this part of each class, at
+    # least one row
+    take: int | float,
     seed: int = 0,  # of the draw
 ) -> list[int]:  # row numbers, sorted
-    "Some rows of each class, drawn without replacement; a larger sample with the same seed contains the smaller."
-    labels, rows = np.asarray(labels), []
+    """Some rows of each class, drawn without replacement; a larger sample with the same seed
+    contains the smaller."""
+    labels = np.asarray(labels)
+    rows = []
     if isinstance(take, bool) or not (take >= 1 if isinstance(take, int) else 0 < take <= 1):
-        raise ValueError(f"`take` must be a whole number of at least 1, or a share in (0, 1], got {take!r}.")
+        raise ValueError(
+            f"`take` must be a whole number of at least 1, or a share in (0, 1], got {take!r}."
+        )
     classes, counts = np.unique(labels, return_counts=True)
-    if isinstance(take, int) and (few := {int(c): int(n) for c, n in zip(classes, counts) if n < take}):
-        raise ValueError(f"`take`: {take} rows of each class are not there: class {min(few, key=few.get)} has {min(few.values())}"
-                         f"{f', and {len(few) - 1} others have too few' if len(few) > 1 else ''}. Take fewer, or a share.")
+    if isinstance(take, int) and (
+        few := {int(c): int(n) for c, n in zip(classes, counts) if n < take}
+    ):
+        raise ValueError(
+            f"`take`: {take} rows of each class are not there: class {min(few, key=few.get)} has "
+            f"{min(few.values())}"
+            f"{f', and {len(few) - 1} others have too few' if len(few) > 1 else ''}. Take fewer, "
+            "or a share."
+        )
     for c, n in zip(classes, counts):
         order = np.random.default_rng([seed, int(c)]).permutation(np.flatnonzero(labels == c))
-        rows.append(order[:take if isinstance(take, int) else max(1, round(take * n))])
+        rows.append(order[: take if isinstance(take, int) else max(1, round(take * n))])
     return sorted(np.concatenate(rows).tolist())
 
 # %% ../nbs/api/11_sampling.ipynb #1f71e08b
 def few_shot(
     task: Task,
-    take: int | float,  # a whole number: shots, pictures of each class; a share in (0, 1]: this part of each class
+    # a whole number: shots, pictures of each class; a share in (0, 1]: this part of each class
+    take: int | float,
     seed: int = 0,  # of the draw
 ) -> Task:  # with fewer training pictures; validation and test are untouched
     "The same task with a stratified sample of its training pictures."
     rows = stratified_rows(task.train.labels, take, seed)
-    what = f"{take} training pictures of each class" if isinstance(take, int) else f"{take:.3g} of the training pictures"
-    return replace(task, train=task.train.select(rows), description=f"{task.description} {what} (seed {seed}).".strip())
+    what = (
+        f"{take} training pictures of each class"
+        if isinstance(take, int)
+        else f"{take:.3g} of the training pictures"
+    )
+    return replace(
+        task,
+        train=task.train.select(rows),
+        description=f"{task.description} {what} (seed {seed}).".strip(),
+    )
 
 # %% ../nbs/api/11_sampling.ipynb #acea2499
 def held_rows(
@@ -50,12 +71,20 @@ def held_rows(
     seed: int = 0,  # of the draw
 ) -> list[int]:  # row numbers, sorted
     "Which rows to set aside, stratified; of a class with a single row none."
-    if not 0 < share < 1: raise ValueError(f"`share` must be in (0, 1), got {share!r}. Try 0.1.")
+    if not 0 < share < 1:
+        raise ValueError(f"`share` must be in (0, 1), got {share!r}. Try 0.1.")
     labels = np.asarray(labels)
     several = np.flatnonzero(np.bincount(labels)[labels] > 1)
-    if not len(several): raise ValueError(f"there must be a class with two pictures or more to hold some out, got {len(labels)} pictures of as many classes.")
+    if not len(several):
+        raise ValueError(
+            "there must be a class with two pictures or more to hold some out, got "
+            f"{len(labels)} pictures of as many classes."
+        )
     held = several[stratified_rows(labels[several], share, seed)].tolist()
-    if len(held) == len(labels): raise ValueError(f"`share` must leave pictures for training, got {share} of {len(labels)} pictures.")
+    if len(held) == len(labels):
+        raise ValueError(
+            f"`share` must leave pictures for training, got {share} of {len(labels)} pictures."
+        )
     return held
 
 

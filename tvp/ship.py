@@ -51,10 +51,13 @@ def as_code(
     value: Any,  # anything JSON can hold
 ) -> Markdown:  # that shows it literally
     "A stranger's words on a card, or in a table: no markup, no links, one line."
-    if isinstance(value, Mapping): value = ", ".join(f"{name} {fact}" for name, fact in value.items())
-    if isinstance(value, float): value = f"{value:g}"
+    if isinstance(value, Mapping):
+        value = ", ".join(f"{name} {fact}" for name, fact in value.items())
+    if isinstance(value, float):
+        value = f"{value:g}"
     text = " ".join(str(value).split())[:300]
     return markdown_code(text) if text else Markdown("–")
+
 
 def markdown_table(
     rows: list[list[Any]],  # the first is the heading; text is escaped, Markdown is not
@@ -65,23 +68,42 @@ def markdown_table(
 # %% ../nbs/api/78_ship.ipynb #3d1b92c1
 def _cells(row: Mapping[str, Any], method: bool) -> list[str]:
     "One row of the table of results."
-    gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[name] + 0.0 for name in ("gain", "low", "high")))
+    gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(
+        *(100 * row[name] + 0.0 for name in ("gain", "low", "high"))
+    )
     name = f"mean of {row['models']}" if "models" in row else as_code(row["target"])
     gain = Markdown(gain + " ▼" if row["high"] < 0 else gain)
-    return [as_code(row["method"])] * method + [row["group"], name, f"{100 * row['clean']:.1f}", f"{100 * row['prompted']:.1f}", gain]
+    return [as_code(row["method"])] * method + [
+        row["group"],
+        name,
+        f"{100 * row['clean']:.1f}",
+        f"{100 * row['prompted']:.1f}",
+        gain,
+    ]
+
 
 def results_table(
     results: TransferResults,  # of one task and source
 ) -> str:  # markdown
     "Models by group, with the gain over no prompt and its interval."
-    models, groups = (frame[frame.method != "none"] for frame in (results.mean(), results.summary()))
-    several, rows = models.method.nunique() > 1, []
+    models, groups = (
+        frame[frame.method != "none"] for frame in (results.mean(), results.summary())
+    )
+    several = models.method.nunique() > 1
+    rows = []
     for method, mine in models.groupby("method", sort=False):
         for group, part in mine.groupby("group", sort=False):
             rows += [_cells(row, several) for row in part.to_dict("records")]
             mean = groups[(groups.method == method) & (groups.group == group)]
-            if len(part) > 1: rows += [_cells(row, several) for row in mean.to_dict("records")]
-    heading = ["method"] * several + ["group", "model", "without, %", "with, %", Markdown("gain, points [95 % interval]")]
+            if len(part) > 1:
+                rows += [_cells(row, several) for row in mean.to_dict("records")]
+    heading = ["method"] * several + [
+        "group",
+        "model",
+        "without, %",
+        "with, %",
+        Markdown("gain, points [95 % interval]"),
+    ]
     return markdown_table([heading, *rows])
 
 # %% ../nbs/api/78_ship.ipynb #f182a9d4
@@ -93,6 +115,7 @@ def fingerprint(
     numbers = prompt.delta.detach().cpu().double().numpy() + 0.0  # -0 and 0 are the same pixel
     return hashlib.sha256(json.dumps(facts).encode() + numbers.tobytes()).hexdigest()[:16]
 
+
 def story(
     prompt: VisualPrompt,
     seconds: float | None,  # that the training took
@@ -100,13 +123,32 @@ def story(
 ) -> str:  # markdown
     "How it was made, as a table."
     kept = prompt.provenance
-    facts = {"kind": f"{prompt.kind}, {prompt.width} pixels wide, on a canvas of {prompt.size} x {prompt.size}", "pictures": f"fitted to {prompt.inner} x {prompt.inner}",
-             "range": prompt.range, **kept} | {name: ", ".join(f"{value:.3f}" for value in values) for name, values in adjustments(prompt).items()}
-    if kept.get("steps") and kept.get("batch_size"): facts["seen"] = f"{kept['steps']} updates of {kept['batch_size']} pictures"
-    if seconds is not None: facts["time"] = f"{duration(seconds)} on {prompt.delta.device.type}, {os.cpu_count()} cores, {platform.machine()}"
-    facts |= {"versions": ", ".join(f"{name} {number}" for name, number in versions().items()) + " (when this card was written)",
-              "license": license or "not stated", "fingerprint": fingerprint(prompt)}
-    return markdown_table([["what", ""], *([as_code(name), as_code(fact)] for name, fact in facts.items())])
+    facts = {
+        "kind": f"{prompt.kind}, {prompt.width} pixels wide, on a canvas of {prompt.size} x "
+        f"{prompt.size}",
+        "pictures": f"fitted to {prompt.inner} x {prompt.inner}",
+        "range": prompt.range,
+        **kept,
+    } | {
+        name: ", ".join(f"{value:.3f}" for value in values)
+        for name, values in adjustments(prompt).items()
+    }
+    if kept.get("steps") and kept.get("batch_size"):
+        facts["seen"] = f"{kept['steps']} updates of {kept['batch_size']} pictures"
+    if seconds is not None:
+        facts["time"] = (
+            f"{duration(seconds)} on {prompt.delta.device.type}, {os.cpu_count()} cores, "
+            f"{platform.machine()}"
+        )
+    facts |= {
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items())
+        + " (when this card was written)",
+        "license": license or "not stated",
+        "fingerprint": fingerprint(prompt),
+    }
+    return markdown_table(
+        [["what", ""], *([as_code(name), as_code(fact)] for name, fact in facts.items())]
+    )
 
 # %% ../nbs/api/78_ship.ipynb #dd8627b1
 def own_words(
@@ -116,18 +158,48 @@ def own_words(
     names = list(adjustments(prompt))
     return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
+
 def limits(
     prompt: VisualPrompt,
     results: TransferResults | None,
 ) -> list[Markdown]:  # sentences
     "What the card must not hide."
     outside, kept = clipping(prompt)
-    picture = {"uint8": "As a picture it loses nothing: `prompt.png` is the prompt, exactly.", "unit": "As a picture it loses the fractions between 256 levels. `prompt.png` is for looking.",
-               "free": f"As a picture it is clipped: {outside:.0%} of its values lie outside [0, 1]" + (f", and {kept:.0%} of its energy is left" if prompt.kind == "border" else "") + ". `prompt.png` is for looking."}
-    own = [f"It also changes the {words} of the picture itself. `prompt.apply` does that; a program that lays `prompt.png` over a picture does not."] if (words := own_words(prompt)) else []
-    said = [picture[prompt.range], *own] + (caveats(results) if results else ["It comes without measurements: whom it helps and whom it harms is not known."])
-    if results and len(harmed := results.negative_transfer()): said.append("It harms " + ", ".join(as_code(name) for name in dict.fromkeys(harmed.target)) + " (▼): do not use it there.")
-    return [Markdown(sentence) for sentence in [*said, "It was learned for one task. On other tasks and other models it may do harm; measure before use."]]
+    picture = {
+        "uint8": "As a picture it loses nothing: `prompt.png` is the prompt, exactly.",
+        "unit": "As a picture it loses the fractions between 256 "
+        "levels. `prompt.png` is for looking.",
+        "free": f"As a picture it is clipped: {outside:.0%} of its values lie outside [0, 1]"
+        + (f", and {kept:.0%} of its energy is left" if prompt.kind == "border" else "")
+        + ". `prompt.png` is for looking.",
+    }
+    own = (
+        [
+            f"It also changes the {words} of the picture itself. `prompt.apply` does that; a "
+            "program that lays `prompt.png` over a picture does not."
+        ]
+        if (words := own_words(prompt))
+        else []
+    )
+    said = [picture[prompt.range], *own] + (
+        caveats(results)
+        if results
+        else ["It comes without measurements: whom it helps and whom it harms is not known."]
+    )
+    if results and len(harmed := results.negative_transfer()):
+        said.append(
+            "It harms "
+            + ", ".join(as_code(name) for name in dict.fromkeys(harmed.target))
+            + " (▼): do not use it there."
+        )
+    return [
+        Markdown(sentence)
+        for sentence in [
+            *said,
+            "It was learned for one task. On other tasks and other models it may do harm; "
+            "measure before use.",
+        ]
+    ]
 
 # %% ../nbs/api/78_ship.ipynb #87f56470
 def prompt_card(
@@ -138,17 +210,25 @@ def prompt_card(
     name: str | None = None,  # "owner/name" or the folder's name
 ) -> ModelCard:
     "The card of a prompt, made from the prompt and from what was measured."
-    if not isinstance(results, TransferResults | None): raise TypeError(f"`results` must be what evaluate_transfer gives, got {type(results).__name__}.")
-    if results and len({(run.task, run.source) for run in results.runs}) > 1: raise ValueError("`results` must be of one task and source, this prompt's; got several.")
+    if not isinstance(results, TransferResults | None):
+        raise TypeError(
+            f"`results` must be what evaluate_transfer gives, got {type(results).__name__}."
+        )
+    if results and len({(run.task, run.source) for run in results.runs}) > 1:
+        raise ValueError("`results` must be of one task and source, this prompt's; got several.")
     known = prompt.provenance
-    title = " ".join(str(known[key])[:80] for key in ("method", "task") if known.get(key)) or f"{prompt.kind} prompt"
+    title = (
+        " ".join(str(known[key])[:80] for key in ("method", "task") if known.get(key))
+        or f"{prompt.kind} prompt"
+    )
     own = f", and the picture's own {words}" if (words := own_words(prompt)) else ""
     text = render(
         "card.md",
         title=title,
         place="around" if prompt.kind == "border" else "over",
         own=own,
-        name=Markdown(json.dumps(visible(name or "FOLDER"), ensure_ascii=False)),  # as Python writes it, within a block of code
+        # as Python writes it, within a block of code
+        name=Markdown(json.dumps(visible(name or "FOLDER"), ensure_ascii=False)),
         inner=prompt.inner,
         story=story(prompt, seconds, license),
         results=results and results_table(results),
@@ -163,6 +243,7 @@ def prompt_card(
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
+
 def write_folder(
     prompt: VisualPrompt,
     folder: Path,  # exists
@@ -171,30 +252,66 @@ def write_folder(
     folder, card = as_path(folder, "save_directory"), Path(folder) / "README.md"
     save_prompt(prompt, folder / WEIGHTS)
     facts = prompt_facts(prompt)
-    config = facts | {"size": prompt.size, "width": prompt.width, "inner": prompt.inner, "provenance": prompt.provenance} | ({"adjust": adjust_numbers(prompt)} if prompt.adjust else {})
+    config = (
+        facts
+        | {
+            "size": prompt.size,
+            "width": prompt.width,
+            "inner": prompt.inner,
+            "provenance": prompt.provenance,
+        }
+        | ({"adjust": adjust_numbers(prompt)} if prompt.adjust else {})
+    )
     write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())
-    if prompt.range == "uint8": save_png(prompt, folder / "prompt.png")
+    if prompt.range == "uint8":
+        save_png(prompt, folder / "prompt.png")
     else:
         prompt.to_pil().save(buffer := io.BytesIO(), "PNG")
         write_atomic(folder / "prompt.png", buffer.getvalue())
-    if card.is_file() and fingerprint(prompt) not in card.read_text(encoding="utf-8", errors="replace"):
-        warnings.warn(f"{str(card)!r} was written for another prompt and is kept. Delete it to get a new card.", stacklevel=4)
+    if card.is_file() and fingerprint(prompt) not in card.read_text(
+        encoding="utf-8", errors="replace"
+    ):
+        warnings.warn(
+            f"{str(card)!r} was written for another prompt and "
+            "is kept. Delete it to get a new card.",
+            stacklevel=4,
+        )
 
 # %% ../nbs/api/78_ship.ipynb #43c2c43d
 def read_folder(
     model_id: str,  # a folder, or "owner/name" on the hub
-    revision: str | None = None, cache_dir: Any = None, force_download: bool = False, local_files_only: bool = False, token: Any = None,
+    revision: str | None = None,
+    cache_dir: Any = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    token: Any = None,
     **config,  # what config.json says
 ) -> VisualPrompt:
-    "The prompt of a folder or repository; config.json must agree with it. `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` are those of huggingface_hub."
+    """The prompt of a folder or repository; config.json must agree with it. `revision`,
+    `cache_dir`, `force_download`, `local_files_only` and `token` are those of huggingface_hub."""
     local = Path(model_id) / WEIGHTS
     if not Path(model_id).is_dir():
-        local = Path(hf_hub_download(model_id, WEIGHTS, revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token))
+        local = Path(
+            hf_hub_download(
+                model_id,
+                WEIGHTS,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        )
     prompt = read_safetensors(check_file(local))
-    found = {name: getattr(prompt, name) for name in ("size", "width", "kind", "range", "provenance")} | {"adjust": adjust_numbers(prompt)}
+    found = {
+        name: getattr(prompt, name) for name in ("size", "width", "kind", "range", "provenance")
+    } | {"adjust": adjust_numbers(prompt)}
     for name, said in config.items():
         if name in found and said != found[name]:
-            raise ValueError(f"{CONFIG} of {model_id!r} says {name}={said!r}, {WEIGHTS} says {found[name]!r}: one of them was changed. Take both from the same place.")
+            raise ValueError(
+                f"{CONFIG} of {model_id!r} says {name}={said!r}, {WEIGHTS} says {found[name]!r}: "
+                "one of them was changed. Take both from the same place."
+            )
     return prompt
 
 # %% ../nbs/api/78_ship.ipynb #4c8c4e66
@@ -203,9 +320,12 @@ def check_config(
 ) -> None:
     "Refuse a config.json that is not one."
     try:
-        if path.stat().st_size > 2 * MAX_STORY: raise ValueError("it is too large")
+        if path.stat().st_size > 2 * MAX_STORY:
+            raise ValueError("it is too large")
         check_fields(parse_json(path.read_bytes(), "it"), "it", {})
-    except (ValueError, OSError) as error: raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+
 
 @contextmanager
 def clear_errors(
@@ -213,30 +333,56 @@ def clear_errors(
 ) -> Iterator[None]:
     "The hub's errors in our words."
     path = as_path(name, "name")
-    if path.is_dir() and (path / CONFIG).exists(): check_config(path / CONFIG)
-    try: yield
+    if path.is_dir() and (path / CONFIG).exists():
+        check_config(path / CONFIG)
+    try:
+        yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(f"there is no folder {str(name)!r}, and the hub cannot be reached to look for it there. ({type(error).__name__})") from None
+        raise FileNotFoundError(
+            f"there is no folder {str(name)!r}, and the hub cannot be reached to look for it "
+            f"there. ({type(error).__name__})"
+        ) from None
     except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(f"there is no folder {str(name)!r}, and no prompt of that name on the hub. ({str(error).splitlines()[0]})") from None
-    except (json.JSONDecodeError, AttributeError, TypeError, LookupError, RecursionError) as error:  # of the hub's config.json
-        raise ValueError(f"{CONFIG} of {str(name)!r} cannot be read: {type(error).__name__}: {error}") from None
+        raise FileNotFoundError(
+            f"there is no folder {str(name)!r}, and no prompt of that name on the hub. "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    # of the hub's config.json
+    except (json.JSONDecodeError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"{CONFIG} of {str(name)!r} cannot be read: {type(error).__name__}: {error}"
+        ) from None
     except HFValidationError:
-        raise FileNotFoundError(f"there is no folder {str(name)!r}, and it cannot be a name on the hub, which looks like 'owner/name'.") from None
+        raise FileNotFoundError(
+            f"there is no folder {str(name)!r}, and it cannot be a name on the hub, which looks "
+            "like 'owner/name'."
+        ) from None
 
 # %% ../nbs/api/78_ship.ipynb #0724b24a
-GALLERY = Path(__file__).parent / "data" / "gallery" if "__file__" in globals() else Path(__import__("tvp").__file__).parent / "data" / "gallery"
+GALLERY = (
+    Path(__file__).parent / "data" / "gallery"
+    if "__file__" in globals()
+    else Path(__import__("tvp").__file__).parent / "data" / "gallery"
+)
+
 
 def prompt_names() -> list[str]:
     "Prompts that come with the package."
     return sorted(path.parent.name for path in GALLERY.glob(f"*/{WEIGHTS}"))
 
+
 def load_prompt(
     name: str | Path,  # of the gallery, see `prompt_names()`; or a prompt's file or folder
 ) -> VisualPrompt:
     "A ready prompt by its name, or one from a file or folder."
-    if isinstance(name, str) and name in prompt_names(): return VisualPrompt.from_pretrained(GALLERY / name)
+    if isinstance(name, str) and name in prompt_names():
+        return VisualPrompt.from_pretrained(GALLERY / name)
     path = as_path(name, "name")
-    if path.is_dir(): return VisualPrompt.from_pretrained(path)
-    if path.exists(): return read_prompt(path)
-    raise KeyError(f"`name` must be one of {', '.join(prompt_names())}, or a prompt's file or folder; got {str(name)!r}. A prompt on the hub: VisualPrompt.from_pretrained('owner/name').")
+    if path.is_dir():
+        return VisualPrompt.from_pretrained(path)
+    if path.exists():
+        return read_prompt(path)
+    raise KeyError(
+        f"`name` must be one of {', '.join(prompt_names())}, or a prompt's file or folder; got "
+        f"{str(name)!r}. A prompt on the hub: VisualPrompt.from_pretrained('owner/name')."
+    )

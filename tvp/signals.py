@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from types import FrameType
 
 # %% ../nbs/api/01_signals.ipynb #b5fb0061
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 def _handlers() -> dict[int, object]:
-    "What each signal does now, without those that are ignored. Python handles signals in its main thread only."
+    """What each signal does now, without those that are ignored. Python handles signals in its main
+    thread only."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     now = {kind: signal.getsignal(kind) for kind in SIGNALS}
@@ -37,7 +40,8 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    "Raise `Stopped` in the block at SIGTERM and SIGHUP, unless they are handled already, or ignored."
+    """Raise `Stopped` in the block at SIGTERM and SIGHUP, unless they are handled already, or
+    ignored."""
     before = {kind: handler for kind, handler in _handlers().items() if handler is signal.SIG_DFL}
 
     def stop(kind: int, frame: FrameType | None) -> None:

@@ -10,64 +10,134 @@ __all__ = ['WORDS', 'SPECIAL', 'SIZE', 'PATCH', 'QUERIES', 'SMALL', 'toy_tokeniz
 from torch import nn
 
 # %% ../nbs/api/33_small.ipynb #29d6dd0a
-WORDS = ("this is a photo of the what how many objects are there color shape digit in image answer with single number one two three four "
-         "red green blue yellow circle square star cat dog yes no user assistant")
+WORDS = (
+    "this is a photo of the what how many objects are there color shape digit in image answer "
+    "with single number one two three four "
+    "red green blue yellow circle square star cat dog yes no user assistant"
+)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<Img>", "</Img>")
 
 
 def toy_tokenizer(
     frame: str = "<s> $A",  # what stands around a text `$A`
+    # a PreTrainedTokenizerFast, ids 0 to 6 as in `SPECIAL`
     **kwargs,  # passed to PreTrainedTokenizerFast
-):  # a PreTrainedTokenizerFast, ids 0 to 6 as in `SPECIAL`
-    "Unigram tokenizer with some forty words, letters and bytes, built in memory, in the manner of Llama and T5."
+):
+    """Unigram tokenizer with some forty words, letters and bytes, built in memory, in the manner of
+    Llama and T5."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    pieces = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), "▁", *(f"▁{w}" for w in dict.fromkeys(WORDS.split())), *map(chr, range(33, 127))]
-    scores = [0. if p in SPECIAL else -2. if p.startswith("▁") and len(p) > 1 else -6. for p in pieces]
+
+    pieces = [
+        *SPECIAL,
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *(f"▁{w}" for w in dict.fromkeys(WORDS.split())),
+        *map(chr, range(33, 127)),
+    ]
+    scores = [
+        0.0 if p in SPECIAL else -2.0 if p.startswith("▁") and len(p) > 1 else -6.0 for p in pieces
+    ]
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores)), unk_id=3, byte_fallback=True))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=frame, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer.add_special_tokens(list(SPECIAL))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **kwargs)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        **kwargs,
+    )
 
 # %% ../nbs/api/33_small.ipynb #0399f67a
 def byte_pair_tokenizer(
     kind: str = "Qwen2",  # of the tokenizer's class in transformers, without "Tokenizer"
+    # a Qwen2Tokenizer or its like; pads with <|endoftext|>, ends with <|im_end|>, no begin symbol
     **kwargs,  # passed to that class
-):  # a Qwen2Tokenizer or its like; pads with <|endoftext|>, ends with <|im_end|>, no begin symbol
+):
     "Byte-pair tokenizer with the same words behind a space, built in memory."
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel
-    words = ["Ġ" + word for word in dict.fromkeys(WORDS.split())]  # Ġ is how byte-pair vocabularies write a space
+
+    # Ġ is how byte-pair vocabularies write a space
+    words = ["Ġ" + word for word in dict.fromkeys(WORDS.split())]
     merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
-    pieces = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), *map("".join, merges)]
+    pieces = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *sorted(ByteLevel.alphabet()),
+        *map("".join, merges),
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    kwargs = {"add_prefix_space": False} | kwargs  # a saved None is refused by classes that load the tokenizer under another name
-    made = getattr(transformers, kind + "Tokenizer")(vocabulary, merges, eos_token="<|im_end|>", **kwargs)
+    # a saved None is refused by classes that load the tokenizer under another name
+    kwargs = {"add_prefix_space": False} | kwargs
+    made = getattr(transformers, kind + "Tokenizer")(
+        vocabulary, merges, eos_token="<|im_end|>", **kwargs
+    )
     made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     return made
 
 # %% ../nbs/api/33_small.ipynb #831991b2
-SIZE, PATCH, QUERIES = 48, 8, 8  # pixels, pixels, visual tokens of a Q-Former
-SMALL = {name: value for value, names in [
-    (32, "hidden_size d_model embed_dim word_embed_proj_dim out_hidden_size projection_dim encoder_hidden_size projector_hidden_size "
-         "image_text_hidden_size image_token_embed_dim vision_output_dim projector_input_dim projector_output_dim"),
-    (64, "intermediate_size intermediate_size_mlp ffn_dim d_ff mlp_dim encoder_ffn_dim decoder_ffn_dim alignment_intermediate_size"),
-    (2, "num_hidden_layers depth layers num_layers encoder_layers decoder_layers num_local_experts"),
-    (4, "num_attention_heads num_key_value_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads"),
-    (8, "head_dim d_kv"), (SIZE, "image_size"), (PATCH, "patch_size"), (256, "max_position_embeddings"),
-    (0., "dropout attention_dropout activation_dropout hidden_dropout_prob attention_probs_dropout_prob layerdrop"),
-    (.02, "initializer_range"),  # vision towers of the BLIP family default to 1e-10
-] for name in names.split()}
+# pixels, pixels, visual tokens of a Q-Former
+SIZE = 48
+PATCH = 8
+QUERIES = 8
+SMALL = {
+    name: value
+    for value, names in [
+        (
+            32,
+            "hidden_size d_model embed_dim word_embed_proj_dim out_hidden_size projection_dim "
+            "encoder_hidden_size projector_hidden_size "
+            "image_text_hidden_size image_token_embed_dim vision_output_dim projector_input_dim "
+            "projector_output_dim",
+        ),
+        (
+            64,
+            "intermediate_size intermediate_size_mlp ffn_dim d_ff mlp_dim encoder_ffn_dim "
+            "decoder_ffn_dim alignment_intermediate_size",
+        ),
+        (
+            2,
+            "num_hidden_layers depth layers num_layers encoder_layers decoder_layers "
+            "num_local_experts",
+        ),
+        (
+            4,
+            "num_attention_heads num_key_value_heads num_heads attention_heads "
+            "encoder_attention_heads decoder_attention_heads",
+        ),
+        (8, "head_dim d_kv"),
+        (SIZE, "image_size"),
+        (PATCH, "patch_size"),
+        (256, "max_position_embeddings"),
+        (
+            0.0,
+            "dropout attention_dropout activation_dropout hidden_dropout_prob "
+            "attention_probs_dropout_prob layerdrop",
+        ),
+        (0.02, "initializer_range"),  # vision towers of the BLIP family default to 1e-10
+    ]
+    for name in names.split()
+}
 
 # %% ../nbs/api/33_small.ipynb #f295e1fc
 def symbol_ids(
     tokenizer,  # whose special symbols are looked up
+    # the same with ids in place of symbols
     value,  # anything; symbols may sit in lists and dicts
-):  # the same with ids in place of symbols
+):
     "Ids instead of special symbols, anything else as it is."
-    if isinstance(value, dict): return {name: symbol_ids(tokenizer, v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)): return [symbol_ids(tokenizer, v) for v in value]
+    if isinstance(value, dict):
+        return {name: symbol_ids(tokenizer, v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [symbol_ids(tokenizer, v) for v in value]
     return tokenizer.get_added_vocab().get(value, value) if isinstance(value, str) else value
 
 
@@ -76,8 +146,16 @@ def small_numbers(
     tokenizer,  # whose vocabulary the model reads
 ) -> dict:  # small numbers and token ids for those of the names that are understood
     "What can be guessed from names alone."
-    symbols = {name: name.removesuffix("_id").removesuffix("_index") for name in names if name.endswith(("_token_id", "_token_index"))}
-    ids = {name: symbol_ids(tokenizer, getattr(tokenizer, symbol)) for name, symbol in symbols.items() if hasattr(tokenizer, symbol)}
+    symbols = {
+        name: name.removesuffix("_id").removesuffix("_index")
+        for name in names
+        if name.endswith(("_token_id", "_token_index"))
+    }
+    ids = {
+        name: symbol_ids(tokenizer, getattr(tokenizer, symbol))
+        for name, symbol in symbols.items()
+        if hasattr(tokenizer, symbol)
+    }
     known = SMALL | dict.fromkeys(("vocab_size", "unpadded_vocab_size"), len(tokenizer))
     known |= dict(decoder_start_token_id=tokenizer.pad_token_id)
     return {name: value for name, value in known.items() if name in names} | ids
@@ -90,24 +168,34 @@ def small_values(
 ) -> dict:  # arguments for the config's class
     "The small version of a config."
     from transformers import AutoConfig, PreTrainedConfig
+
     known = vars(default)
     values = small_numbers(known, tokenizer)
     inner = {name for name, value in known.items() if isinstance(value, PreTrainedConfig)}
-    for name in inner | {name for name, value in changes.items() if name.endswith("_config") and isinstance(value, dict)}:
+    for name in inner | {
+        name
+        for name, value in changes.items()
+        if name.endswith("_config") and isinstance(value, dict)
+    }:
         part = dict(changes.pop(name, {}))
         kind = part.pop("model_type", None) or getattr(known[name], "model_type", None)
-        inside = AutoConfig.for_model(kind) if kind else known[name]  # Ovis2's vision config has no type of its own in transformers 5.18
-        values[name] = ({"model_type": kind} if kind else {}) | small_values(inside, tokenizer, **part)
+        # Ovis2's vision config has no type of its own in transformers 5.18
+        inside = AutoConfig.for_model(kind) if kind else known[name]
+        values[name] = ({"model_type": kind} if kind else {}) | small_values(
+            inside, tokenizer, **part
+        )
     return values | symbol_ids(tokenizer, changes)
 
 
 def small_config(
     model_type: str,  # of transformers
     tokenizer,  # whose vocabulary the model reads
+    # a config of that type
     **changes,  # as in `small_values`
-):  # a config of that type
+):
     "A config of width 32."
     from transformers import AutoConfig
+
     default = AutoConfig.for_model(model_type)
     return type(default)(**small_values(default, tokenizer, **changes))
 
@@ -116,8 +204,12 @@ def loud(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same
     "Weights at which answers depend on the picture."
-    if hasattr(model, "query_tokens"): nn.init.normal_(model.query_tokens)  # drawn again below; the stream of random numbers stays what it was
+    # drawn again below; the stream of random numbers stays what it was
+    if hasattr(model, "query_tokens"):
+        nn.init.normal_(model.query_tokens)
     for weights in model.parameters():
-        if weights.ndim > 1: nn.init.normal_(weights, std=weights[0].numel()**-.5)
-        elif weights.numel() == 1 and not weights.any(): nn.init.ones_(weights)  # a gate
+        if weights.ndim > 1:
+            nn.init.normal_(weights, std=weights[0].numel() ** -0.5)
+        elif weights.numel() == 1 and not weights.any():
+            nn.init.ones_(weights)  # a gate
     return model

@@ -26,8 +26,16 @@ from .watch_figures import training_title, watch_figure
 from .zoo import load_zoo
 
 # %% ../nbs/api/79_stepper.ipynb #94346fa7
-SETTINGS = {"task": "name of the task", "source": "model to train on", "method": "VP, EVP, TVP or TVP-lens", "lr": "learning rate",
-            "fca": "weight of Feature Consistency Alignment", "tse": "weight of Task Semantics Enrichment", "width": "border, pixels"}
+SETTINGS = {
+    "task": "name of the task",
+    "source": "model to train on",
+    "method": "VP, EVP, TVP or TVP-lens",
+    "lr": "learning rate",
+    "fca": "weight of Feature Consistency Alignment",
+    "tse": "weight of Task Semantics Enrichment",
+    "width": "border, pixels",
+}
+
 
 def recipe_settings(
     method: str,  # a name in RECIPES[scale]
@@ -36,7 +44,14 @@ def recipe_settings(
 ) -> dict[str, Any]:  # method, lr, fca, tse, width
     "What a recipe says about the settings."
     recipe = find_recipe(method, scale)
-    return {"method": method, "lr": float(recipe.lr), "fca": float(recipe.fca), "tse": float(recipe.tse), "width": width if recipe.width is None else recipe.width}
+    return {
+        "method": method,
+        "lr": float(recipe.lr),
+        "fca": float(recipe.fca),
+        "tse": float(recipe.tse),
+        "width": width if recipe.width is None else recipe.width,
+    }
+
 
 def changed_settings(
     settings: dict[str, Any],  # complete
@@ -46,79 +61,183 @@ def changed_settings(
 ) -> dict[str, Any]:  # complete
     "New settings; another method brings its recipe's numbers, unless they are given too."
     unknown = set(changes) - set(SETTINGS)
-    if unknown: raise TypeError(f"a stepper has no setting {', '.join(sorted(unknown))}. It has {', '.join(SETTINGS)}.")
-    recipe = recipe_settings(changes["method"], scale, width) if changes.get("method", settings["method"]) != settings["method"] else {}
+    if unknown:
+        raise TypeError(
+            f"a stepper has no setting {', '.join(sorted(unknown))}. It has {', '.join(SETTINGS)}."
+        )
+    recipe = (
+        recipe_settings(changes["method"], scale, width)
+        if changes.get("method", settings["method"]) != settings["method"]
+        else {}
+    )
     new = settings | recipe | changes
-    check_number("lr", new["lr"], above=True), check_number("fca", new["fca"]), check_number("tse", new["tse"]), check_whole("width", new["width"])
+    (
+        check_number("lr", new["lr"], above=True),
+        check_number("fca", new["fca"]),
+        check_number("tse", new["tse"]),
+        check_whole("width", new["width"]),
+    )
     return new
 
 # %% ../nbs/api/79_stepper.ipynb #d57af8c3
 class StepperFacts:
     "What a stepper can be asked."
-    def figure(self): "All that the live view shows, as a matplotlib Figure."; return watch_figure(self.training, self.picture, self.earlier)
-    running = property(lambda self: self.background.running, doc="Is it making updates between the cells?")
-    learner = property(lambda self: self.training.learner, doc="The Learner of the present training.")
-    prompt = property(lambda self: self.training.prompt, doc="The prompt so far, a VisualPrompt.")
-    history = property(lambda self: self.training.history, doc="One row per update, a DataFrame.")
-    answers = property(lambda self: self.training.answers(self.picture), doc="What the source thinks of each candidate for the shown picture, a DataFrame.")
-    accuracy = property(lambda self: self.training.accuracy, doc="One row per look and model, a DataFrame.")
-    status = property(lambda self: stepper_status(self), doc='"ready", "running", "paused", "finished", or what went wrong.')
-    state = property(lambda self: stepper_state(self), doc="Settings and where the training stands, as plain strings and numbers.")
-    picture = property(lambda self: self._picture, lambda self, number: show_picture(self, number), doc="Number of the validation picture that is shown.")
-    def __repr__(self) -> str: return stepper_text(self)
+
+    def figure(self):
+        "All that the live view shows, as a matplotlib Figure."
+        return watch_figure(self.training, self.picture, self.earlier)
+
+    @property
+    def running(self):
+        "Is it making updates between the cells?"
+        return self.background.running
+
+    @property
+    def learner(self):
+        "The Learner of the present training."
+        return self.training.learner
+
+    @property
+    def prompt(self):
+        "The prompt so far, a VisualPrompt."
+        return self.training.prompt
+
+    @property
+    def history(self):
+        "One row per update, a DataFrame."
+        return self.training.history
+
+    @property
+    def answers(self):
+        "What the source thinks of each candidate for the shown picture, a DataFrame."
+        return self.training.answers(self.picture)
+
+    @property
+    def accuracy(self):
+        "One row per look and model, a DataFrame."
+        return self.training.accuracy
+
+    @property
+    def status(self):
+        '"ready", "running", "paused", "finished", or what went wrong.'
+        return stepper_status(self)
+
+    @property
+    def state(self):
+        "Settings and where the training stands, as plain strings and numbers."
+        return stepper_state(self)
+
+    picture = property(
+        lambda self: self._picture,
+        lambda self, number: show_picture(self, number),
+        doc="Number of the validation picture that is shown.",
+    )
+
+    def __repr__(self) -> str:
+        return stepper_text(self)
 
 # %% ../nbs/api/79_stepper.ipynb #b7929310
 class SteppedTraining(StepperFacts):
     "A training in single steps, whose settings can be changed."
-    def __init__(self, zoo: Mapping[str, Mllm] | None = None,  # models by name, with size, width and clip; None: the small zoo
-                 task: str | Task = "shapes",  # to begin with; the embedded ones can be chosen too
-                 source: str | None = None,  # name of the model to train on; None: the zoo's first
-                 method: str = "TVP",  # VP, EVP, TVP or TVP-lens
-                 seed: int = 0,  # of the order of pictures and of VP's start
-                 every: int = 20,  # updates between two looks at all models
-                 pictures: int = 60,  # of the validation split, for these looks
-                 models: Sequence[str] | None = None,  # those that are looked at; None: the whole zoo
-                 scale: str = "tiny"):  # whose recipes: "tiny", or "paper" for models of 224 pixels
-        self.zoo, self.seed, self.scale = check_zoo(load_zoo("tiny") if zoo is None else zoo), seed, scale
+
+    def __init__(
+        self,
+        # models by name, with size, width and clip; None: the small zoo
+        zoo: Mapping[str, Mllm] | None = None,
+        task: str | Task = "shapes",  # to begin with; the embedded ones can be chosen too
+        source: str | None = None,  # name of the model to train on; None: the zoo's first
+        method: str = "TVP",  # VP, EVP, TVP or TVP-lens
+        seed: int = 0,  # of the order of pictures and of VP's start
+        every: int = 20,  # updates between two looks at all models
+        pictures: int = 60,  # of the validation split, for these looks
+        models: Sequence[str] | None = None,  # those that are looked at; None: the whole zoo
+        scale: str = "tiny",  # whose recipes: "tiny", or "paper" for models of 224 pixels
+    ):
+        self.zoo = check_zoo(load_zoo("tiny") if zoo is None else zoo)
+        self.seed = seed
+        self.scale = scale
         self.watching = {"every": every, "pictures": pictures, "models": models, "known": {}}
-        self.tasks, name = ({}, task) if isinstance(task, str) else ({check_like_task("task", task).name: task}, task.name)
-        self.background, self.earlier, self.error = Background(lambda: piece(self), lambda error: ended(self, error)), {}, None
-        self._until, self._picture = None, 0
-        self.settings = {"task": name, "source": next(iter(self.zoo)) if source is None else source} | recipe_settings(method, scale, self.zoo.width)
+        self.tasks, name = (
+            ({}, task)
+            if isinstance(task, str)
+            else ({check_like_task("task", task).name: task}, task.name)
+        )
+        self.background = Background(lambda: piece(self), lambda error: ended(self, error))
+        self.earlier = {}
+        self.error = None
+        self._until = None
+        self._picture = 0
+        self.settings = {
+            "task": name,
+            "source": next(iter(self.zoo)) if source is None else source,
+        } | recipe_settings(method, scale, self.zoo.width)
         self.training = new_training(self, self.settings)
 
-    def step(self, n: int = 1) -> StepRecord | None: "n updates, now; the last record, None when the training was over."; return step_now(self, n)
-    def run(self, updates: int | None = None): "Updates between the cells, to the end or so many; a task that can be awaited."; return run(self, updates)
-    def more(self) -> None: "One update more, between the cells: what a click on step asks for."; more(self)
-    def pause(self) -> None: "No further update; step or run go on from here."; self.background.stop(); self.refresh(True)
-    def reset(self) -> None: "The same settings from the start."; self.set()
-    def set(self, **changes) -> None: "Other settings, and a new training with them: task, source, method, lr, fca, tse, width."; change(self, changes)
-    def refresh(self, whole: bool = False) -> None: "Called after each piece of work, `whole` when it stops: whoever shows something shows it now."
+    def step(self, n: int = 1) -> StepRecord | None:
+        "n updates, now; the last record, None when the training was over."
+        return step_now(self, n)
+
+    def run(self, updates: int | None = None):
+        "Updates between the cells, to the end or so many; a task that can be awaited."
+        return run(self, updates)
+
+    def more(self) -> None:
+        "One update more, between the cells: what a click on step asks for."
+        more(self)
+
+    def pause(self) -> None:
+        "No further update; step or run go on from here."
+        self.background.stop()
+        self.refresh(True)
+
+    def reset(self) -> None:
+        "The same settings from the start."
+        self.set()
+
+    def set(self, **changes) -> None:
+        "Other settings, and a new training with them: task, source, method, lr, fca, tse, width."
+        change(self, changes)
+
+    def refresh(self, whole: bool = False) -> None:
+        """Called after each piece of work, `whole` when it stops: whoever shows something shows it
+        now."""
 
 # %% ../nbs/api/79_stepper.ipynb #bc9a0e86
-def stepper_task(stepper: SteppedTraining, name: str) -> Task: "A task by its name, loaded once."; return stepper.tasks.setdefault(name, stepper.tasks.get(name) or load_task(name))
+def stepper_task(stepper: SteppedTraining, name: str) -> Task:
+    "A task by its name, loaded once."
+    return stepper.tasks.setdefault(name, stepper.tasks.get(name) or load_task(name))
+
 
 def new_training(
     stepper: SteppedTraining,
     settings: dict[str, Any],  # complete
 ) -> WatchedTraining:  # not yet begun
     "What the settings mean."
-    zoo, numbers = stepper.zoo, {name: settings[name] for name in ("lr", "fca", "tse", "width")}
+    zoo = stepper.zoo
+    numbers = {name: settings[name] for name in ("lr", "fca", "tse", "width")}
     check_choice("source", settings["source"], zoo, KeyError)
     task = stepper_task(stepper, settings["task"])
-    learner = make_learner(settings["method"], zoo, settings["source"], task, stepper.seed, stepper.scale, **numbers)
+    learner = make_learner(
+        settings["method"], zoo, settings["source"], task, stepper.seed, stepper.scale, **numbers
+    )
     return WatchedTraining(learner, zoo, **stepper.watching)
+
 
 def change(
     stepper: SteppedTraining,
     changes: dict[str, Any],  # some of SETTINGS; none: just start over
 ) -> None:
     "Stop, keep what was seen, start anew."
-    settings, old = changed_settings(stepper.settings, changes, stepper.scale, stepper.zoo.width), stepper.settings
+    settings = changed_settings(stepper.settings, changes, stepper.scale, stepper.zoo.width)
+    old = stepper.settings
     training = new_training(stepper, settings)
     stepper.background.stop()
-    if settings != old: stepper.earlier = remembered(stepper, settings)
-    stepper.settings, stepper.training, stepper.error, stepper._until = settings, training, None, None
+    if settings != old:
+        stepper.earlier = remembered(stepper, settings)
+    stepper.settings = settings
+    stepper.training = training
+    stepper.error = None
+    stepper._until = None
     stepper._picture = min(stepper._picture, training.pictures - 1)
     stepper.refresh(True)
 
@@ -128,31 +247,42 @@ def remembered(
     settings: dict[str, Any],  # of the training to come
 ) -> dict[str, pd.DataFrame]:  # method or "before" -> accuracy
     "Curves worth keeping: of the same source and task, one for each method."
-    old, accuracy = stepper.settings, stepper.accuracy
-    if any(settings[name] != old[name] for name in ("source", "task")): return {}
+    old = stepper.settings
+    accuracy = stepper.accuracy
+    if any(settings[name] != old[name] for name in ("source", "task")):
+        return {}
     same = settings["method"] == old["method"]
     kept = {name: rows for name, rows in stepper.earlier.items() if same or name != "before"}
-    if accuracy.step.nunique() > 1: kept["before" if same else old["method"]] = accuracy
+    if accuracy.step.nunique() > 1:
+        kept["before" if same else old["method"]] = accuracy
     return {name: rows for name, rows in kept.items() if name != settings["method"]}
 
 # %% ../nbs/api/79_stepper.ipynb #b780bcca
 def step_now(stepper: SteppedTraining, n: int) -> StepRecord | None:
     "n updates in the foreground; whatever runs is paused."
     stepper.background.stop()
-    try: record = stepper.training.step(n)
-    finally: stepper.refresh(True)
+    try:
+        record = stepper.training.step(n)
+    finally:
+        stepper.refresh(True)
     return record
+
 
 def run(stepper: SteppedTraining, updates: int | None) -> asyncio.Task | None:
     "Updates in the background."
-    stepper._until = None if updates is None else len(stepper.learner.records) + check_count("updates", updates)
+    stepper._until = (
+        None if updates is None else len(stepper.learner.records) + check_count("updates", updates)
+    )
     stepper.error = None
     task = stepper.background.start()
-    if task: stepper.refresh()  # it has only begun: say so
+    if task:
+        stepper.refresh()  # it has only begun: say so
     return task
 
+
 def more(stepper: SteppedTraining) -> None:
-    "To the next update, or one beyond those that are still to be made: three quick clicks are three updates."
+    """To the next update, or one beyond those that are still to be made: three quick clicks are
+    three updates."""
     made = len(stepper.learner.records)
     asked = stepper._until if stepper.running and stepper._until else made
     run(stepper, max(asked, made) + 1 - made)
@@ -165,10 +295,12 @@ def piece(stepper: SteppedTraining) -> bool:  # is there more to do?
     enough = stepper._until is not None and len(stepper.learner.records) >= stepper._until
     return done is not None and (bool(stepper.training.due) or not enough)
 
+
 def ended(stepper: SteppedTraining, error: Exception | None) -> None:
     "The background work has stopped, with an error or without."
     stepper.error = error or stepper.error
     stepper.refresh(True)
+
 
 def show_picture(stepper: SteppedTraining, number: int) -> None:
     "Look at another picture, by its number."
@@ -182,32 +314,64 @@ def error_words(error: BaseException) -> str:
     words = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
     return words or type(error).__name__
 
+
 def doing(stepper: SteppedTraining) -> str:
     "The status, and who is being asked."
-    due, models = stepper.training.due, stepper.training.models
-    if not (stepper.running and due): return stepper.status
+    due = stepper.training.due
+    models = stepper.training.models
+    if not (stepper.running and due):
+        return stepper.status
     return f"asking {due[0].removeprefix('tiny-')} ({len(models) - len(due) + 1} of {len(models)})"
+
 
 def stepper_status(stepper: SteppedTraining) -> str:
     "One word, or what went wrong."
-    training, made = stepper.training, len(stepper.learner.records)
-    if stepper.error: return f"stopped: {error_words(stepper.error)}"
-    if stepper.running: return "running"
-    if made >= training.total and not training.due: return "finished"
+    training = stepper.training
+    made = len(stepper.learner.records)
+    if stepper.error:
+        return f"stopped: {error_words(stepper.error)}"
+    if stepper.running:
+        return "running"
+    if made >= training.total and not training.due:
+        return "finished"
     return "paused" if made else "ready"
+
 
 def stepper_state(stepper: SteppedTraining) -> dict[str, Any]:  # settings, numbers, what is shown
     "All of it, as plain strings and numbers."
-    return stepper.settings | stepper.training.state | {"running": stepper.running, "status": stepper.status, "picture": stepper.picture}
+    return (
+        stepper.settings
+        | stepper.training.state
+        | {"running": stepper.running, "status": stepper.status, "picture": stepper.picture}
+    )
+
 
 def stepper_text(stepper: SteppedTraining) -> str:
     "Where it stands, and what can be done without widgets."
-    state, n = stepper.training.state, stepper.training.pictures
+    state = stepper.training.state
+    n = stepper.training.pictures
     lines = [f"{type(stepper).__name__}, {stepper.status}: {training_title(stepper.training)}"]
     if "loss" in state:
-        terms = [f"{name} {state[key]:.3g}" for name, key in (("task loss", "task_loss"), ("FCA", "fca"), ("TSE", "tse")) if state[key] == state[key]]
-        lines.append("  " + ", ".join([*terms, f"gradient norm {state['grad_norm']:.3g}", *picture_words(stepper.prompt)]))
+        terms = [
+            f"{name} {state[key]:.3g}"
+            for name, key in (("task loss", "task_loss"), ("FCA", "fca"), ("TSE", "tse"))
+            if state[key] == state[key]
+        ]
+        lines.append(
+            "  "
+            + ", ".join(
+                [*terms, f"gradient norm {state['grad_norm']:.3g}", *picture_words(stepper.prompt)]
+            )
+        )
     for group in ("source", "unseen"):
         if f"{group}_clean" in state:
-            lines.append(f"  {group}: {state[group + '_clean']:.1%} without a prompt, {state[group + '_prompted']:.1%} with it ({n} validation pictures)")
-    return "\n".join([*lines, '  Without widgets: .step(20), .set(method="VP"), .reset(), .state, .history, .accuracy, .figure()'])
+            lines.append(
+                f"  {group}: {state[group + '_clean']:.1%} without a prompt, "
+                f"{state[group + '_prompted']:.1%} with it ({n} validation pictures)"
+            )
+    return "\n".join(
+        [
+            *lines,
+            '  Without widgets: .step(20), .set(method="VP"), .reset(), .state, .history, .accuracy, .figure()',
+        ]
+    )

@@ -26,7 +26,10 @@ def _home_and_others(
     others: Sequence[Task],
 ) -> list[Task]:
     "All tasks, home first, once they are tasks."
-    return [check_like_task("home", home), *(check_like_task("others", task) for task in check_row("others", others))]
+    return [
+        check_like_task("home", home),
+        *(check_like_task("others", task) for task in check_row("others", others)),
+    ]
 
 
 def _study(
@@ -42,14 +45,31 @@ def _study(
     targets: Sequence[str] | None = None,
 ) -> TransferResults:
     "The home task and the others, with the same prompts."
-    tasks, prompts = _home_and_others(home, others), named_prompts(prompt)
-    if not others: raise ValueError("`others` must hold at least one task, got none.")
+    tasks = _home_and_others(home, others)
+    prompts = named_prompts(prompt)
+    if not others:
+        raise ValueError("`others` must hold at least one task, got none.")
     if twice := {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}:
-        raise ValueError(f"`home` and `others` must have different names, got {some_names(sorted(twice))} twice. Try dataclasses.replace(task, name=...).")
+        raise ValueError(
+            f"`home` and `others` must have different names, got {some_names(sorted(twice))} "
+            "twice. Try dataclasses.replace(task, name=...)."
+        )
     told = {p.provenance.get("task") for p in prompts.values()} - {None, home.name}
-    if told: raise ValueError(f"`home` must be the task that the prompts were trained for: they name {some_names(sorted(told))}, got {home.name!r}.")
+    if told:
+        raise ValueError(
+            "`home` must be the task that the prompts were trained for: they name "
+            f"{some_names(sorted(told))}, got {home.name!r}."
+        )
     how = dict(split=split, limit=limit, batch_size=batch_size)
-    return rank_everything(prompts, [(task, {"trained_on": home.name}) for task in tasks], zoo, _known_names(zoo, source, targets), source, seed, **how)
+    return rank_everything(
+        prompts,
+        [(task, {"trained_on": home.name}) for task in tasks],
+        zoo,
+        _known_names(zoo, source, targets),
+        source,
+        seed,
+        **how,
+    )
 
 # %% ../nbs/api/72_studies.ipynb #75412239
 def evaluate_generalisation(
@@ -62,7 +82,10 @@ def evaluate_generalisation(
     "Trained on one data set, evaluated on others with the same candidates."
     for task in _home_and_others(home, others)[1:]:
         if differing := sorted(set(task.candidates) ^ set(home.candidates)):
-            raise ValueError(f"`others` must have the candidates of {home.name!r}; {task.name!r} differs in {some_names(differing)}. For other questions use evaluate_retention.")
+            raise ValueError(
+                f"`others` must have the candidates of {home.name!r}; {task.name!r} differs in "
+                f"{some_names(differing)}. For other questions use evaluate_retention."
+            )
     return _study(prompt, home, others, zoo, **how)
 
 # %% ../nbs/api/72_studies.ipynb #7ee795cc
@@ -79,12 +102,21 @@ def evaluate_retention(
 # %% ../nbs/api/72_studies.ipynb #e91fe06f
 def _panels(
     names: Sequence[str],  # one for each panel
+    # list of Axes
     width: float,  # of each, inches
-):  # list of Axes
+):
     "Panels side by side with one scale."
     import matplotlib.pyplot as plt
     import seaborn as sns
-    axes = plt.subplots(1, len(names), figsize=(1.2 + width * len(names), 3.2), sharey=True, squeeze=False, layout="constrained")[1][0]
+
+    axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(1.2 + width * len(names), 3.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )[1][0]
     for ax, name in zip(axes, names):
         ax.set_title(name, loc="left", fontsize=10)
         ax.grid(axis="y", color="#e6e6e6", lw=0.8)
@@ -99,22 +131,51 @@ def _groups(df: pd.DataFrame) -> list[str]:
 
 # %% ../nbs/api/72_studies.ipynb #6efe940b
 def plot_tasks(
+    # list of matplotlib Axes, one for each group of models
     df: pd.DataFrame,  # `results.summary()` of a study of several tasks
-):  # list of matplotlib Axes, one for each group of models
+):
     "Gain of each method on each task, with 95 % intervals."
     learned = df[df.method != "none"]
-    if not len(learned) or "task" not in df: raise ValueError("`df` must be results.summary() with at least one method besides 'none'.")
-    if learned.duplicated(["task", "group", "method", "source"]).any() or learned.source.nunique() > 1: raise ValueError("`df` must be about one source, with one row for each task, group and method. Try results.summary().query(...).")
-    tasks, methods = list(df.task.unique()), list(learned.method.unique())
+    if not len(learned) or "task" not in df:
+        raise ValueError("`df` must be results.summary() with at least one method besides 'none'.")
+    if (
+        learned.duplicated(["task", "group", "method", "source"]).any()
+        or learned.source.nunique() > 1
+    ):
+        raise ValueError(
+            "`df` must be about one source, with one row for each task, group and method. Try "
+            "results.summary().query(...)."
+        )
+    tasks = list(df.task.unique())
+    methods = list(learned.method.unique())
     home = df.trained_on.iloc[0] if "trained_on" in df else None
     axes = _panels(_groups(df), 0.9 + 0.7 * len(tasks))
     for ax, group in zip(axes, _groups(df)):
         for i, (method, style) in enumerate(method_style(methods).items()):
-            rows = learned[(learned.group == group) & (learned.method == method)].set_index("task").reindex(tasks)
-            at, gain = np.arange(len(tasks)) + 0.5 * ((i + 0.5) / len(methods) - 0.5), 100 * rows.gain
-            ax.errorbar(at, gain, yerr=[gain - 100 * rows.low, 100 * rows.high - gain], fmt=style["marker"], color=style["color"], ms=6, mec="white", capsize=2.5, label=method)
+            rows = (
+                learned[(learned.group == group) & (learned.method == method)]
+                .set_index("task")
+                .reindex(tasks)
+            )
+            at = np.arange(len(tasks)) + 0.5 * ((i + 0.5) / len(methods) - 0.5)
+            gain = 100 * rows.gain
+            ax.errorbar(
+                at,
+                gain,
+                yerr=[gain - 100 * rows.low, 100 * rows.high - gain],
+                fmt=style["marker"],
+                color=style["color"],
+                ms=6,
+                mec="white",
+                capsize=2.5,
+                label=method,
+            )
         ax.axhline(0, color=METHOD_COLOURS["none"], lw=1.2)
-        ax.set_xticks(range(len(tasks)), [f"{task}\n(trained)" if task == home else task for task in tasks], fontsize=9)
+        ax.set_xticks(
+            range(len(tasks)),
+            [f"{task}\n(trained)" if task == home else task for task in tasks],
+            fontsize=9,
+        )
     axes[0].set_ylabel("gain, points")
     axes[-1].legend(frameon=False, fontsize=9)
     return axes
@@ -125,20 +186,36 @@ def severity_means(
     by: str = "group",  # "group", "corruption" or "target": what is kept apart
 ) -> pd.DataFrame:  # `by`, method, severity, score; severity 0 is clean
     "Mean score by severity, over everything else."
-    if "severity" not in df: raise ValueError("`df` must have a column 'severity': evaluate with evaluate_transfer(..., corruption=...).")
-    if df.task.nunique() > 1: raise ValueError(f"`df` must be about one task, got the tasks {', '.join(df.task.unique())}. Try df.query(...) first.")
-    if by not in ("group", "corruption", "target"): raise ValueError(f"`by` must be 'group', 'corruption' or 'target', got {by!r}.")
+    if "severity" not in df:
+        raise ValueError(
+            "`df` must have a column 'severity': evaluate with evaluate_transfer(..., "
+            "corruption=...)."
+        )
+    if df.task.nunique() > 1:
+        raise ValueError(
+            f"`df` must be about one task, got the tasks {', '.join(df.task.unique())}. Try "
+            "df.query(...) first."
+        )
+    if by not in ("group", "corruption", "target"):
+        raise ValueError(f"`by` must be 'group', 'corruption' or 'target', got {by!r}.")
     if by == "corruption":  # the clean pictures are where every corruption begins
-        clean, bad = df[df.corruption.isna()], df[df.corruption.notna()]
+        clean = df[df.corruption.isna()]
+        bad = df[df.corruption.notna()]
         df = pd.concat([bad, *(clean.assign(corruption=name) for name in bad.corruption.unique())])
     df = df.assign(severity=df.severity.fillna(0).astype(int), score=df.prompted)
-    return df.groupby([by, "method", "severity"], sort=False).score.mean().reset_index().sort_values([by, "method", "severity"], ignore_index=True)
+    return (
+        df.groupby([by, "method", "severity"], sort=False)
+        .score.mean()
+        .reset_index()
+        .sort_values([by, "method", "severity"], ignore_index=True)
+    )
 
 # %% ../nbs/api/72_studies.ipynb #fa75fd0d
 def plot_severity(
     df: pd.DataFrame,  # `results.df` or `.mean()` of an evaluation with corruptions
+    # list of matplotlib Axes
     by: str = "group",  # "group", "corruption" or "target": one panel for each
-):  # list of matplotlib Axes
+):
     "Score against severity, without a prompt and with each."
     means = severity_means(df, by)
     names = _groups(df) if by == "group" else list(df[by].dropna().unique())
@@ -147,8 +224,17 @@ def plot_severity(
     for ax, name in zip(axes, names):
         for method, style in method_style(methods).items():
             rows = means[(means[by] == name) & (means.method == method)]
-            ax.plot(rows.severity, 100 * rows.score, label=method, **style | ({"marker": "."} if method == "none" else {}), ms=5)
-        ax.set_xticks(sorted(means.severity.unique()), ["clean" if s == 0 else str(s) for s in sorted(means.severity.unique())])
+            ax.plot(
+                rows.severity,
+                100 * rows.score,
+                label=method,
+                **style | ({"marker": "."} if method == "none" else {}),
+                ms=5,
+            )
+        ax.set_xticks(
+            sorted(means.severity.unique()),
+            ["clean" if s == 0 else str(s) for s in sorted(means.severity.unique())],
+        )
         ax.set_xlabel("severity")
     axes[0].set_ylabel(f"{df.metric.iloc[0]} in %")
     axes[-1].legend(frameon=False, fontsize=9)

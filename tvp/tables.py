@@ -25,21 +25,41 @@ from .metrics import as_labels, as_scores, bootstrap_gain, bootstrap_interval, e
 from .plots import GROUPS
 
 # %% ../nbs/api/58_tables.ipynb #3b9968cf
-TIDY_COLUMNS = ["task", "method", "source", "target", "metric", "clean", "prompted", "gain", "low", "high", "n", "seed"]
+TIDY_COLUMNS = [
+    "task",
+    "method",
+    "source",
+    "target",
+    "metric",
+    "clean",
+    "prompted",
+    "gain",
+    "low",
+    "high",
+    "n",
+    "seed",
+]
 CONDITIONS = ("trained_on", "corruption", "severity")  # further columns, where a run has them
+
 
 @dataclass(frozen=True)
 class TransferRun:
     "What every model said to every picture: one task, one source, one prompt seed."
+
     task: str  # name of the task
-    source: str | None  # the model the prompts were trained on; several: their names joined by " + "
+    # the model the prompts were trained on; several: their names joined by " + "
+    source: str | None
     seed: int  # that the prompts were trained with
     metric: str  # a key of `tvp.metrics.METRICS`
     labels: np.ndarray  # (n,) number of the right candidate
-    scores: dict[tuple[str, str], np.ndarray] = field(repr=False)  # (method, target) -> (n, N); method "none" is always there
-    towers: dict[str, str | None] = field(default_factory=dict)  # model -> family of its vision tower, None if unknown
-    index: np.ndarray | None = field(default=None, repr=False)  # (n,) row numbers of the pictures in their split
-    trained_on: str | None = None  # name of the task that the prompts were trained for, where it is another one or worth saying
+    # (method, target) -> (n, N); method "none" is always there
+    scores: dict[tuple[str, str], np.ndarray] = field(repr=False)
+    # model -> family of its vision tower, None if unknown
+    towers: dict[str, str | None] = field(default_factory=dict)
+    # (n,) row numbers of the pictures in their split
+    index: np.ndarray | None = field(default=None, repr=False)
+    # name of the task that the prompts were trained for, where it is another one or worth saying
+    trained_on: str | None = None
     corruption: str | None = None  # what was done to the pictures; None: nothing
     severity: int | None = None  # of the corruption, 1 to 5
 
@@ -61,7 +81,12 @@ class TransferRun:
     @cached_property
     def _places(self) -> dict[str, int]:
         "Number of each target."
-        return {target: number for number, target in enumerate(target for method, target in self.scores if method == "none")}
+        return {
+            target: number
+            for number, target in enumerate(
+                target for method, target in self.scores if method == "none"
+            )
+        }
 
     @cached_property
     def _methods(self) -> tuple[str, ...]:
@@ -74,7 +99,8 @@ class TransferRun:
 
     @cached_property
     def numbers(self) -> "_Numbers":
-        "All numbers of the metric for each (method, target), computed when they are first asked for."
+        """All numbers of the metric for each (method, target), computed when they are first asked
+        for."""
         return _Numbers(self)
 
     @cached_property
@@ -85,9 +111,14 @@ class TransferRun:
 
         def right(scores):
             scores = as_scores(scores)
-            return scores.argmax(1) == (labels if scores.shape == shape else as_labels(self.labels, scores))
+            return scores.argmax(1) == (
+                labels if scores.shape == shape else as_labels(self.labels, scores)
+            )
 
-        return {method: np.array([right(self.scores[method, target]) for target in self._places]) for method in self._methods}
+        return {
+            method: np.array([right(self.scores[method, target]) for target in self._places])
+            for method in self._methods
+        }
 
 
 class _Numbers(dict):
@@ -107,9 +138,12 @@ def target_group(
     target: str,  # a model's name
 ) -> str:  # one of `GROUPS`
     "Is this model a source, an unseen one on the same vision tower, or one on another tower?"
-    if target in (sources := source_names(run.source)): return "source"
-    mine, theirs = run.towers.get(target), [run.towers.get(source) for source in sources]
-    if mine is not None and mine in theirs: return "unseen, same tower"
+    if target in (sources := source_names(run.source)):
+        return "source"
+    mine = run.towers.get(target)
+    theirs = [run.towers.get(source) for source in sources]
+    if mine is not None and mine in theirs:
+        return "unseen, same tower"
     return "unseen" if mine is None or not theirs or None in theirs else "unseen, other tower"
 
 # %% ../nbs/api/58_tables.ipynb #bf1a722e
@@ -136,8 +170,15 @@ def _counted_gains(
     changes = prompted - clean + most + width * np.arange(rows)[:, None]
     counts = np.bincount(changes.ravel(), minlength=rows * width).reshape(rows, width)
     before, after = (answers.sum(1) / (most * n) for answers in (clean, prompted))
-    return [dict(zip(("clean", "prompted", "gain", "low", "high"), (b, a, a - b, *_interval(tuple(c), seed))))
-            for b, a, c in zip(before.tolist(), after.tolist(), counts.tolist())]
+    return [
+        dict(
+            zip(
+                ("clean", "prompted", "gain", "low", "high"),
+                (b, a, a - b, *_interval(tuple(c), seed)),
+            )
+        )
+        for b, a, c in zip(before.tolist(), after.tolist(), counts.tolist())
+    ]
 
 
 def _right_answers(
@@ -148,7 +189,9 @@ def _right_answers(
     "Count right answers."
     total = 0
     for run in runs:
-        total += run.correct[method][np.array([[run._places[target] for target in targets] for targets in groups])].sum(1)
+        total += run.correct[method][
+            np.array([[run._places[target] for target in targets] for targets in groups])
+        ].sum(1)
     return total
 
 
@@ -157,7 +200,8 @@ def gain_rows(
     groups: Sequence[Sequence[str]],  # targets that are averaged over for each row, equally many
     method: str,  # looked at
     baseline: str = "none",  # compared with
-) -> list[dict[str, float]]:  # clean (the baseline's), prompted, gain, low, high, n: a row for each group
+    # clean (the baseline's), prompted, gain, low, high, n: a row for each group
+) -> list[dict[str, float]]:
     "Compute mean gains of a method over runs and targets, with their intervals over pictures."
     first = runs[0]
     if first.metric == "auroc":
@@ -168,7 +212,15 @@ def gain_rows(
     if first.headline != "accuracy":
         for row, targets in zip(rows, groups):
             for column, name in (("clean", baseline), ("prompted", method)):
-                row[column] = float(np.mean([run.numbers[name, target][first.headline] for run in runs for target in targets]))
+                row[column] = float(
+                    np.mean(
+                        [
+                            run.numbers[name, target][first.headline]
+                            for run in runs
+                            for target in targets
+                        ]
+                    )
+                )
     return [row | {"n": len(first.labels)} for row in rows]
 
 
@@ -179,8 +231,20 @@ def _auroc_gain(
     baseline: str,
 ) -> dict[str, float]:  # clean and prompted to be filled in, gain, low, high
     "Draw for a gain in AUROC, which depends on the scores themselves."
-    clean, prompted = ([run.scores[name, target] for run in runs for target in targets] for name in (baseline, method))
-    return dict(zip(("clean", "prompted", "gain", "low", "high"), (0.0, 0.0, *bootstrap_gain("auroc", clean, prompted, runs[0].labels, seed=runs[0].seed))))
+    clean, prompted = (
+        [run.scores[name, target] for run in runs for target in targets]
+        for name in (baseline, method)
+    )
+    return dict(
+        zip(
+            ("clean", "prompted", "gain", "low", "high"),
+            (
+                0.0,
+                0.0,
+                *bootstrap_gain("auroc", clean, prompted, runs[0].labels, seed=runs[0].seed),
+            ),
+        )
+    )
 
 # %% ../nbs/api/58_tables.ipynb #623e2a9d
 def runs_together(
@@ -188,13 +252,22 @@ def runs_together(
 ) -> list[list[TransferRun]]:  # one list for each task and source
     "Runs that differ in nothing but the seed, side by side."
     together: dict[tuple, list[TransferRun]] = {}
-    for run in runs: together.setdefault((run.task, run.source, *run.conditions.items()), []).append(run)
+    for run in runs:
+        together.setdefault((run.task, run.source, *run.conditions.items()), []).append(run)
     for (task, source, *_), group in together.items():
-        if any(not np.array_equal(run.labels, group[0].labels) or run.metric != group[0].metric
-               or not np.array_equal(run.index, group[0].index) for run in group):
-            raise ValueError(f"`runs` of task {task!r} and source {source!r} must be over the same pictures with the same metric "
-                             f"to be averaged, got {[len(run.labels) for run in group]} pictures. Evaluate them with the same "
-                             "`split` and `limit`.")
+        if any(
+            not np.array_equal(run.labels, group[0].labels)
+            or run.metric != group[0].metric
+            or not np.array_equal(run.index, group[0].index)
+            for run in group
+        ):
+            raise ValueError(
+                f"`runs` of task {task!r} and source {source!r} must be over the same pictures "
+                "with the same metric "
+                f"to be averaged, got {[len(run.labels) for run in group]} pictures. Evaluate "
+                "them with the same "
+                "`split` and `limit`."
+            )
     return list(together.values())
 
 # %% ../nbs/api/58_tables.ipynb #cac91da4
@@ -202,13 +275,25 @@ def target_rows(
     runs: Sequence[TransferRun],  # of one task and source; their mean if they are several
 ) -> list[dict[str, Any]]:  # a row for each method and target, without the seed
     "The tidy rows of one run, or of the mean over some."
-    first, rows = runs[0], []
+    first = runs[0]
+    rows = []
     for method in dict.fromkeys(method for run in runs for method in run.methods):
         having = [run for run in runs if method in run.methods]
         gains = gain_rows(having, [[target] for target in first.targets], method)
-        rows += [dict(task=first.task, method=method, source=first.source, target=target, metric=first.headline,
-                      **gain, tower=first.towers.get(target), group=target_group(first, target), **first.conditions)
-                 for target, gain in zip(first.targets, gains)]
+        rows += [
+            dict(
+                task=first.task,
+                method=method,
+                source=first.source,
+                target=target,
+                metric=first.headline,
+                **gain,
+                tower=first.towers.get(target),
+                group=target_group(first, target),
+                **first.conditions,
+            )
+            for target, gain in zip(first.targets, gains)
+        ]
     return rows
 
 # %% ../nbs/api/58_tables.ipynb #45100a57
@@ -218,24 +303,38 @@ def group_rows(
     methods: Sequence[str] | None = None,  # None: all
 ) -> list[dict[str, Any]]:  # a row for each method and group that has models
     "Mean gains over the source, over unseen models on its tower, and over those on other towers."
-    first, rows = runs[0], []
+    first = runs[0]
+    rows = []
     for method in methods or dict.fromkeys(method for run in runs for method in run.methods):
         having = [run for run in runs if {method, baseline} <= set(run.methods)]
         for group in GROUPS:
             targets = [target for target in first.targets if target_group(first, target) == group]
             if targets and having:
-                rows.append(dict(task=first.task, source=first.source, group=group, models=len(targets), method=method,
-                                 baseline=baseline, **gain_rows(having, [targets], method, baseline)[0], seeds=len(having), **first.conditions))
+                rows.append(
+                    dict(
+                        task=first.task,
+                        source=first.source,
+                        group=group,
+                        models=len(targets),
+                        method=method,
+                        baseline=baseline,
+                        **gain_rows(having, [targets], method, baseline)[0],
+                        seeds=len(having),
+                        **first.conditions,
+                    )
+                )
     return rows
 
 # %% ../nbs/api/58_tables.ipynb #e22fd678
 @dataclass(frozen=True)
 class TableLine:
     "One line of the transfer table."
+
     label: str  # model, or "mean of 4"
     group: str  # one of `GROUPS`
     kind: str  # "source", "model" or "mean"
-    cells: dict[str, dict[str, float]] = field(repr=False)  # method -> row with clean, prompted, gain, low, high
+    # method -> row with clean, prompted, gain, low, high
+    cells: dict[str, dict[str, float]] = field(repr=False)
 
 
 def _table_lines(
@@ -252,25 +351,47 @@ def _table_lines(
         kind = "source" if group == "source" else "model"
         lines += [TableLine(target, group, kind, of_target) for target, of_target in cells.items()]
         if len(cells) > 1:
-            lines.append(TableLine(f"mean of {len(cells)}", group, "mean", {row["method"]: row for row in means if row["group"] == group}))
+            lines.append(
+                TableLine(
+                    f"mean of {len(cells)}",
+                    group,
+                    "mean",
+                    {row["method"]: row for row in means if row["group"] == group},
+                )
+            )
     return lines
 
 # %% ../nbs/api/58_tables.ipynb #ae94330a
 def run_title(run: TransferRun) -> str:
     "The task, and what is out of the ordinary about this run."
     bad = f", {run.corruption} {run.severity}" if run.corruption else ""
-    return run.task + bad + (f" (prompts for {run.trained_on})" if run.trained_on and run.trained_on != run.task else "")
+    return (
+        run.task
+        + bad
+        + (
+            f" (prompts for {run.trained_on})"
+            if run.trained_on and run.trained_on != run.task
+            else ""
+        )
+    )
+
 
 def _heading(runs: Sequence[TransferRun]) -> str:
     "What one block of the table is about."
-    first, seeds = runs[0], [run.seed for run in runs]
+    first = runs[0]
+    seeds = [run.seed for run in runs]
     over = f"mean of {len(seeds)} prompt seeds" if len(seeds) > 1 else f"prompt seed {seeds[0]}"
-    return (f"{run_title(first)}: {first.headline} in % without a prompt, then the gain in points with its 95 % interval "
-            f"({len(first.labels):,} pictures, {over})")
+    return (
+        f"{run_title(first)}: {first.headline} in % without a prompt, then the gain in points "
+        "with its 95 % interval "
+        f"({len(first.labels):,} pictures, {over})"
+    )
+
 
 def _gain_text(cell: Mapping[str, float] | None) -> str:
     "A gain as it stands in the table; an arrow marks negative transfer."
-    if cell is None: return ""
+    if cell is None:
+        return ""
     gain, low, high = (100 * cell[name] + 0.0 for name in ("gain", "low", "high"))
     return f"{gain:+5.1f} [{low:+5.1f}, {high:+5.1f}] {'↓' if high < 0 else ' '}"
 
@@ -278,6 +399,7 @@ def _gain_text(cell: Mapping[str, float] | None) -> str:
 @dataclass(frozen=True)
 class TransferTable:
     "One block of the transfer table: what it is about, and its lines."
+
     heading: str  # task, metric, number of pictures and seeds
     methods: list[str]  # without `none`
     lines: list[TableLine]
@@ -285,15 +407,28 @@ class TransferTable:
     def __str__(self) -> str:
         "Write the table for a terminal: `*` marks the source, `↓` negative transfer."
         wide = max(len(line.label) for line in self.lines) + 2
-        text, group = [self.heading, "", f"{'':{wide}}  none  " + "".join(f"{method:^24}" for method in self.methods)], None
+        text = [
+            self.heading,
+            "",
+            f"{'':{wide}}  none  " + "".join(f"{method:^24}" for method in self.methods),
+        ]
+        group = None
         for line in self.lines:
             if line.group != group:
                 group = line.group
                 text.append(group)
             gains = "".join(f"{_gain_text(line.cells.get(method)):24}" for method in self.methods)
             label = ("* " if line.kind == "source" else "  ") + line.label
-            text.append(f"{label:{wide}} {100 * line.cells['none']['clean']:5.1f}  {gains}".rstrip())
-        return "\n".join([*text, "", "* trained on this model   ↓ negative transfer: the whole interval is below 0"])
+            text.append(
+                f"{label:{wide}} {100 * line.cells['none']['clean']:5.1f}  {gains}".rstrip()
+            )
+        return "\n".join(
+            [
+                *text,
+                "",
+                "* trained on this model   ↓ negative transfer: the whole interval is below 0",
+            ]
+        )
 
     def _repr_html_(self) -> str:
         return tables_html([self])
@@ -313,7 +448,9 @@ def transfer_table(
 ) -> TransferTable:
     "Lay rows out as a table: models by group, and the mean of each group of several."
     lines = _table_lines(models, means)
-    return TransferTable(_heading(runs), [method for method in lines[0].cells if method != "none"], lines)
+    return TransferTable(
+        _heading(runs), [method for method in lines[0].cells if method != "none"], lines
+    )
 
 # %% ../nbs/api/58_tables.ipynb #9bda70d7
 def merge_runs(
@@ -326,9 +463,15 @@ def merge_runs(
         if key in merged:
             other = runs_together([merged[key], run])[0][0]
             if twice := {m for m, t in run.scores.keys() & other.scores.keys()} - {"none"}:
-                raise ValueError(f"`results` must hold each method once for a seed, got {', '.join(sorted(twice))} twice for {key}.")
+                raise ValueError(
+                    "`results` must hold each method once for a seed, got "
+                    f"{', '.join(sorted(twice))} twice for {key}."
+                )
             if set(run.targets) != set(other.targets):
-                raise ValueError(f"`results` for {key} must be over the same models, got {run.targets} and {other.targets}.")
+                raise ValueError(
+                    f"`results` for {key} must be over the same models, got {run.targets} and "
+                    f"{other.targets}."
+                )
             run = replace(other, scores=other.scores | run.scores, towers=other.towers | run.towers)
         merged[key] = run
     return list(merged.values())
@@ -347,22 +490,52 @@ def describe_runs(
     runs: Sequence[TransferRun],
 ) -> str:  # one line
     "What there is, in a few words."
-    names = lambda values: ", ".join(dict.fromkeys(str(value) for value in values))
-    return (f"{names(run_title(run) for run in runs)}; source {names(run.source for run in runs)}; "
-            f"{names(method for run in runs for method in run.methods)}; {len(runs[0].targets)} models, "
-            f"{len(runs[0].labels)} pictures; seed {names(run.seed for run in runs)}")
+
+    def names(values):
+        return ", ".join(dict.fromkeys(str(value) for value in values))
+
+    return (
+        f"{names(run_title(run) for run in runs)}; source {names(run.source for run in runs)}; "
+        f"{names(method for run in runs for method in run.methods)}; {len(runs[0].targets)} models, "
+        f"{len(runs[0].labels)} pictures; seed {names(run.seed for run in runs)}"
+    )
 
 # %% ../nbs/api/58_tables.ipynb #4eeded23
 def metric_details(
     runs: Iterable[TransferRun],
 ) -> pd.DataFrame:  # task, method, source, target, seed, and a column for each number of the metric
-    "All numbers of the task's metric, not only the headline: POPE's recall and yes ratio, for example."
-    return pd.DataFrame([dict(task=run.task, method=method, source=run.source, target=target, seed=run.seed, **run.conditions)
-                         | run.numbers[method, target] for run in runs for method, target in run.scores])
+    """All numbers of the task's metric, not only the headline: POPE's recall and yes ratio, for
+    example."""
+    return pd.DataFrame(
+        [
+            dict(
+                task=run.task,
+                method=method,
+                source=run.source,
+                target=target,
+                seed=run.seed,
+                **run.conditions,
+            )
+            | run.numbers[method, target]
+            for run in runs
+            for method, target in run.scores
+        ]
+    )
 
 # %% ../nbs/api/58_tables.ipynb #18c35806
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # an apostrophe more tells "'=1" from "=1"
-_TEXTS = ("task", "method", "baseline", "source", "target", "metric", "tower", "group", "trained_on", "corruption")
+_TEXTS = (
+    "task",
+    "method",
+    "baseline",
+    "source",
+    "target",
+    "metric",
+    "tower",
+    "group",
+    "trained_on",
+    "corruption",
+)
 
 
 def _quoted(value: Any) -> Any:
@@ -372,21 +545,40 @@ def _quoted(value: Any) -> Any:
 
 def _unquoted(value: Any) -> Any:
     "Take the apostrophe off again."
-    return value[1:] if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value) else value
+    return (
+        value[1:]
+        if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value)
+        else value
+    )
 
 
 def csv_text(
     df: pd.DataFrame,  # any of the frames of `TransferResults`
 ) -> str:  # a CSV file, without the index
     "Write a frame as CSV that no spreadsheet runs."
-    texts = {name: df[name].map(_quoted) for name in df if not pd.api.types.is_numeric_dtype(df[name])}
-    returns = any(column.astype(str).str.contains("\r").any() for column in texts.values())  # alone, they would end a row
-    return df.assign(**texts).rename(columns=_quoted).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    texts = {
+        name: df[name].map(_quoted) for name in df if not pd.api.types.is_numeric_dtype(df[name])
+    }
+    # alone, they would end a row
+    returns = any(column.astype(str).str.contains("\r").any() for column in texts.values())
+    return (
+        df.assign(**texts)
+        .rename(columns=_quoted)
+        .to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL)
+    )
 
 
 def read_csv(
     path: str | Path,  # a file that `csv_text` made
 ) -> pd.DataFrame:  # as it was written
     "Read a table of results."
-    df = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""]).rename(columns=_unquoted)
-    return df.assign(**{name: df[name].map(_unquoted) for name in df if not pd.api.types.is_numeric_dtype(df[name])})
+    df = pd.read_csv(
+        path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=[""]
+    ).rename(columns=_unquoted)
+    return df.assign(
+        **{
+            name: df[name].map(_unquoted)
+            for name in df
+            if not pd.api.types.is_numeric_dtype(df[name])
+        }
+    )

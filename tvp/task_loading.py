@@ -17,27 +17,49 @@ EMBEDDED = ("shapes", "digits", "counting", "presence", "agreement")
 
 
 def task_names() -> list[str]:
-    "Tasks that come with the package. `tvp.public_tasks.public_task_names()` are those whose pictures come from elsewhere."
+    """Tasks that come with the package. `tvp.public_tasks.public_task_names()` are those whose
+    pictures come from elsewhere."""
     return list(EMBEDDED)
 
 # %% ../nbs/api/13_tasks_loading.ipynb #8a65ca7b
 def load_task(
-    name: Any,  # a name, see `task_names()` and `public_task_names()`; or your own data: a Path, or a `datasets.Dataset` or `DatasetDict`
+    # a name, see `task_names()` and `public_task_names()`; or your own data: a Path, or a
+    # `datasets.Dataset` or `DatasetDict`
+    name: Any,
     /,
     data_dir: str | Path | None = None,  # where a public data set lies; None: the Hugging Face hub
     **options,  # passed on to `tvp.public_tasks.load_public_task` or `tvp.own_tasks.load_own_task`
 ) -> Task:
     "A task by its name, or from your own pictures."
     if isinstance(name, str) and name in task_names():
-        if options or data_dir: raise TypeError(f"the task {name!r} comes with the package and takes no {', '.join([*options] + ['data_dir'] * bool(data_dir))}.")
+        if options or data_dir:
+            raise TypeError(
+                f"the task {name!r} comes with the package and takes no "
+                f"{', '.join([*options] + ['data_dir'] * bool(data_dir))}."
+            )
         from tvp.embedded_tasks import embedded_task
+
         return embedded_task(name)
     if not isinstance(name, str):
-        if data_dir: raise TypeError("`data_dir` belongs to a public data set; your own data comes as a Path or a Dataset alone.")
+        if data_dir:
+            raise TypeError(
+                "`data_dir` belongs to a public data set; your own data comes as a Path or a "
+                "Dataset alone."
+            )
         from tvp.own_tasks import load_own_task
+
         return load_own_task(name, **options)
     from tvp.public_tasks import load_public_task, public_task_names
-    if name.partition("-")[0] in public_task_names(): return load_public_task(name, data_dir, **options)  # "pope-random" is one of three in "pope"
+
+    # "pope-random" is one of three in "pope"
+    if name.partition("-")[0] in public_task_names():
+        return load_public_task(name, data_dir, **options)
     there = os.path.exists(os.path.expanduser(name))
-    own = f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})." if there else ""
-    raise KeyError(f"`name` must be one of {', '.join(task_names() + public_task_names())}; got {name!r}.{own}")
+    own = (
+        f" There is a file or folder of that name: to load it, pass pathlib.Path({name!r})."
+        if there
+        else ""
+    )
+    raise KeyError(
+        f"`name` must be one of {', '.join(task_names() + public_task_names())}; got {name!r}.{own}"
+    )

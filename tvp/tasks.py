@@ -22,35 +22,54 @@ from .images import FITS, fit
 @dataclass(frozen=True)
 class Split:
     "Questions about pictures. Item i of every field belongs together."
+
     images: Sequence  # RGB pictures (PIL), or (3, H, W) uint8 tensors
     instructions: Sequence[str]  # what is asked
-    labels: Sequence[int]  # index of the right candidate; becomes a list, whether it was a tensor, an array or a column
+    # index of the right candidate; becomes a list, whether it was a tensor, an array or a column
+    labels: Sequence[int]
     semantics: Sequence[str]  # what is in the picture, a noun phrase
 
     def __post_init__(self):
-        lengths = {name: len(check_row(name, getattr(self, name))) for name in ("images", "instructions", "labels", "semantics")}
-        if len(set(lengths.values())) > 1: raise ValueError(f"all fields of a split must have the same length, got {lengths}.")
-        for name in ("instructions", "semantics"): check_texts(name, getattr(self, name), len(self))
+        lengths = {
+            name: len(check_row(name, getattr(self, name)))
+            for name in ("images", "instructions", "labels", "semantics")
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"all fields of a split must have the same length, got {lengths}.")
+        for name in ("instructions", "semantics"):
+            check_texts(name, getattr(self, name), len(self))
         labels = self.labels.tolist() if hasattr(self.labels, "tolist") else self.labels
         labels = [check_whole(f"labels[{row}]", label, 0) for row, label in enumerate(labels)]
-        object.__setattr__(self, "labels", labels)  # numbers, whatever held them: two tensors of one number are two keys
+        # numbers, whatever held them: two tensors of one number are two keys
+        object.__setattr__(self, "labels", labels)
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     def select(
         self,
         rows: Sequence[int],  # row numbers, in the wanted order
     ) -> "Split":
-        "Some of the rows. Pictures that decode themselves when asked (`tvp.pictures`) stay undecoded."
+        """Some of the rows. Pictures that decode themselves when asked (`tvp.pictures`) stay
+        undecoded."""
+
         def pick(values):
-            if isinstance(values, Tensor): return values[torch.as_tensor(rows, dtype=torch.long)]
+            if isinstance(values, Tensor):
+                return values[torch.as_tensor(rows, dtype=torch.long)]
             return values.select(rows) if hasattr(values, "select") else [values[i] for i in rows]
-        return Split(*(pick(values) for values in (self.images, self.instructions, self.labels, self.semantics)))
+
+        return Split(
+            *(
+                pick(values)
+                for values in (self.images, self.instructions, self.labels, self.semantics)
+            )
+        )
 
 # %% ../nbs/api/10_tasks.ipynb #e12ae170
 @dataclass
 class Batch:
     "Pictures of one size with their questions."
+
     images: Tensor  # (B, 3, size, size) float32 in [0, 1]
     instructions: list[str]  # B
     answers: list[str]  # B, the right candidates
@@ -64,18 +83,27 @@ def check_like_task(
     task: Any,  # what came
 ) -> Any:  # the same
     "Whatever has batches will do as a task; a name or a class of tasks will not."
-    if not isinstance(task, type) and hasattr(task, "batches"): return task
-    raise TypeError(f"`{name}` must be a Task, got {type(task).__name__} {str(task)[:60]!r}. Load it first: tvp.load_task(name).")
+    if not isinstance(task, type) and hasattr(task, "batches"):
+        return task
+    raise TypeError(
+        f"`{name}` must be a Task, got {type(task).__name__} {str(task)[:60]!r}. Load it first: "
+        "tvp.load_task(name)."
+    )
 
 
 def check_names(
     task,  # a Task, just made
 ) -> None:
     "Refuse what is no name, no list of answers, no way to measure or to fit."
-    if not check_kind("name", task.name, str).strip(): raise ValueError(f"`name` must have some text, got {task.name!r}.")
+    if not check_kind("name", task.name, str).strip():
+        raise ValueError(f"`name` must have some text, got {task.name!r}.")
     blank = [c for c in check_texts("candidates", task.candidates) if not c.strip()]
-    if blank: raise ValueError(f"`candidates` must all have some text, got {blank[0]!r}. Remove it.")
-    check_choice("metric", task.metric, ("accuracy", "yes-no", "auroc")), check_choice("fit", task.fit, FITS)
+    if blank:
+        raise ValueError(f"`candidates` must all have some text, got {blank[0]!r}. Remove it.")
+    (
+        check_choice("metric", task.metric, ("accuracy", "yes-no", "auroc")),
+        check_choice("fit", task.fit, FITS),
+    )
     check_kind("flip", task.flip, bool), check_kind("description", task.description, str)
 
 
@@ -85,15 +113,30 @@ def check_task(
     "Refuse a task that cannot be answered, before anything is trained on it."
     check_names(task)
     repeated = {c for c in task.candidates if list(task.candidates).count(c) > 1}
-    if repeated: raise ValueError(f"`candidates` must differ from each other, got {sorted(repeated)} more than once.")
+    if repeated:
+        raise ValueError(
+            f"`candidates` must differ from each other, got {sorted(repeated)} more than once."
+        )
     if task.metric != "accuracy" and tuple(task.candidates) != ("no", "yes"):
-        raise ValueError(f"`candidates` must be ('no', 'yes') for the metric {task.metric!r}, got {task.candidates}.")
+        raise ValueError(
+            f"`candidates` must be ('no', 'yes') for the metric {task.metric!r}, got "
+            f"{task.candidates}."
+        )
     for name in ("train", "valid", "test"):
         labels = check_kind(name, task.split(name), Split).labels
-        if not len(labels): raise ValueError(f"`{name}` must hold at least one picture, got an empty split.")
-        wrong = [(row, label) for row, label in enumerate(labels) if not 0 <= label < len(task.candidates)]
-        if wrong: raise ValueError(f"`{name}.labels` must be in [0, {len(task.candidates)}), the number of candidates; got {wrong[0][1]} in row {wrong[0][0]}"
-                                   + (f" and {len(wrong) - 1} more like it." if len(wrong) > 1 else "."))
+        if not len(labels):
+            raise ValueError(f"`{name}` must hold at least one picture, got an empty split.")
+        wrong = [
+            (row, label)
+            for row, label in enumerate(labels)
+            if not 0 <= label < len(task.candidates)
+        ]
+        if wrong:
+            raise ValueError(
+                f"`{name}.labels` must be in [0, {len(task.candidates)}), the number of "
+                f"candidates; got {wrong[0][1]} in row {wrong[0][0]}"
+                + (f" and {len(wrong) - 1} more like it." if len(wrong) > 1 else ".")
+            )
 
 # %% ../nbs/api/10_tasks.ipynb #bcbae9d9
 def _batch(
@@ -105,17 +148,30 @@ def _batch(
     generator: Generator | None,  # random state
 ) -> Batch:
     "The chosen rows as a batch."
-    pick = lambda values: [values[i] for i in rows.tolist()]
-    images, labels = fit(pick(data.images), size, task.fit, generator if augment else None), pick(data.labels)
+
+    def pick(values):
+        return [values[i] for i in rows.tolist()]
+
+    images = fit(pick(data.images), size, task.fit, generator if augment else None)
+    labels = pick(data.labels)
     if augment and task.flip:
-        mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator) < .5
+        mirrored = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(mirrored, images.flip(-1), images)
-    return Batch(images, pick(data.instructions), [task.candidates[i] for i in labels], torch.tensor(labels), pick(data.semantics), rows)
+    return Batch(
+        images,
+        pick(data.instructions),
+        [task.candidates[i] for i in labels],
+        torch.tensor(labels),
+        pick(data.semantics),
+        rows,
+    )
 
 # %% ../nbs/api/10_tasks.ipynb #58fb5be2
 @dataclass(frozen=True)
 class Task:
-    "A task with disjoint splits; see `load_task` for ready ones, and build your own from three `Split`s."
+    """A task with disjoint splits; see `load_task` for ready ones, and build your own from three
+    `Split`s."""
+
     name: str  # short, for tables and file names
     train: Split  # prompts are learned here
     valid: Split  # choices are made here
@@ -126,12 +182,20 @@ class Task:
     flip: bool = False  # may training pictures be mirrored?
     description: str = ""  # one sentence
 
-    def __post_init__(self): check_task(self)
-    def __repr__(self): return f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, {len(self.test)} test, candidates {some_names(self.candidates)})"
+    def __post_init__(self):
+        check_task(self)
+
+    def __repr__(self):
+        return (
+            f"Task({self.name!r}: {len(self.train)} train, {len(self.valid)} valid, "
+            f"{len(self.test)} "
+            f"test, candidates {some_names(self.candidates)})"
+        )
 
     def split(self, name: str) -> Split:  # name: "train", "valid" or "test"
         "A split by its name."
-        if name not in ("train", "valid", "test"): raise KeyError(f"`split` must be 'train', 'valid' or 'test', got {name!r}.")
+        if name not in ("train", "valid", "test"):
+            raise KeyError(f"`split` must be 'train', 'valid' or 'test', got {name!r}.")
         return getattr(self, name)
 
     def batches(
@@ -143,17 +207,31 @@ class Task:
         augment: bool = False,  # random crops, and mirror images where the task allows
         generator: Generator | None = None,  # random state; needed to shuffle or augment
         limit: int | None = None,  # only the first so many pictures
-        part: tuple[int, int] = (0, 1),  # (process, processes): of each batch only the rows that this process reads
+        # (process, processes): of each batch only the rows that this process reads
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:  # batches
         "The pictures of a split, fitted, in batches."
-        data, n = self.split(split), len(self.split(split))
-        check_whole("size", size), check_whole("batch_size", batch_size), check_kind("generator", generator, (Generator, type(None)))
-        if limit is not None: n = min(n, check_whole("limit", limit))
-        if (shuffle or augment) and generator is None: raise ValueError("`generator` is needed to shuffle or augment. Try torch.Generator().manual_seed(0).")
-        for rows in (torch.randperm(n, generator=generator) if shuffle else torch.arange(n)).split(batch_size):
-            if len(own := rows[part[0]::part[1]]): yield _batch(self, data, own, size, augment, generator)
+        data = self.split(split)
+        n = len(self.split(split))
+        (
+            check_whole("size", size),
+            check_whole("batch_size", batch_size),
+            check_kind("generator", generator, (Generator, type(None))),
+        )
+        if limit is not None:
+            n = min(n, check_whole("limit", limit))
+        if (shuffle or augment) and generator is None:
+            raise ValueError(
+                "`generator` is needed to shuffle or augment. Try torch.Generator().manual_seed(0)."
+            )
+        for rows in (torch.randperm(n, generator=generator) if shuffle else torch.arange(n)).split(
+            batch_size
+        ):
+            if len(own := rows[part[0] :: part[1]]):
+                yield _batch(self, data, own, size, augment, generator)
 
     def summary(self):  # a TaskSummary: a table that prints and draws itself
         "Classes, balance, sizes and duplicates; reads every picture's bytes once."
         from tvp.pictures import summarise
+
         return summarise(self)

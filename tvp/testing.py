@@ -24,10 +24,24 @@ from .small import toy_tokenizer
 from .visualglm_golden import golden_chatglm
 
 # %% ../nbs/api/38_testing.ipynb #feb0a85a
-_all_ = ["ALL_KINDS", "KINDS", "VQ_KINDS", "tiny_clip", "tiny_mllm", "tiny_model", "tiny_processor", "toy_tokenizer", "golden_chatglm", "golden_clip", "golden_gaps", "golden_mllm"]
+_all_ = [
+    "ALL_KINDS",
+    "KINDS",
+    "VQ_KINDS",
+    "tiny_clip",
+    "tiny_mllm",
+    "tiny_model",
+    "tiny_processor",
+    "toy_tokenizer",
+    "golden_chatglm",
+    "golden_clip",
+    "golden_gaps",
+    "golden_mllm",
+]
 
 # %% ../nbs/api/38_testing.ipynb #88e83096
 def shared_dir() -> Path | None:  # a folder that contains `golden`, or None
-    "Find the reference numbers, which do not ship with the package: the environment variable TVP_SHARED names their folder."
+    """Find the reference numbers, which do not ship with the package: the environment variable
+    TVP_SHARED names their folder."""
     named = os.environ.get("TVP_SHARED")
     return Path(named) if named and (Path(named) / "golden").is_dir() else None

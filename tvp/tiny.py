@@ -17,15 +17,35 @@ from .mllm import Clip, Mllm
 from .world import AGREEMENT, COLORS, COUNT, DIGITS, LETTERS, PHOTO, PRESENCE, SHAPES
 
 # %% ../nbs/api/30_tiny.ipynb #1a3ba1b7
-SIZE, WIDTH, PATCH = 48, 6, 8  # canvas, border of a prompt, patch of the vision towers; pixels
+# canvas, border of a prompt, patch of the vision towers; pixels
+SIZE = 48
+WIDTH = 6
+PATCH = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<Img>", "</Img>", "<end>")
-_SPLIT = dict(triangle=("tri", "angle"), diamond=("dia", "mond"), crescent=("cres", "cent"), purple=("pur", "ple"), yellow=("yel", "low"))
+_SPLIT = dict(
+    triangle=("tri", "angle"),
+    diamond=("dia", "mond"),
+    crescent=("cres", "cent"),
+    purple=("pur", "ple"),
+    yellow=("yel", "low"),
+)
 
 
 def _words() -> list[str]:  # lower case, each once
     "Words of the small world's texts that get a token of their own."
-    texts = [PHOTO, COUNT, PRESENCE, AGREEMENT, "question answer what color shape digit letter is shown the object objects",
-             "how many are there and yes no not group of single picture photo", *COLORS, *DIGITS, *SHAPES, *LETTERS, *"0123456789"]
+    texts = [
+        PHOTO,
+        COUNT,
+        PRESENCE,
+        AGREEMENT,
+        "question answer what color shape digit letter is shown the object objects",
+        "how many are there and yes no not group of single picture photo",
+        *COLORS,
+        *DIGITS,
+        *SHAPES,
+        *LETTERS,
+        *"0123456789",
+    ]
     words = {w.strip('.,:;?!"{}') for text in texts for w in text.lower().split()}
     return sorted(w for w in words if w and w not in _SPLIT)
 
@@ -33,18 +53,26 @@ def _words() -> list[str]:  # lower case, each once
 @lru_cache(maxsize=1)
 def _vocabulary() -> list[tuple[str, float]]:  # (piece, log-probability)
     "Whole words first, then pieces of words, letters, and bytes for everything else."
-    pieces = [(p, 0.) for p in SPECIAL] + [(f"<0x{b:02X}>", -20.) for b in range(256)] + [("▁", -8.)]
-    pieces += [(f"▁{w}", -6.) for w in _words()]
-    pieces += [(("▁" if i == 0 else "") + p, -6.5) for parts in _SPLIT.values() for i, p in enumerate(parts)]
+    pieces = (
+        [(p, 0.0) for p in SPECIAL] + [(f"<0x{b:02X}>", -20.0) for b in range(256)] + [("▁", -8.0)]
+    )
+    pieces += [(f"▁{w}", -6.0) for w in _words()]
+    pieces += [
+        (("▁" if i == 0 else "") + p, -6.5)
+        for parts in _SPLIT.values()
+        for i, p in enumerate(parts)
+    ]
     chars = [c for c in map(chr, range(33, 127)) if not c.isupper()]
     known = {p for p, _ in pieces}
-    return pieces + [(c, -12.) for c in chars if c not in known]
+    return pieces + [(c, -12.0) for c in chars if c not in known]
 
 # %% ../nbs/api/30_tiny.ipynb #a41c5b05
 def tiny_tokenizer(
+    # a PreTrainedTokenizerFast
     end: bool = False,  # close every text with <end>, as CLIP's text model wants
-):  # a PreTrainedTokenizerFast
-    "The tokenizer of all small models: words of their world, pieces, letters, bytes. Any text can be written with it (lower-cased)."
+):
+    """The tokenizer of all small models: words of their world, pieces, letters, bytes. Any text can
+    be written with it (lower-cased)."""
     from tokenizers import (
         AddedToken,
         Tokenizer,
@@ -55,17 +83,30 @@ def tiny_tokenizer(
         processors,
     )
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=3, byte_fallback=True))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A <end>" if end else "<s> $A", special_tokens=[("<s>", 1), ("<end>", 7)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always"), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <end>" if end else "<s> $A", special_tokens=[("<s>", 1), ("<end>", 7)]
+    )
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="<end>" if end else "</s>", unk_token="<unk>",
-                                   model_input_names=["input_ids", "attention_mask"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<end>" if end else "</s>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 # %% ../nbs/api/30_tiny.ipynb #6f36a531
-_VISION = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, image_size=SIZE, patch_size=PATCH)
+_VISION = dict(
+    hidden_size=64, intermediate_size=128, num_attention_heads=4, image_size=SIZE, patch_size=PATCH
+)
 
 
 def build_tower(
@@ -80,52 +121,117 @@ def build_tower(
         SiglipVisionConfig,
         SiglipVisionModel,
     )
-    if name == "shared": return Blip2VisionModel(Blip2VisionConfig(**_VISION, num_hidden_layers=4, initializer_range=.02))  # its default is 1e-10
-    if name == "clip": return CLIPVisionModel(CLIPVisionConfig(**_VISION, num_hidden_layers=4))
-    if name == "siglip": return SiglipVisionModel(SiglipVisionConfig(**_VISION, num_hidden_layers=4, vision_use_head=False))
+
+    # its default is 1e-10
+    if name == "shared":
+        return Blip2VisionModel(
+            Blip2VisionConfig(**_VISION, num_hidden_layers=4, initializer_range=0.02)
+        )
+    if name == "clip":
+        return CLIPVisionModel(CLIPVisionConfig(**_VISION, num_hidden_layers=4))
+    if name == "siglip":
+        return SiglipVisionModel(
+            SiglipVisionConfig(**_VISION, num_hidden_layers=4, vision_use_head=False)
+        )
     raise KeyError(f"`name` must be one of shared, clip, siglip; got {name!r}.")
 
 
 def build_clip() -> nn.Module:  # a CLIPModel, random weights
     "The small CLIP for task semantics."
     from transformers import CLIPConfig, CLIPModel
-    # not the usual </s>: an eos_token_id of 2 switches transformers to a legacy pooling that misses the end of our texts
-    text = dict(vocab_size=len(tiny_tokenizer()), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=40, bos_token_id=1, eos_token_id=7, pad_token_id=0, projection_dim=48)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=dict(_VISION, num_hidden_layers=4, projection_dim=48), projection_dim=48))
+
+    # not the usual </s>: an eos_token_id of 2 switches transformers to a legacy pooling that misses
+    # the end of our texts
+    text = dict(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=40,
+        bos_token_id=1,
+        eos_token_id=7,
+        pad_token_id=0,
+        projection_dim=48,
+    )
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text,
+            vision_config=dict(_VISION, num_hidden_layers=4, projection_dim=48),
+            projection_dim=48,
+        )
+    )
 
 # %% ../nbs/api/30_tiny.ipynb #8129a600
 QUERIES = 8  # visual tokens of the models with a Q-Former
 TINY = dict(  # name: (vision tower, language model, text that carries picture and instruction)
-    **{"tiny-minigpt4": ("shared", "llama", "<Img><image></Img> {}"),
-       "tiny-vpgtrans": ("shared", "qwen2", "<Img><image></Img> {}"),
-       "tiny-blip2-opt": ("shared", "opt", "{}"),
-       "tiny-blip2-t5": ("shared", "t5", "{}"),
-       "tiny-instructblip": ("shared", "llama", "{}"),
-       "tiny-llava": ("clip", "llama", "<image> {}"),
-       "tiny-llava-siglip": ("siglip", "qwen2", "<image> {}")})
+    **{
+        "tiny-minigpt4": ("shared", "llama", "<Img><image></Img> {}"),
+        "tiny-vpgtrans": ("shared", "qwen2", "<Img><image></Img> {}"),
+        "tiny-blip2-opt": ("shared", "opt", "{}"),
+        "tiny-blip2-t5": ("shared", "t5", "{}"),
+        "tiny-instructblip": ("shared", "llama", "{}"),
+        "tiny-llava": ("clip", "llama", "<image> {}"),
+        "tiny-llava-siglip": ("siglip", "qwen2", "<image> {}"),
+    }
+)
 
 # %% ../nbs/api/30_tiny.ipynb #918ab817
 def _text_config(
+    # a transformers config
     kind: str,  # "llama", "qwen2", "opt" or "t5"
-):  # a transformers config
+):
     "A language model with three layers of width 64 (T5: two and two)."
     from transformers import LlamaConfig, OPTConfig, Qwen2Config, T5Config
+
     ids = dict(vocab_size=len(tiny_tokenizer()), bos_token_id=1, eos_token_id=2, pad_token_id=0)
     if kind == "t5":
-        return T5Config(d_model=64, d_kv=16, d_ff=160, num_layers=2, num_heads=4, dropout_rate=0., decoder_start_token_id=0, feed_forward_proj="gated-gelu", **ids)
-    common = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=1024, **ids)
-    if kind == "opt": return OPTConfig(word_embed_proj_dim=64, ffn_dim=192, dropout=0., attention_dropout=0., **common)
-    if kind == "qwen2": return Qwen2Config(intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True, **common)
+        return T5Config(
+            d_model=64,
+            d_kv=16,
+            d_ff=160,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            feed_forward_proj="gated-gelu",
+            **ids,
+        )
+    common = dict(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        **ids,
+    )
+    if kind == "opt":
+        return OPTConfig(
+            word_embed_proj_dim=64, ffn_dim=192, dropout=0.0, attention_dropout=0.0, **common
+        )
+    if kind == "qwen2":
+        return Qwen2Config(
+            intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=True, **common
+        )
     return LlamaConfig(intermediate_size=128, tie_word_embeddings=True, **common)
 
 # %% ../nbs/api/30_tiny.ipynb #b804b9e4
 def _qformer_config(
+    # a transformers config
     kind: type,  # the Q-Former's config class
-):  # a transformers config
+):
     "A Q-Former of two layers that looks at the picture in each."
-    return kind(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
-                cross_attention_frequency=1, encoder_hidden_size=64, max_position_embeddings=256, vocab_size=len(tiny_tokenizer()))
+    return kind(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        cross_attention_frequency=1,
+        encoder_hidden_size=64,
+        max_position_embeddings=256,
+        vocab_size=len(tiny_tokenizer()),
+    )
 
 # %% ../nbs/api/30_tiny.ipynb #805405b6
 def build_mllm(
@@ -133,25 +239,55 @@ def build_mllm(
 ) -> nn.Module:  # a transformers model, random weights
     "One of the seven models, of the class its big namesake has."
     import transformers as tr
-    if name not in TINY: raise KeyError(f"`name` must be one of {', '.join(TINY)}; got {name!r}.")
+
+    if name not in TINY:
+        raise KeyError(f"`name` must be one of {', '.join(TINY)}; got {name!r}.")
     tower, language, _ = TINY[name]
-    text, vision = _text_config(language), build_tower(tower).config
+    text = _text_config(language)
+    vision = build_tower(tower).config
     if tower != "shared":
         strategy = "default" if tower == "clip" else "full"  # SigLIP has no class token to drop
-        return tr.LlavaForConditionalGeneration(tr.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1,
-                                                               vision_feature_select_strategy=strategy, image_seq_length=(SIZE // PATCH) ** 2))
+        return tr.LlavaForConditionalGeneration(
+            tr.LlavaConfig(
+                vision_config=vision,
+                text_config=text,
+                image_token_index=4,
+                vision_feature_layer=-1,
+                vision_feature_select_strategy=strategy,
+                image_seq_length=(SIZE // PATCH) ** 2,
+            )
+        )
     if name == "tiny-instructblip":
-        vision = tr.InstructBlipVisionConfig(**_VISION, num_hidden_layers=4, initializer_range=.02)
-        model = tr.InstructBlipForConditionalGeneration(tr.InstructBlipConfig(
-            vision_config=vision, qformer_config=_qformer_config(tr.InstructBlipQFormerConfig), text_config=text, num_query_tokens=QUERIES, image_token_index=4))
+        vision = tr.InstructBlipVisionConfig(**_VISION, num_hidden_layers=4, initializer_range=0.02)
+        model = tr.InstructBlipForConditionalGeneration(
+            tr.InstructBlipConfig(
+                vision_config=vision,
+                qformer_config=_qformer_config(tr.InstructBlipQFormerConfig),
+                text_config=text,
+                num_query_tokens=QUERIES,
+                image_token_index=4,
+            )
+        )
     else:
-        model = tr.Blip2ForConditionalGeneration(tr.Blip2Config(
-            vision_config=vision, qformer_config=_qformer_config(tr.Blip2QFormerConfig), text_config=text, num_query_tokens=QUERIES, image_token_index=4))
-    nn.init.normal_(model.query_tokens, std=.5)  # they start at zero, and equal queries would stay equal
+        model = tr.Blip2ForConditionalGeneration(
+            tr.Blip2Config(
+                vision_config=vision,
+                qformer_config=_qformer_config(tr.Blip2QFormerConfig),
+                text_config=text,
+                num_query_tokens=QUERIES,
+                image_token_index=4,
+            )
+        )
+    # they start at zero, and equal queries would stay equal
+    nn.init.normal_(model.query_tokens, std=0.5)
     return model
 
 # %% ../nbs/api/30_tiny.ipynb #780c8117
-DATA = Path(__file__).parent / "data" / "tiny" if "__file__" in globals() else Path(__import__("tvp").__file__).parent / "data" / "tiny"
+DATA = (
+    Path(__file__).parent / "data" / "tiny"
+    if "__file__" in globals()
+    else Path(__import__("tvp").__file__).parent / "data" / "tiny"
+)
 
 
 def tower_attribute(
@@ -166,36 +302,54 @@ def _weights(
     folder: Path,  # where it lies
 ) -> dict:  # name: float32 tensor
     "Stored weights, in single precision."
-    return {name: value.float() for name, value in load_safetensors(folder / f"{file}.safetensors").items()}
+    return {
+        name: value.float()
+        for name, value in load_safetensors(folder / f"{file}.safetensors").items()
+    }
 
 # %% ../nbs/api/30_tiny.ipynb #15bbe2a7
 def _image_processor(
+    # an image processor of transformers, torchvision backend
     kind: str,  # "Blip", "CLIP" or "Siglip"
-):  # an image processor of transformers, torchvision backend
+):
     "What brings pictures of any size to 48 pixels and normalises them."
     import transformers
-    common = dict(size={"height": SIZE, "width": SIZE}, image_mean=[.5] * 3, image_std=[.25] * 3)
-    if kind == "CLIP": common |= dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+
+    common = dict(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    if kind == "CLIP":
+        common |= dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
     return getattr(transformers, f"{kind}ImageProcessor")(**common)
 
 # %% ../nbs/api/30_tiny.ipynb #4604abfc
 def tiny_processor(
+    # the processor that the model's big namesake has
     name: str,  # a key of TINY
-):  # the processor that the model's big namesake has
+):
     "Image processor and tokenizer of one of the seven models."
     import transformers as tr
 
     from tvp.processor import MarkerProcessor
+
     tower, _, template = TINY[name]
     tokenizer = tiny_tokenizer()
     if tower == "shared":
         images = _image_processor("Blip")
-        if "<image>" in template: return MarkerProcessor(images, tokenizer, QUERIES)
-        if name == "tiny-instructblip": return tr.InstructBlipProcessor(images, tokenizer, tiny_tokenizer(), num_query_tokens=QUERIES)
+        if "<image>" in template:
+            return MarkerProcessor(images, tokenizer, QUERIES)
+        if name == "tiny-instructblip":
+            return tr.InstructBlipProcessor(
+                images, tokenizer, tiny_tokenizer(), num_query_tokens=QUERIES
+            )
         return tr.Blip2Processor(images, tokenizer, num_query_tokens=QUERIES)
     is_clip = tower == "clip"
-    return tr.LlavaProcessor(_image_processor("CLIP" if is_clip else "Siglip"), tokenizer, patch_size=PATCH, num_additional_image_tokens=int(is_clip),
-                             vision_feature_select_strategy="default" if is_clip else "full", image_token="<image>")
+    return tr.LlavaProcessor(
+        _image_processor("CLIP" if is_clip else "Siglip"),
+        tokenizer,
+        patch_size=PATCH,
+        num_additional_image_tokens=int(is_clip),
+        vision_feature_select_strategy="default" if is_clip else "full",
+        image_token="<image>",
+    )
 
 # %% ../nbs/api/30_tiny.ipynb #ab8ab107
 def load_tiny(
@@ -207,8 +361,16 @@ def load_tiny(
     tower, _, template = TINY[name]
     model.get_submodule(tower_attribute(model)).load_state_dict(_weights(tower, folder))
     left_out = model.load_state_dict(_weights(name, folder), strict=False)
-    missing = [k for k in left_out.missing_keys if not k.startswith(tower_attribute(model)) and "lm_head" not in k]
-    if missing or left_out.unexpected_keys: raise ValueError(f"`{folder / name}.safetensors` does not fit the model: missing {missing}, unexpected {left_out.unexpected_keys}.")
+    missing = [
+        k
+        for k in left_out.missing_keys
+        if not k.startswith(tower_attribute(model)) and "lm_head" not in k
+    ]
+    if missing or left_out.unexpected_keys:
+        raise ValueError(
+            f"`{folder / name}.safetensors` does not fit the model: missing {missing}, "
+            f"unexpected {left_out.unexpected_keys}."
+        )
     return Mllm(model, tiny_processor(name), template=template.format, name=name, end="</s>")
 
 # %% ../nbs/api/30_tiny.ipynb #2521cdb8
@@ -217,6 +379,11 @@ def load_tiny_clip(
 ) -> Clip:  # frozen, on the CPU
     "The small CLIP with its trained weights."
     import transformers as tr
+
     model = build_clip()
     model.load_state_dict(_weights("tiny-clip", folder))
-    return Clip(model, tr.CLIPProcessor(_image_processor("CLIP"), tiny_tokenizer(end=True)), name="tiny-clip")
+    return Clip(
+        model,
+        tr.CLIPProcessor(_image_processor("CLIP"), tiny_tokenizer(end=True)),
+        name="tiny-clip",
+    )

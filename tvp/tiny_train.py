@@ -64,7 +64,7 @@ def normalize(
     images: Tensor,  # (B, 3, size, size) in [0, 1]
 ) -> Tensor:  # (B, 3, size, size)
     "What the small models' image processors do: mean 0.5, standard deviation 0.25."
-    return (images - .5) / .25
+    return (images - 0.5) / 0.25
 
 
 def make_pool(
@@ -75,8 +75,12 @@ def make_pool(
     "Scenes to train on, drawn once."
     path = folder / f"pool-{n}-{seed}.safetensors"
     if not path.exists():
-        chunks = [draw_scenes(min(4000, n - i), SIZE, 1000 * seed + i // 4000) for i in range(0, n, 4000)]
-        write_atomic(path, save({k: torch.cat([getattr(c, k) for c in chunks]) for k in vars(chunks[0])}))
+        chunks = [
+            draw_scenes(min(4000, n - i), SIZE, 1000 * seed + i // 4000) for i in range(0, n, 4000)
+        ]
+        write_atomic(
+            path, save({k: torch.cat([getattr(c, k) for c in chunks]) for k in vars(chunks[0])})
+        )
     return Scenes(**load_safetensors(path))
 
 # %% ../nbs/api/32_tiny_train.ipynb #6e6de7e3
@@ -85,35 +89,55 @@ def warm_start(
     model: nn.Module,  # a vision tower, or a CLIP
     scenes: Scenes,  # pictures to look at
 ) -> None:
-    "Patch embedding from principal components, positions from sines: a small tower then learns several times faster."
-    grid, d = SIZE // PATCH, 64
+    """Patch embedding from principal components, positions from sines: a small tower then learns
+    several times faster."""
+    grid = SIZE // PATCH
+    d = 64
     cells = normalize(scenes.images[:3000] / 255).unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
     cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3 * PATCH * PATCH)
     values, vectors = torch.linalg.eigh(cells.T @ cells / len(cells))
-    kernels = (vectors[:, -d:] / values[-d:].clamp(min=1e-2).sqrt()).T.flip(0).reshape(d, 3, PATCH, PATCH) * .5
+    kernels = (vectors[:, -d:] / values[-d:].clamp(min=1e-2).sqrt()).T.flip(0).reshape(
+        d, 3, PATCH, PATCH
+    ) * 0.5
     y, x = torch.meshgrid(torch.arange(grid).float(), torch.arange(grid).float(), indexing="ij")
     rate = 1 / 30 ** (torch.arange(d // 4) / (d // 4))
-    places = torch.cat([f(v.flatten()[:, None] * rate) for v in (x, y) for f in (torch.sin, torch.cos)], 1) * .5
+    places = (
+        torch.cat(
+            [f(v.flatten()[:, None] * rate) for v in (x, y) for f in (torch.sin, torch.cos)], 1
+        )
+        * 0.5
+    )
     for name, parameter in model.named_parameters():
-        if "text" in name: continue
-        if "patch_embedding.weight" in name: parameter.copy_(kernels)
-        if "position_embedding" in name: parameter.view(-1, d)[-grid * grid:] = places
+        if "text" in name:
+            continue
+        if "patch_embedding.weight" in name:
+            parameter.copy_(kernels)
+        if "position_embedding" in name:
+            parameter.view(-1, d)[-grid * grid :] = places
 
 # %% ../nbs/api/32_tiny_train.ipynb #ea7ebdbb
 class Heads(nn.Module):
-    "What a tower must tell of a scene while it trains: the count, which coloured shapes, the digit, the letter, colours, and what lies in each patch."
+    """What a tower must tell of a scene while it trains: the count, which coloured shapes, the
+    digit, the letter, colours, and what lies in each patch."""
+
     sizes = (MAX_OBJECTS + 1, len(SHAPES) * len(COLORS), 10, len(LETTERS), len(COLORS))
 
     def __init__(self, d: int = 64):  # width
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(1, 6, d) * .1)
+        self.queries = nn.Parameter(torch.randn(1, 6, d) * 0.1)
         self.attention = nn.MultiheadAttention(d, 4, batch_first=True)
-        self.scene = nn.Sequential(nn.LayerNorm(6 * d), nn.Linear(6 * d, 128), nn.GELU(), nn.Linear(128, sum(self.sizes)))
+        self.scene = nn.Sequential(
+            nn.LayerNorm(6 * d), nn.Linear(6 * d, 128), nn.GELU(), nn.Linear(128, sum(self.sizes))
+        )
         self.patch = nn.Linear(d, 25 + 1 + len(COLORS))
 
     def forward(self, tokens: Tensor) -> tuple:  # (B, T, d) -> five scene predictions, patch predictions
-        seen = self.attention(self.queries.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)[0]
-        return *self.scene(seen.flatten(1)).split(self.sizes, -1), self.patch(tokens[:, -(SIZE // PATCH) ** 2:])
+        seen = self.attention(
+            self.queries.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False
+        )[0]
+        return *self.scene(seen.flatten(1)).split(self.sizes, -1), self.patch(
+            tokens[:, -((SIZE // PATCH) ** 2) :]
+        )
 
 # %% ../nbs/api/32_tiny_train.ipynb #9833ecdc
 def objects_present(
@@ -122,29 +146,51 @@ def objects_present(
     "Which of the 48 coloured shapes are in each scene."
     present = torch.zeros(len(scenes), len(SHAPES) * len(COLORS))
     there = torch.arange(MAX_OBJECTS) < scenes.count[:, None]
-    return present.scatter_add_(1, scenes.color * len(SHAPES) + scenes.shape, there.float()).clamp(max=1)
+    return present.scatter_add_(1, scenes.color * len(SHAPES) + scenes.shape, there.float()).clamp(
+        max=1
+    )
 
 # %% ../nbs/api/32_tiny_train.ipynb #3bc89387
 def heads_loss(
     predictions: tuple,  # from `Heads`
     scenes: Scenes,  # the truth
-    framed: int | None,  # the first so many pictures have a frame: their patches have moved; None: leave patches out
+    # the first so many pictures have a frame: their patches have moved; None: leave patches out
+    framed: int | None,
 ) -> tuple[Tensor, dict]:  # loss; accuracies
     "Cross-entropies of everything a tower tells."
     count, objects, digit, letter, color, patch = predictions
-    present, is_objects, is_digit, is_letter = objects_present(scenes), scenes.kind == OBJECTS, scenes.kind == DIGIT, scenes.kind == LETTER
-    only = lambda label, rows: torch.where(rows, label, -100)
-    ce = lambda p, y: F.cross_entropy(p, y, reduction="sum") / (y >= 0).sum().clamp(min=1)  # none of a kind in the batch: 0, not NaN
+    present = objects_present(scenes)
+    is_objects = scenes.kind == OBJECTS
+    is_digit = scenes.kind == DIGIT
+    is_letter = scenes.kind == LETTER
+
+    def only(label, rows):
+        return torch.where(rows, label, -100)
+
+    # none of a kind in the batch: 0, not NaN
+    def ce(p, y):
+        return F.cross_entropy(p, y, reduction="sum") / (y >= 0).sum().clamp(min=1)
+
     loss = ce(count, scenes.count) + 8 * F.binary_cross_entropy_with_logits(objects, present)
-    loss = loss + ce(digit, only(scenes.digit, is_digit)) + ce(letter, only(scenes.letter, is_letter))
-    loss = loss + .5 * ce(color, only(scenes.glyph_color, ~is_objects & (scenes.glyph_color >= 0)))
+    loss = (
+        loss + ce(digit, only(scenes.digit, is_digit)) + ce(letter, only(scenes.letter, is_letter))
+    )
+    loss = loss + 0.5 * ce(color, only(scenes.glyph_color, ~is_objects & (scenes.glyph_color >= 0)))
     if framed is not None:
         what, tint = patch[framed:].flatten(0, 1).split([25, 1 + len(COLORS)], -1)
         truth = scenes.patches[framed:].long().flatten(2)
-        loss = loss + ce(what, truth[:, 0].flatten()) + .5 * ce(tint, truth[:, 1].flatten())
-    right = lambda p, y, rows: (p.argmax(-1) == y)[rows].float().mean().item()
-    return loss, dict(count=right(count, scenes.count, is_objects), objects=((objects > 0) == (present > 0)).all(-1)[is_objects].float().mean().item(),
-                      digit=right(digit, scenes.digit, is_digit), letter=right(letter, scenes.letter, is_letter), color=right(color, scenes.glyph_color, is_letter))
+        loss = loss + ce(what, truth[:, 0].flatten()) + 0.5 * ce(tint, truth[:, 1].flatten())
+
+    def right(p, y, rows):
+        return (p.argmax(-1) == y)[rows].float().mean().item()
+
+    return loss, dict(
+        count=right(count, scenes.count, is_objects),
+        objects=((objects > 0) == (present > 0)).all(-1)[is_objects].float().mean().item(),
+        digit=right(digit, scenes.digit, is_digit),
+        letter=right(letter, scenes.letter, is_letter),
+        color=right(color, scenes.glyph_color, is_letter),
+    )
 
 # %% ../nbs/api/32_tiny_train.ipynb #654496bd
 def make_optimizers(
@@ -152,10 +198,23 @@ def make_optimizers(
     lr: tuple[float, float],  # of Muon and of AdamW
 ) -> list[torch.optim.Optimizer]:  # both
     "Muon for hidden matrices, AdamW for the rest."
-    hidden = [p for n, p in named if p.ndim == 2 and min(p.shape) >= 32 and not any(w in n for w in ("embed", "shared", "lm_head", "bias"))]
+    hidden = [
+        p
+        for n, p in named
+        if p.ndim == 2
+        and min(p.shape) >= 32
+        and not any(w in n for w in ("embed", "shared", "lm_head", "bias"))
+    ]
     known = {id(p) for p in hidden}
-    return [torch.optim.Muon(hidden, lr=lr[0], weight_decay=.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([p for _, p in named if id(p) not in known], lr=lr[1], weight_decay=0., betas=(.9, .98))]
+    return [
+        torch.optim.Muon(hidden, lr=lr[0], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [p for _, p in named if id(p) not in known],
+            lr=lr[1],
+            weight_decay=0.0,
+            betas=(0.9, 0.98),
+        ),
+    ]
 
 # %% ../nbs/api/32_tiny_train.ipynb #698d6e82
 def train_steps(
@@ -169,30 +228,60 @@ def train_steps(
     "The loop of every training here: warm up, hold, decay to zero; resumes from its checkpoint."
     named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
     optimizers = make_optimizers(named, lr)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 100) * min(1, 2 * (1 - s / steps) + .01)) for o in optimizers]
-    path, start, began, mean = folder / f"{name}.checkpoint.pt", 0, time.time(), None
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            o, lambda s: min(1, (s + 1) / 100) * min(1, 2 * (1 - s / steps) + 0.01)
+        )
+        for o in optimizers
+    ]
+    path = folder / f"{name}.checkpoint.pt"
+    start = 0
+    began = time.time()
+    mean = None
     if path.exists():
         state = torch.load(path, weights_only=True)
-        modules.load_state_dict(state["modules"]); start = state["step"]
-        for part, saved in zip(optimizers + schedules, state["optimizers"]): part.load_state_dict(saved)
+        modules.load_state_dict(state["modules"])
+        start = state["step"]
+        for part, saved in zip(optimizers + schedules, state["optimizers"]):
+            part.load_state_dict(saved)
 
     def keep(step: int) -> None:
-        torch.save(dict(step=step, modules=modules.state_dict(), optimizers=[p.state_dict() for p in optimizers + schedules]), buffer := io.BytesIO())
+        torch.save(
+            dict(
+                step=step,
+                modules=modules.state_dict(),
+                optimizers=[p.state_dict() for p in optimizers + schedules],
+            ),
+            buffer := io.BytesIO(),
+        )
         write_atomic(path, buffer.getvalue())
 
     with held_signals() as came:
         for step in range(start, steps):
             loss, numbers = loss_of(step)
-            for o in optimizers: o.zero_grad()
+            for o in optimizers:
+                o.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_([p for _, p in named], 1.)
-            for part in optimizers + schedules: part.step()
-            mean = loss.item() if mean is None else .98 * mean + .02 * loss.item()
+            nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+            for part in optimizers + schedules:
+                part.step()
+            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
             if (step + 1) % 200 == 0:
-                log.info("%s step %d/%d %.0f s loss %.3f %s", name, step + 1, steps, time.time() - began, mean, {k: round(v, 3) for k, v in numbers.items()})
-            if came or (step + 1) % 500 == 0: keep(step + 1)
-            if came: break
-    if came: raise KeyboardInterrupt  # where a handler of the caller's did not
+                log.info(
+                    "%s step %d/%d %.0f s loss %.3f %s",
+                    name,
+                    step + 1,
+                    steps,
+                    time.time() - began,
+                    mean,
+                    {k: round(v, 3) for k, v in numbers.items()},
+                )
+            if came or (step + 1) % 500 == 0:
+                keep(step + 1)
+            if came:
+                break
+    if came:
+        raise KeyboardInterrupt  # where a handler of the caller's did not
     path.unlink(missing_ok=True)
 
 # %% ../nbs/api/32_tiny_train.ipynb #e272deb7
@@ -201,8 +290,11 @@ def caption_ids(
     seed: int,  # of the choice among true captions
 ) -> tuple[Tensor, Tensor]:  # (n, L) token ids and their mask
     "One tokenised caption for each scene."
-    rng, tokenizer = random.Random(seed), tiny_tokenizer(end=True)
-    texts = [f"this is a photo of a {caption(describe(scenes, i), rng)}" for i in range(len(scenes))]
+    rng = random.Random(seed)
+    tokenizer = tiny_tokenizer(end=True)
+    texts = [
+        f"this is a photo of a {caption(describe(scenes, i), rng)}" for i in range(len(scenes))
+    ]
     out = tokenizer(texts, padding=True, return_tensors="pt")
     return out.input_ids, out.attention_mask
 
@@ -215,7 +307,11 @@ def contrast(
 ) -> Tensor:  # scalar
     "CLIP's loss; equal captions in a batch share the credit."
     clip.logit_scale.data.clamp_(0, math.log(100))
-    v, t = F.normalize(clip.visual_projection(pooled), dim=-1), F.normalize(clip.text_projection(clip.text_model(input_ids=ids, attention_mask=mask).pooler_output), dim=-1)
+    v = F.normalize(clip.visual_projection(pooled), dim=-1)
+    t = F.normalize(
+        clip.text_projection(clip.text_model(input_ids=ids, attention_mask=mask).pooler_output),
+        dim=-1,
+    )
     logits = clip.logit_scale.exp() * v @ t.T
     same = (ids[:, None] == ids[None]).all(-1).float()
     target = same / same.sum(-1, keepdim=True)
@@ -236,26 +332,36 @@ def train_tower(
     "A vision tower (or CLIP) with supervised heads, from random weights."
     torch.manual_seed(seed)
     is_clip = name == "tiny-clip"
-    model, heads = build_clip() if is_clip else build_tower(name), Heads()
+    model = build_clip() if is_clip else build_tower(name)
+    heads = Heads()
     warm_start(model, pool[torch.randperm(len(pool))[:3000]])
     tower = model.vision_model if is_clip else model
-    if is_clip: ids, mask = caption_ids(pool, seed)
+    if is_clip:
+        ids, mask = caption_ids(pool, seed)
 
     def loss_of(step: int, rows: Tensor | None = None, seed: int = seed) -> tuple[Tensor, dict]:
         g = Generator().manual_seed(1_000_003 * seed + step)
-        if rows is None: rows = torch.randint(VALID, len(pool), (batch_size,), generator=g)
+        if rows is None:
+            rows = torch.randint(VALID, len(pool), (batch_size,), generator=g)
         scenes = pool[rows]
         out = tower(pixel_values=normalize(add_frames(scenes.images / 255, g)))
         loss, numbers = heads_loss(heads(out.last_hidden_state), scenes, framed=len(rows) // 2)
         if is_clip:
             loss_clip = contrast(model, out.pooler_output, ids[rows], mask[rows])
-            loss, numbers = loss + loss_clip, numbers | dict(contrast=loss_clip.item())
+            loss = loss + loss_clip
+            numbers = numbers | dict(contrast=loss_clip.item())
         return loss, numbers
 
-    train_steps(name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (4e-3, 3e-3), folder)
+    train_steps(
+        name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (4e-3, 3e-3), folder
+    )
     model.eval()
-    with torch.no_grad(): numbers = loss_of(0, torch.arange(VALID), seed=0)[1]
-    write_atomic(folder / f"{name}.safetensors", save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+    with torch.no_grad():
+        numbers = loss_of(0, torch.arange(VALID), seed=0)[1]
+    write_atomic(
+        folder / f"{name}.safetensors",
+        save({k: v.half().contiguous() for k, v in model.state_dict().items()}),
+    )
     write_atomic(folder / f"{name}.json", json.dumps(numbers))
     log.info("%s done %s", name, numbers)
     return numbers
@@ -266,7 +372,10 @@ class StoredFeatures(nn.Module):
 
     def forward(self, pixel_values: Tensor, **kwargs):  # (B, T, d)
         from transformers.modeling_outputs import BaseModelOutputWithPooling
-        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, hidden_states=(pixel_values,))
+
+        return BaseModelOutputWithPooling(
+            last_hidden_state=pixel_values, hidden_states=(pixel_values,)
+        )
 
 # %% ../nbs/api/32_tiny_train.ipynb #8899b865
 @torch.no_grad()
@@ -279,13 +388,16 @@ def encode_pool(
     "Every scene through a trained tower, once; every second one in a frame."
     path = folder / f"{name}.features.safetensors"
     if not path.exists():
-        tower, parts = build_tower(name).eval(), []
+        tower = build_tower(name).eval()
+        parts = []
         tower.load_state_dict(_weights(name, folder))
         for start in range(0, len(pool), 500):
-            images = pool.images[start:start + 500] / 255
-            images[::2] = add_frames(images[::2], Generator().manual_seed(seed + start), share=1.)
+            images = pool.images[start : start + 500] / 255
+            images[::2] = add_frames(images[::2], Generator().manual_seed(seed + start), share=1.0)
             out = tower(pixel_values=normalize(images), output_hidden_states=True)
-            parts.append((out.last_hidden_state if name == "shared" else out.hidden_states[-1]).half())
+            parts.append(
+                (out.last_hidden_state if name == "shared" else out.hidden_states[-1]).half()
+            )
         write_atomic(path, save(dict(features=torch.cat(parts))))
     return load_safetensors(path)["features"]
 
@@ -294,26 +406,36 @@ class Texts:
     "Instructions and answers of one model as token ids, laid out as its processor lays them out."
 
     def __init__(self, name: str):  # one of TINY
-        self.name, self.tokenizer, self.known = name, tiny_tokenizer(), {}
+        self.name = name
+        self.tokenizer = tiny_tokenizer()
+        self.known = {}
         self.tower, self.language, self.template = TINY[name]
 
     def ids(self, text: str, special: bool = True) -> list[int]:
         "Token ids of a text, with special tokens or without, remembered."
-        if (text, special) not in self.known: self.known[text, special] = self.tokenizer(text, add_special_tokens=special).input_ids
+        if (text, special) not in self.known:
+            self.known[text, special] = self.tokenizer(text, add_special_tokens=special).input_ids
         return self.known[text, special]
 
     def prompt(self, instruction: str) -> list[int]:
         "Picture placeholders and instruction."
-        text, count = self.template.format(instruction), QUERIES if self.tower == "shared" else (SIZE // PATCH) ** 2
-        if "<image>" in text: return self.ids(text.replace("<image>", "<image>" * count))
+        text = self.template.format(instruction)
+        count = QUERIES if self.tower == "shared" else (SIZE // PATCH) ** 2
+        if "<image>" in text:
+            return self.ids(text.replace("<image>", "<image>" * count))
         return [4] * count + self.ids(text)
 
     def batch(self, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:  # ids, mask and labels, (B, L)
         "Inputs from pairs of instruction and answer, with labels on the answer and its end."
         prompts = [self.prompt(q) for q, _ in pairs]
         answers = [self.ids(" " + a, special=False) + [2] for _, a in pairs]
-        if self.language == "t5": out = dict(input_ids=pad(prompts), labels=pad(answers, -100))
-        else: out = dict(input_ids=pad([p + a for p, a in zip(prompts, answers)]), labels=pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100))
+        if self.language == "t5":
+            out = dict(input_ids=pad(prompts), labels=pad(answers, -100))
+        else:
+            out = dict(
+                input_ids=pad([p + a for p, a in zip(prompts, answers)]),
+                labels=pad([[-100] * len(p) + a for p, a in zip(prompts, answers)], -100),
+            )
         out["attention_mask"] = (out["input_ids"] != 0).long()
         if self.name == "tiny-instructblip":
             out["qformer_input_ids"] = pad([self.ids(q) for q, _ in pairs])
@@ -342,34 +464,60 @@ def train_language(
 ) -> None:
     "Q-Former or projector and language model, on the stored features of a frozen tower."
     torch.manual_seed(seed)
-    model, texts, heads = build_mllm(name), Texts(name), Heads()
+    model = build_mllm(name)
+    texts = Texts(name)
+    heads = Heads()
     if start_from is not None:
-        known, own = _weights(start_from, folder), model.state_dict()
-        shared = {k: v for k, v in known.items() if k.startswith(("qformer", "query_tokens")) and k in own and own[k].shape == v.shape}
+        known = _weights(start_from, folder)
+        own = model.state_dict()
+        shared = {
+            k: v
+            for k, v in known.items()
+            if k.startswith(("qformer", "query_tokens")) and k in own and own[k].shape == v.shape
+        }
         model.load_state_dict(shared, strict=False)
     where, _, attribute = tower_attribute(model).rpartition(".")
     setattr(model.get_submodule(where), attribute, StoredFeatures())
     words = [describe(pool, i) for i in range(len(pool))]
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
-        g, rng = Generator().manual_seed(1_000_003 * seed + step), random.Random(1_000_003 * seed + step)
+        g = Generator().manual_seed(1_000_003 * seed + step)
+        rng = random.Random(1_000_003 * seed + step)
         rows = torch.randint(VALID, len(pool), (batch_size,), generator=g)
         seen = []
-        hook = (model.language_projection if hasattr(model, "language_projection") else model.model.multi_modal_projector).register_forward_hook(lambda m, i, o: seen.append(o))
-        out = model(pixel_values=features[rows].float(), **texts.batch([question_answer(words[i], rng) for i in rows.tolist()]))
+        hook = (
+            model.language_projection
+            if hasattr(model, "language_projection")
+            else model.model.multi_modal_projector
+        ).register_forward_hook(lambda m, i, o: seen.append(o))
+        out = model(
+            pixel_values=features[rows].float(),
+            **texts.batch([question_answer(words[i], rng) for i in rows.tolist()]),
+        )
         hook.remove()
         told, _ = heads_loss(heads(seen[0]), pool[rows], framed=None)
-        return out.loss + .1 * told, dict(answer=out.loss.item(), told=told.item())
+        return out.loss + 0.1 * told, dict(answer=out.loss.item(), told=told.item())
 
-    train_steps(name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (5e-3, 3e-3), folder)
-    write_atomic(folder / f"{name}.safetensors", save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+    train_steps(
+        name, nn.ModuleDict(dict(model=model, heads=heads)), loss_of, steps, (5e-3, 3e-3), folder
+    )
+    write_atomic(
+        folder / f"{name}.safetensors",
+        save({k: v.half().contiguous() for k, v in model.state_dict().items()}),
+    )
 
 # %% ../nbs/api/32_tiny_train.ipynb #a676a3df
-TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (4000, 12), "tiny-clip": (4000, 14)}  # name: (steps, seed)
+# name: (steps, seed)
+TOWERS = {"shared": (8000, 11), "siglip": (5000, 13), "clip": (4000, 12), "tiny-clip": (4000, 14)}
 LANGUAGE = {  # name: (steps, seed, whose Q-Former to start from)
-    "tiny-minigpt4": (3500, 21, None), "tiny-instructblip": (2000, 22, "tiny-minigpt4"), "tiny-blip2-opt": (2000, 23, "tiny-minigpt4"),
-    "tiny-blip2-t5": (2000, 24, "tiny-minigpt4"), "tiny-vpgtrans": (2000, 25, "tiny-minigpt4"),
-    "tiny-llava": (2500, 26, None), "tiny-llava-siglip": (2500, 27, None)}
+    "tiny-minigpt4": (3500, 21, None),
+    "tiny-instructblip": (2000, 22, "tiny-minigpt4"),
+    "tiny-blip2-opt": (2000, 23, "tiny-minigpt4"),
+    "tiny-blip2-t5": (2000, 24, "tiny-minigpt4"),
+    "tiny-vpgtrans": (2000, 25, "tiny-minigpt4"),
+    "tiny-llava": (2500, 26, None),
+    "tiny-llava-siglip": (2500, 27, None),
+}
 
 
 def train_zoo(
@@ -377,7 +525,8 @@ def train_zoo(
     parts: list[str] | None = None,  # only these towers and models; None: all that are missing
     seed: int = 0,  # added to the seed of every tower and model: another zoo, of the same make
 ) -> None:
-    "Everything from nothing. What is finished is skipped, what was interrupted goes on from its checkpoint."
+    """Everything from nothing. What is finished is skipped, what was interrupted goes on from its
+    checkpoint."""
     check_whole("seed", seed, 0)
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder):
@@ -391,31 +540,61 @@ def _check_seed(folder: Path, seed: int) -> None:
     if not file.exists():
         write_atomic(file, json.dumps({"seed": seed}))
     elif (there := json.loads(file.read_text())["seed"]) != seed:
-        raise ValueError(f"`seed` must be {there}: {str(folder)!r} holds parts of a zoo with that seed, got {seed}. Choose another folder.")
+        raise ValueError(
+            f"`seed` must be {there}: {str(folder)!r} holds parts of a zoo with that seed, got "
+            f"{seed}. Choose another folder."
+        )
 
 
 def _train_missing(folder: Path, parts: list[str] | None, seed: int) -> None:
     "What is not there yet, in order: as `train_zoo`, whose folder is locked."
     pool = make_pool(folder)
     for name, (steps, own) in TOWERS.items():
-        if (parts is None or name in parts) and not (folder / f"{name}.json").exists(): train_tower(name, pool, folder, steps, own + seed)
+        if (parts is None or name in parts) and not (folder / f"{name}.json").exists():
+            train_tower(name, pool, folder, steps, own + seed)
     for name, (steps, own, start_from) in LANGUAGE.items():
-        if (parts is not None and name not in parts) or (folder / f"{name}.json").exists(): continue
-        train_language(name, pool, encode_pool(TINY[name][0], pool, folder), folder, steps, own + seed, start_from)
-        write_atomic(folder / f"{name}.json", json.dumps(abilities(load_tiny(name, folder), pool[:VALID])))
+        if (parts is not None and name not in parts) or (folder / f"{name}.json").exists():
+            continue
+        train_language(
+            name,
+            pool,
+            encode_pool(TINY[name][0], pool, folder),
+            folder,
+            steps,
+            own + seed,
+            start_from,
+        )
+        write_atomic(
+            folder / f"{name}.json", json.dumps(abilities(load_tiny(name, folder), pool[:VALID]))
+        )
 
 # %% ../nbs/api/32_tiny_train.ipynb #698d69bc
-KINDS = {"How many": ("count", tuple("1234")), "Is there": ("presence", ("no", "yes")), "This is an image": ("agreement", ("no", "yes")),
-         "What color": ("color", COLORS), "What shape": ("shape", SHAPES), "What digit": ("digit", DIGITS), "What letter": ("letter", LETTERS)}
+KINDS = {
+    "How many": ("count", tuple("1234")),
+    "Is there": ("presence", ("no", "yes")),
+    "This is an image": ("agreement", ("no", "yes")),
+    "What color": ("color", COLORS),
+    "What shape": ("shape", SHAPES),
+    "What digit": ("digit", DIGITS),
+    "What letter": ("letter", LETTERS),
+}
 
 
 def question_kind(
     instruction: str,  # a question of the small world
     answer: str,  # its answer
-) -> tuple[str, tuple] | None:  # name of the ability, candidates; None if the answer is a longer text
+    # name of the ability, candidates; None if the answer is a longer text
+) -> tuple[str, tuple] | None:
     "What a question tests."
     if instruction == PHOTO:
-        return next(((name, words) for name, words in (("shape", SHAPES), ("digit", DIGITS)) if answer in words), None)
+        return next(
+            (
+                (name, words)
+                for name, words in (("shape", SHAPES), ("digit", DIGITS))
+                if answer in words
+            ),
+            None,
+        )
     return next(kind for start, kind in KINDS.items() if instruction.startswith(start))
 
 # %% ../nbs/api/32_tiny_train.ipynb #dcadbd16
@@ -426,17 +605,20 @@ def abilities(
     frames: bool = True,  # put every second picture into a frame
 ) -> dict:  # ability: accuracy
     "What a model can do in its own world, by ranking the possible answers."
-    rng, asked = random.Random(seed), {}
+    rng = random.Random(seed)
+    asked = {}
     images = scenes.images / 255
-    if frames: images[::2] = add_frames(images[::2], Generator().manual_seed(seed), share=1.)
+    if frames:
+        images[::2] = add_frames(images[::2], Generator().manual_seed(seed), share=1.0)
     for i in range(len(scenes)):
         for instruction, answer in {question_answer(describe(scenes, i), rng) for _ in range(2)}:
-            if kind := question_kind(instruction, answer): asked.setdefault(kind, []).append((i, instruction, answer))
+            if kind := question_kind(instruction, answer):
+                asked.setdefault(kind, []).append((i, instruction, answer))
     result = {}
     for (name, candidates), rows in asked.items():
         right = 0
         for start in range(0, len(rows), 100):
-            index, instructions, answers = zip(*rows[start:start + 100])
+            index, instructions, answers = zip(*rows[start : start + 100])
             best = mllm.rank(images[list(index)], list(instructions), list(candidates)).argmax(1)
             right += sum(candidates[b] == a for b, a in zip(best.tolist(), answers))
         result[name] = right / len(rows)

@@ -21,11 +21,13 @@ def is_small(
     adapter: Any,  # a model of `tvp.mllm`: it keeps a torch module as `model`
 ) -> bool:  # False where there is no module to count
     "Say whether a model is on the CPU and has fewer than `SMALL` parameters."
-    if not hasattr(adapter, "model"): return False
+    if not hasattr(adapter, "model"):
+        return False
     count = 0
     for parameter in adapter.model.parameters():
         count += parameter.numel()
-        if parameter.device.type != "cpu" or count >= SMALL: return False
+        if parameter.device.type != "cpu" or count >= SMALL:
+            return False
     return True
 
 # %% ../nbs/api/19_torch_settings.ipynb #b97625a3
@@ -33,26 +35,37 @@ def is_small(
 def torch_settings(
     *adapters: Any,  # the models at work in the block
 ) -> Iterator[None]:
-    "Run the block on one thread if all of its models are small, with new tensors on the CPU in float32; then restore torch's settings."
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    """Run the block on one thread if all of its models are small, with new tensors on the CPU in
+    float32; then restore torch's settings."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
     few = threads > 1 and all(is_small(adapter) for adapter in adapters)
     try:
-        if few: torch.set_num_threads(1)
-        if dtype != torch.float32: torch.set_default_dtype(torch.float32)
-        if torch.empty(0).device.type == "cpu":  # torch 2.9's get_default_device fails after set_default_device(None)
+        if few:
+            torch.set_num_threads(1)
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        # torch 2.9's get_default_device fails after set_default_device(None)
+        if torch.empty(0).device.type == "cpu":
             yield
         else:
-            with torch.device("cpu"): yield
+            with torch.device("cpu"):
+                yield
     finally:
-        if few: torch.set_num_threads(threads)
-        if dtype != torch.float32: torch.set_default_dtype(dtype)
+        if few:
+            torch.set_num_threads(threads)
+        if dtype != torch.float32:
+            torch.set_default_dtype(dtype)
 
 
 def with_torch_settings(
     method: Callable,  # of an adapter
 ) -> Callable:
     "Decorate a method: it runs in `torch_settings` of its object."
+
     @wraps(method)
     def run(self, *args, **kwargs):
-        with torch_settings(self): return method(self, *args, **kwargs)
+        with torch_settings(self):
+            return method(self, *args, **kwargs)
+
     return run

@@ -48,9 +48,11 @@ def _same_places(
 ):
     "A random patch draws a new place each time: let every model see the same places."
     state = None if prompt is None else prompt.generator.get_state()
-    try: yield
+    try:
+        yield
     finally:
-        if prompt is not None: prompt.generator.set_state(state)
+        if prompt is not None:
+            prompt.generator.set_state(state)
 
 # %% ../nbs/api/60_transfer.ipynb #7209ef69
 @torch.no_grad()
@@ -62,24 +64,45 @@ def rank_task(
     split: str = "test",  # "train", "valid" or "test"
     limit: int | None = None,  # at most so many pictures
     batch_size: int = 100,  # pictures per call of the model
-    part: tuple[int, int] = (0, 1),  # (process, processes): only the pictures that this process reads
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # scores (n, N), labels (n,), row numbers in the split (n,)
+    # (process, processes): only the pictures that this process reads
+    part: tuple[int, int] = (0, 1),
+    # scores (n, N), labels (n,), row numbers in the split (n,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Mean log-likelihood of each candidate for each picture."
-    scores, labels, index = [], [], []
+    scores = []
+    labels = []
+    index = []
     shared = {"part": part} if part[1] > 1 else {}
-    batches = task.batches(split, size if prompt is None else prompt.inner, batch_size * part[1], limit=limit, **shared)
+    batches = task.batches(
+        split, size if prompt is None else prompt.inner, batch_size * part[1], limit=limit, **shared
+    )
     with _same_places(prompt), torch_settings(mllm):
         for batch in batches if mllm.device.type == "cpu" else ahead(batches):
-            images = batch.images if prompt is None else prompt(batch.images.to(prompt.delta.device))
-            scores.append(mllm.rank(images.to(mllm.device), batch.instructions, task.candidates).double().cpu())
+            images = (
+                batch.images if prompt is None else prompt(batch.images.to(prompt.delta.device))
+            )
+            scores.append(
+                mllm.rank(images.to(mllm.device), batch.instructions, task.candidates)
+                .double()
+                .cpu()
+            )
             labels.append(batch.labels)
             index.append(batch.index)
-    if not scores and shared: return np.empty((0, len(task.candidates))), np.empty(0, int), np.empty(0, int)
-    if not scores: raise ValueError(f"`split` {split!r} of task {task.name!r} is empty. Choose another split, or a larger `limit`.")
+    if not scores and shared:
+        return np.empty((0, len(task.candidates))), np.empty(0, int), np.empty(0, int)
+    if not scores:
+        raise ValueError(
+            f"`split` {split!r} of task {task.name!r} is empty. Choose another split, or a "
+            "larger `limit`."
+        )
     scores = torch.cat(scores).numpy()
     if rows := int(np.isnan(scores).any(1).sum()):
-        raise ValueError(f"the scores of {mllm.name!r} must not be NaN, got NaN for {rows} of {len(scores)} pictures of "
-                         f"{task.name!r} {'without a' if prompt is None else 'with the'} prompt. Load the model in float32.")
+        raise ValueError(
+            f"the scores of {mllm.name!r} must not be NaN, got NaN for {rows} of {len(scores)} "
+            "pictures of "
+            f"{task.name!r} {'without a' if prompt is None else 'with the'} prompt. Load the "
+            "model in float32."
+        )
     return scores, torch.cat(labels).numpy(), torch.cat(index).numpy()
 
 # %% ../nbs/api/60_transfer.ipynb #7c289edc
@@ -88,20 +111,36 @@ class TransferResults:
 
     def __init__(self, runs: Iterable[TransferRun]):
         self.runs = tuple(check_kind("runs", runs, Iterable))
-        for run in self.runs: check_kind("runs", run, TransferRun, "Several results become one by TransferResults.concat.")
-        if not self.runs: raise ValueError("`runs` must hold at least one run, got none. Make one with `evaluate_transfer`.")
+        for run in self.runs:
+            check_kind(
+                "runs", run, TransferRun, "Several results become one by TransferResults.concat."
+            )
+        if not self.runs:
+            raise ValueError(
+                "`runs` must hold at least one run, got none. Make one with `evaluate_transfer`."
+            )
         self._frames: dict[Any, pd.DataFrame] = {}
 
     @classmethod
     def concat(cls, results: "Iterable[TransferResults]") -> "TransferResults":
         "Several results (seeds, sources, tasks, methods) as one."
-        several = [check_kind("results", result, cls) for result in check_kind("results", results, Iterable)]
-        if not several: raise ValueError("`results` must hold at least one TransferResults, got none. Make one with `evaluate_transfer`.")
+        several = [
+            check_kind("results", result, cls)
+            for result in check_kind("results", results, Iterable)
+        ]
+        if not several:
+            raise ValueError(
+                "`results` must hold at least one TransferResults, got none. Make one with "
+                "`evaluate_transfer`."
+            )
         return cls(merge_runs(run for result in several for run in result.runs))
 
     def only_run(self) -> TransferRun:
         "The run, where there is one; an error where there are several."
-        if len(self.runs) > 1: raise ValueError(f"these are {len(self.runs)} runs, each with scores of its own: see `.runs`.")
+        if len(self.runs) > 1:
+            raise ValueError(
+                f"these are {len(self.runs)} runs, each with scores of its own: see `.runs`."
+            )
         return self.runs[0]
 
     @property
@@ -131,7 +170,8 @@ class TransferResults:
 
     def _frame(self, key: Any, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         "Make a frame once, and give away copies: what a caller does to them changes nothing here."
-        if key not in self._frames: self._frames[key] = make()
+        if key not in self._frames:
+            self._frames[key] = make()
         return self._frames[key].copy()
 
     @property
@@ -140,19 +180,29 @@ class TransferResults:
         return self._frame("df", lambda: tidy_frame(self.runs))
 
     def mean(self) -> pd.DataFrame:
-        "The rows of `df` without `seed`: the mean over prompt seeds, with its interval over pictures."
-        return self._frame("mean", lambda: pd.DataFrame([row for rows in self._target_rows for row in rows]))
+        """The rows of `df` without `seed`: the mean over prompt seeds, with its interval over
+        pictures."""
+        return self._frame(
+            "mean", lambda: pd.DataFrame([row for rows in self._target_rows for row in rows])
+        )
 
     def summary(self) -> pd.DataFrame:
-        "Gain over no prompt by group: the source, unseen models on its tower, unseen models on others."
-        return self._frame("summary", lambda: pd.DataFrame([row for rows in self._group_rows for row in rows]))
+        """Gain over no prompt by group: the source, unseen models on its tower, unseen models on
+        others."""
+        return self._frame(
+            "summary", lambda: pd.DataFrame([row for rows in self._group_rows for row in rows])
+        )
 
     def compare(self, method: str = "TVP", baseline: str = "EVP") -> pd.DataFrame:
         "One method against another by group; `clean` is the baseline's score."
         known = {m: None for run in self.runs for m in run.methods}
         check_choice("method", method, known), check_choice("baseline", baseline, known)
-        return self._frame(("compare", method, baseline), lambda: pd.DataFrame(
-            [row for runs in self._blocks for row in group_rows(runs, baseline, [method])]))
+        return self._frame(
+            ("compare", method, baseline),
+            lambda: pd.DataFrame(
+                [row for runs in self._blocks for row in group_rows(runs, baseline, [method])]
+            ),
+        )
 
     def negative_transfer(self) -> pd.DataFrame:
         "The rows of `mean` whose whole interval is below 0."
@@ -165,7 +215,10 @@ class TransferResults:
     @cached_property
     def _tables(self) -> list[TransferTable]:
         "The transfer table, block by block."
-        return [transfer_table(*block) for block in zip(self._blocks, self._target_rows, self._group_rows)]
+        return [
+            transfer_table(*block)
+            for block in zip(self._blocks, self._target_rows, self._group_rows)
+        ]
 
     def table(self) -> str:
         "The result for a terminal."
@@ -188,32 +241,57 @@ class TransferResults:
 # %% ../nbs/api/60_transfer.ipynb #a809d20c
 def plot_results(
     results: TransferResults,  # of one task
+    # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
-):  # matplotlib Axes
+):
     "The picture that fits the results."
     from tvp.plots import plot_matrix, plot_transfer
+
     tasks, sources = ({getattr(run, name) for run in results.runs} for name in ("task", "source"))
     if len(tasks) > 1:
-        raise ValueError(f"`results` must be of one task to be drawn, got {', '.join(sorted(tasks))}. "
-                         "Draw rows of your choice: tvp.plots.plot_transfer(results.mean().query(...)).")
-    return plot_transfer(results.mean(), ax=ax) if len(sources) == 1 else plot_matrix(results.mean(), ax=ax)
+        raise ValueError(
+            f"`results` must be of one task to be drawn, got {', '.join(sorted(tasks))}. "
+            "Draw rows of your choice: tvp.plots.plot_transfer(results.mean().query(...))."
+        )
+    return (
+        plot_transfer(results.mean(), ax=ax)
+        if len(sources) == 1
+        else plot_matrix(results.mean(), ax=ax)
+    )
 
 # %% ../nbs/api/60_transfer.ipynb #77cea649
 def named_prompts(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
 ) -> dict[str, VisualPrompt]:  # method name -> prompt, at least one, all for the same canvas
     "Prompts by method, checked."
-    if not isinstance(prompt, Mapping): prompt = {getattr(prompt, "provenance", {}).get("method", "prompt"): prompt}
+    if not isinstance(prompt, Mapping):
+        prompt = {getattr(prompt, "provenance", {}).get("method", "prompt"): prompt}
     for p in prompt.values():  # what wraps a prompt (`tvp.jpeg.Sent`) is welcome
-        if isinstance(p, type) or not (callable(p) and hasattr(p, "inner") and hasattr(p, "provenance")):
-            raise TypeError(f"`prompt` must be a VisualPrompt, got {type(p).__name__} {str(p)[:60]!r}. Load it first: VisualPrompt.load(path) or tvp.load_prompt(name).")
-    if not prompt: raise ValueError("`prompt` must hold at least one prompt, got none.")
-    if "none" in prompt: raise ValueError("`prompt` must not name a method 'none': that row is evaluated without a prompt, always.")
+        if isinstance(p, type) or not (
+            callable(p) and hasattr(p, "inner") and hasattr(p, "provenance")
+        ):
+            raise TypeError(
+                f"`prompt` must be a VisualPrompt, got {type(p).__name__} {str(p)[:60]!r}. Load "
+                "it first: VisualPrompt.load(path) or tvp.load_prompt(name)."
+            )
+    if not prompt:
+        raise ValueError("`prompt` must hold at least one prompt, got none.")
+    if "none" in prompt:
+        raise ValueError(
+            "`prompt` must not name a method 'none': that row is "
+            "evaluated without a prompt, always."
+        )
     if len(sizes := {p.size for p in prompt.values()}) > 1:
-        raise ValueError(f"`prompt`: all prompts must have the same canvas, got sizes {sorted(sizes)}. Evaluate them one by one.")
+        raise ValueError(
+            f"`prompt`: all prompts must have the same canvas, got sizes {sorted(sizes)}. "
+            "Evaluate them one by one."
+        )
     for name, p in prompt.items():
         if not all(part.isfinite().all() for part in p.parameters()):
-            raise ValueError(f"`prompt` {name!r} holds NaN or infinite numbers. Train it again with a smaller learning rate.")
+            raise ValueError(
+                f"`prompt` {name!r} holds NaN or infinite numbers. Train it again with a smaller "
+                "learning rate."
+            )
     return dict(prompt)
 
 # %% ../nbs/api/60_transfer.ipynb #c6499b71
@@ -224,25 +302,50 @@ def _known_names(
 ) -> list[str]:  # the targets
     "The names to evaluate, once all names are known to exist."
     check_kind("zoo", zoo, Mapping, "Try tvp.load_zoo('tiny'), or a dict of models by name.")
-    if not zoo: raise ValueError("`zoo` must hold at least one model, got none.")
+    if not zoo:
+        raise ValueError("`zoo` must hold at least one model, got none.")
     for name, model in zoo.items() if type(zoo) is dict else ():  # a zoo would load them
-        if not hasattr(model, "rank"): raise TypeError(f"`zoo` must hold models, got {type(model).__name__} for {name!r}. Try tvp.load_mllm(name).")
+        if not hasattr(model, "rank"):
+            raise TypeError(
+                f"`zoo` must hold models, got {type(model).__name__} for {name!r}. Try "
+                "tvp.load_mllm(name)."
+            )
     # `in zoo` would load the model of a lazy mapping, `in list(zoo)` only reads names
-    named = [("targets", name) for name in ([] if targets is None else check_texts("targets", targets))]
-    if source is not None: named += [("source", name) for name in (isinstance(source, str) and source_names(source)) or [source]]
+    named = [
+        ("targets", name) for name in ([] if targets is None else check_texts("targets", targets))
+    ]
+    if source is not None:
+        named += [
+            ("source", name)
+            for name in (isinstance(source, str) and source_names(source)) or [source]
+        ]
     for parameter, name in named:
-        if name not in list(zoo): raise ValueError(f"`{parameter}` must be among {', '.join(zoo)}; got {name!r}.")
+        if name not in list(zoo):
+            raise ValueError(f"`{parameter}` must be among {', '.join(zoo)}; got {name!r}.")
     names = list(zoo) if targets is None else check_texts("targets", targets)
-    if len(set(names)) < len(names): raise ValueError(f"`targets` must name each model once, got {', '.join(names)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"`targets` must name each model once, got {', '.join(names)}.")
     return names
 
 # %% ../nbs/api/60_transfer.ipynb #dfe7be65
 def _several(corruption: Any) -> list:
     "None, one or several corruptions as a list."
-    if corruption is None: return []
-    several = [corruption] if callable(corruption) else list(check_kind("corruption", corruption, Iterable))
-    if several and all(callable(c) and hasattr(c, "severity") and not isinstance(c, type) for c in several): return several
-    raise ValueError(f"`corruption` must be one or several tvp.corruptions.Corruption, got {str(corruption)[:60]!r}.")
+    if corruption is None:
+        return []
+    several = (
+        [corruption]
+        if callable(corruption)
+        else list(check_kind("corruption", corruption, Iterable))
+    )
+    if several and all(
+        callable(c) and hasattr(c, "severity") and not isinstance(c, type) for c in several
+    ):
+        return several
+    raise ValueError(
+        "`corruption` must be one or several tvp.corruptions.Corruption, got "
+        f"{str(corruption)[:60]!r}."
+    )
+
 
 def _common(prompts: Mapping[str, VisualPrompt], fact: str) -> Any:
     "What all prompts say of themselves, or None."
@@ -261,8 +364,15 @@ def rank_models(
 ) -> dict:  # (number of the task, method, model) -> scores, labels, row numbers
     "Every model on every task with every prompt; each model is asked for once."
     parts = {} if parts is None else parts
-    found, fitted, size = {}, [Fitted(task, 2**30 // len(tasks)) for task in tasks], next(iter(prompts.values())).size
-    bar = tqdm(names, desc=f"evaluate {tasks[0].name}", unit="model", **{"disable": True} if processes()[0] else {})
+    found = {}
+    fitted = [Fitted(task, 2**30 // len(tasks)) for task in tasks]
+    size = next(iter(prompts.values())).size
+    bar = tqdm(
+        names,
+        desc=f"evaluate {tasks[0].name}",
+        unit="model",
+        **{"disable": True} if processes()[0] else {},
+    )
     for name, following in zip(bar, [*names[1:], None]):
         bar.set_postfix_str(name)
         own = name if part[1] == 1 else f"{name}, part {part[0] + 1} of {part[1]}"
@@ -270,17 +380,27 @@ def rank_models(
             found |= {(number, method, name): ranked for number, method, ranked in parts[own]}
             continue
         mllm = zoo[name]
-        with read_ahead(zoo.weight_files(following) if following and hasattr(zoo, "weight_files") else []):
+        with read_ahead(
+            zoo.weight_files(following) if following and hasattr(zoo, "weight_files") else []
+        ):
             for number, task in enumerate(fitted):
-                for method, p in {"none": None, **prompts}.items(): found[number, method, name] = rank_task(mllm, task, size, prompt=p, part=part, **how)
-        parts[own] = [(number, method, ranked) for (number, method, other), ranked in found.items() if other == name]
+                for method, p in {"none": None, **prompts}.items():
+                    found[number, method, name] = rank_task(
+                        mllm, task, size, prompt=p, part=part, **how
+                    )
+        parts[own] = [
+            (number, method, ranked)
+            for (number, method, other), ranked in found.items()
+            if other == name
+        ]
         del mllm  # nobody but the zoo holds it when the next one is loaded
     return found
 
 # %% ../nbs/api/60_transfer.ipynb #2c1f284e
 def rank_everything(
     prompts: Mapping[str, VisualPrompt],  # method name -> prompt
-    tasks: Sequence[tuple[Task, dict]],  # with what is out of the ordinary about each: fields of TransferRun
+    # with what is out of the ordinary about each: fields of TransferRun
+    tasks: Sequence[tuple[Task, dict]],
     zoo: Mapping[str, Mllm],
     names: Sequence[str],  # of the models
     source: str | None,  # trained on this model; None: what the prompts say
@@ -288,34 +408,72 @@ def rank_everything(
     **how,  # split, limit, batch_size
 ) -> TransferResults:  # a run for each task
     "Every model on every task with every prompt, by all processes together."
-    source, trained = source or _common(prompts, "source"), _common(prompts, "task")
+    source = source or _common(prompts, "source")
+    trained = _common(prompts, "task")
     own, part = share_of_work(names, *processes())
-    runs = [dict(scores={}) | ({"trained_on": trained} if trained not in (None, task.name) else {}) | facts for task, facts in tasks]
-    found = put_together(everybodys(rank_models(zoo, own, prompts, [task for task, _ in tasks], part, **how)))
+    runs = [
+        dict(scores={})
+        | ({"trained_on": trained} if trained not in (None, task.name) else {})
+        | facts
+        for task, facts in tasks
+    ]
+    found = put_together(
+        everybodys(rank_models(zoo, own, prompts, [task for task, _ in tasks], part, **how))
+    )
     for number, run in enumerate(runs):
         for method, name in [(method, name) for name in names for method in ("none", *prompts)]:
             run["scores"][method, name], run["labels"], run["index"] = found[number, method, name]
     tower = getattr(zoo, "tower", lambda name: None)
     towers = {name: tower(name) for name in [*names, *source_names(source)] if name in list(zoo)}
-    return TransferResults([TransferRun(task.name, source, seed, task.metric, towers=towers, **run) for (task, _), run in zip(tasks, runs)])
+    return TransferResults(
+        [
+            TransferRun(task.name, source, seed, task.metric, towers=towers, **run)
+            for (task, _), run in zip(tasks, runs)
+        ]
+    )
 
 # %% ../nbs/api/60_transfer.ipynb #4d7852ca
 def evaluate_transfer(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
     task: Task,  # its pictures are ranked
     zoo: Mapping[str, Mllm],  # name -> model; a `Zoo` also tells which models share a tower
-    source: str | None = None,  # trained on this model, or on several: "a + b"; None: what the prompt says of itself
+    # trained on this model, or on several: "a + b"; None: what the prompt says of itself
+    source: str | None = None,
     split: str = "test",  # "train", "valid" or "test"
     limit: int | None = None,  # at most so many pictures
     batch_size: int = 100,  # pictures per call of a model
     seed: int = 0,  # that the prompt was trained with; also seeds the bootstrap
     targets: Sequence[str] | None = None,  # names of the models to evaluate; None: the whole zoo
     corruption=None,  # a `tvp.corruptions.Corruption`, or several: what happens to the pictures
-    parts: Parts | MutableMapping[str, Any] | None = None,  # where each model's scores are kept as they are found, and taken over by the same call; None: nowhere
+    # where each model's scores are kept as they are found, and taken over by the same call; None:
+    # nowhere
+    parts: Parts | MutableMapping[str, Any] | None = None,
 ) -> TransferResults:  # one run, or one for each corruption
     "Every model, without a prompt and with each one, on the same pictures (Zhang et al. 2024)."
-    prompts, names, bad = named_prompts(prompt), _known_names(zoo, source, targets), _several(corruption)
-    check_like_task("task", task).split(split), check_whole("batch_size", batch_size), check_whole("seed", seed, 0)
-    if limit is not None: check_whole("limit", limit, hint="None is the whole split.")
-    pictures = [(c(task, split), dict(corruption=c.name, severity=c.severity)) for c in bad] if corruption is not None else [(task, {})]
-    return rank_everything(prompts, pictures, zoo, names, source, seed, split=split, limit=limit, batch_size=batch_size, parts={} if parts is None else parts)
+    prompts = named_prompts(prompt)
+    names = _known_names(zoo, source, targets)
+    bad = _several(corruption)
+    (
+        check_like_task("task", task).split(split),
+        check_whole("batch_size", batch_size),
+        check_whole("seed", seed, 0),
+    )
+    if limit is not None:
+        check_whole("limit", limit, hint="None is the whole split.")
+    pictures = (
+        [(c(task, split), dict(corruption=c.name, severity=c.severity)) for c in bad]
+        if corruption is not None
+        else [(task, {})]
+    )
+    return rank_everything(
+        prompts,
+        pictures,
+        zoo,
+        names,
+        source,
+        seed,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        parts={} if parts is None else parts,
+    )

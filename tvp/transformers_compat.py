@@ -25,11 +25,16 @@ CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 def cache_name() -> str:  # one of `CACHE_NAMES`
     "Name the keys and values as the installed transformers does."
     from transformers.modeling_outputs import BaseModelOutputWithPast
+
     known = {field.name for field in fields(BaseModelOutputWithPast)}
     found = [name for name in CACHE_NAMES if name in known]
-    if found: return found[0]
-    raise ImportError(f"transformers must name its cache {' or '.join(CACHE_NAMES)}, got an output with {', '.join(sorted(known))}. "
-                      "Install an earlier version of transformers.")
+    if found:
+        return found[0]
+    raise ImportError(
+        f"transformers must name its cache {' or '.join(CACHE_NAMES)}, got an output with "
+        f"{', '.join(sorted(known))}. "
+        "Install an earlier version of transformers."
+    )
 
 
 def cache_argument(
@@ -43,20 +48,27 @@ def cache_argument(
 
 
 def output_cache(
+    # keys and values
     output,  # what a model returned for `use_cache=True`
-):  # keys and values
+):
     "Find keys and values in an output; those of BLIP-2 lie in its language model's output."
     for part in (output, output.get("language_model_outputs")):
         found = [part[name] for name in CACHE_NAMES if name in part.keys()] if part else []
-        if found: return found[0]
-    raise ValueError(f"`output` must hold keys and values, got a {type(output).__name__} with {', '.join(output.keys())}.")
+        if found:
+            return found[0]
+    raise ValueError(
+        f"`output` must hold keys and values, got a {type(output).__name__} with "
+        f"{', '.join(output.keys())}."
+    )
 
 # %% ../nbs/api/16_transformers_compat.ipynb #87319745
 _POSITIONS_HOOK = "_prepare_position_ids_for_generation"
 
 
 class OwnPositions:
-    "A model that counts positions in its own way, in `generate` as in a forward pass. Goes before transformers' classes."
+    """A model that counts positions in its own way, in `generate` as in a forward pass. Goes before
+    transformers' classes."""
+
     def text_positions(
         self,
         input_ids: Tensor,  # (B, L)
@@ -67,7 +79,8 @@ class OwnPositions:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         ids = model_kwargs.get("input_ids")
-        if ids is None or not ids.shape[1]: ids = inputs_tensor
+        if ids is None or not ids.shape[1]:
+            ids = inputs_tensor
         return self.text_positions(ids, model_kwargs.get("attention_mask"))
 
 
@@ -76,11 +89,16 @@ def text_positions(
     inputs: dict[str, Tensor],  # its inputs, `input_ids` and `attention_mask` among them
 ) -> Tensor:  # (B, L), (1, L), or (3, B, L) for multimodal rotary embeddings
     "Number the tokens of a prompt as `generate` does."
-    if isinstance(model, OwnPositions): return model.text_positions(inputs["input_ids"], inputs["attention_mask"])
-    if hasattr(model, _POSITIONS_HOOK): return getattr(model, _POSITIONS_HOOK)(inputs["input_ids"], dict(inputs))
+    if isinstance(model, OwnPositions):
+        return model.text_positions(inputs["input_ids"], inputs["attention_mask"])
+    if hasattr(model, _POSITIONS_HOOK):
+        return getattr(model, _POSITIONS_HOOK)(inputs["input_ids"], dict(inputs))
     if hasattr(getattr(model, "model", None), "get_rope_index"):
-        raise ImportError(f"transformers must have {_POSITIONS_HOOK} for {type(model).__name__}, which has three positions per token, and this "
-                          "version has not. Install an earlier version of transformers.")
+        raise ImportError(
+            f"transformers must have {_POSITIONS_HOOK} for {type(model).__name__}, which has "
+            "three positions per token, and this "
+            "version has not. Install an earlier version of transformers."
+        )
     return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
 
 # %% ../nbs/api/16_transformers_compat.ipynb #94dbac8a
@@ -88,7 +106,8 @@ def declare_model(
     model_class: type,  # a subclass of PreTrainedModel
     blocks: Iterable[str],  # class names of modules that stay on one device
 ) -> None:
-    "Tell transformers how a model may be spread over devices, and that its attention is torch's own."
+    """Tell transformers how a model may be spread over devices, and that its attention is torch's
+    own."""
     model_class._no_split_modules = list(blocks)
     model_class._skip_keys_device_placement = list(CACHE_NAMES)
     model_class._supports_sdpa = True
@@ -100,7 +119,8 @@ def drop_recording_hooks(
     "Take transformers' recording hooks off a model, so that it can be pickled."
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing": del module._forward_hooks[key]
+            if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
 
 # %% ../nbs/api/16_transformers_compat.ipynb #302b66cb
@@ -110,6 +130,7 @@ def hub_file(
 ) -> Path | None:  # on this machine, downloaded if need be; None: the repository has no such file
     "Fetch one file of a hub repository as transformers does, from its cache if possible."
     from transformers.utils import cached_file
+
     file = cached_file(repository, name, _raise_exceptions_for_missing_entries=False)
     return Path(file) if file else None
 
@@ -117,6 +138,7 @@ def hub_file(
 @dataclass(frozen=True)
 class Fault:
     "What keeps some versions of transformers from running one of their own models."
+
     first: str  # version that was seen to have it
     last: str  # likewise; later ones are not known to have it
     reason: str  # what is wrong
@@ -124,9 +146,18 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {  # by transformers' `model_type`
-    "llama4": Fault("5.24.0", "5.24.0", "its forward pass reads `image_outputs` of an output that has no such field", "Install transformers 5.23."),
-    "minimax_m3_vl": Fault("5.18.0", "5.22.0", "its vision encoder lets the images of a batch see each other",
-                           "Install transformers 5.23 or later."),
+    "llama4": Fault(
+        "5.24.0",
+        "5.24.0",
+        "its forward pass reads `image_outputs` of an output that has no such field",
+        "Install transformers 5.23.",
+    ),
+    "minimax_m3_vl": Fault(
+        "5.18.0",
+        "5.22.0",
+        "its vision encoder lets the images of a batch see each other",
+        "Install transformers 5.23 or later.",
+    ),
 }
 
 
@@ -135,6 +166,8 @@ def known_fault(
     version: str | None = None,  # of transformers; None: the installed one
 ) -> str | None:  # a sentence for users, or None
     "Say why a version of transformers cannot run one of its models, if that is known."
-    version, fault = version or installed_version("transformers"), FAULTS.get(model_type)
-    if fault is None or not Version(fault.first) <= Version(version) <= Version(fault.last): return None
+    version = version or installed_version("transformers")
+    fault = FAULTS.get(model_type)
+    if fault is None or not Version(fault.first) <= Version(version) <= Version(fault.last):
+        return None
     return f"transformers {version} cannot run {model_type}: {fault.reason}. {fault.advice}"

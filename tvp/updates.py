@@ -19,29 +19,62 @@ from .prompt import VisualPrompt
 
 # %% ../nbs/api/45_updates.ipynb #2fc80ffd
 class NormalizedGradient(Optimizer):
-    "Gradient steps of set length: delta - lr * g / (norm + 1e-10) (EVP, Wu et al. 2024; TVP's reference code)."
-    def __init__(self, params,  # parameters or groups of them, as for any optimizer; a group with `apart=True` is divided by its own norm
-                 lr: float = 10.0,  # length of a step, in pixel values, > 0
-                 norm: Callable[[], Tensor] | None = None,  # gives the divisor; None: the norm of the parameters' own gradients
-                 momentum: float = 0.0,  # in [0, 1): share of the last step that is kept; steps grow up to lr / (1 - momentum)
-                 nesterov: bool = False):  # look ahead: the gradient is taken where the momentum leads
+    """Gradient steps of set length: delta - lr * g / (norm + 1e-10) (EVP, Wu et al. 2024; TVP's
+    reference code)."""
+
+    def __init__(
+        self,
+        # parameters or groups of them, as for any optimizer; a group with `apart=True` is divided
+        # by its own norm
+        params,
+        lr: float = 10.0,  # length of a step, in pixel values, > 0
+        # gives the divisor; None: the norm of the parameters' own gradients
+        norm: Callable[[], Tensor] | None = None,
+        # in [0, 1): share of the last step that is kept; steps grow up to lr / (1 - momentum)
+        momentum: float = 0.0,
+        nesterov: bool = False,  # look ahead: the gradient is taken where the momentum leads
+    ):
         check_number("lr", lr, above=True, hint="The paper's is 10.")
         check_number("momentum", momentum, 0), check_kind("nesterov", nesterov, bool)
-        if momentum >= 1 or nesterov and not momentum: raise ValueError(f"`momentum` must be below 1, and above 0 with nesterov=True; got {momentum}. Try 0.9.")
-        if norm is not None and not callable(norm): raise TypeError(f"`norm` must be a function, got {norm!r}. Try prompt.canvas_gradient_norm.")
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "apart": False})
+        if momentum >= 1 or nesterov and not momentum:
+            raise ValueError(
+                "`momentum` must be below 1, and above 0 with "
+                f"nesterov=True; got {momentum}. Try 0.9."
+            )
+        if norm is not None and not callable(norm):
+            raise TypeError(
+                f"`norm` must be a function, got {norm!r}. Try prompt.canvas_gradient_norm."
+            )
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "apart": False}
+        )
         self.norm = norm
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        "Move every parameter along its normalised gradient; `closure` computes the loss anew, as for any torch optimizer."
-        with torch.enable_grad(): loss = closure() if closure else None
-        length = lambda groups: torch.stack([p.grad.norm() for g in groups for p in g["params"] if p.grad is not None] or [torch.zeros(())]).norm()
-        joint = self.norm() if self.norm else length([group for group in self.param_groups if not group["apart"]])
+        """Move every parameter along its normalised gradient; `closure` computes the loss anew, as
+        for any torch optimizer."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+
+        def length(groups):
+            return torch.stack(
+                [p.grad.norm() for g in groups for p in g["params"] if p.grad is not None]
+                or [torch.zeros(())]
+            ).norm()
+
+        joint = (
+            self.norm()
+            if self.norm
+            else length([group for group in self.param_groups if not group["apart"]])
+        )
         for group in self.param_groups:
             norm = length([group]) if group["apart"] else joint
             for p in group["params"]:
-                if p.grad is not None: p.sub_(group["lr"] * with_momentum(p.grad / (norm + 1e-10), self.state[p], group))
+                if p.grad is not None:
+                    p.sub_(
+                        group["lr"] * with_momentum(p.grad / (norm + 1e-10), self.state[p], group)
+                    )
         return loss
 
 # %% ../nbs/api/45_updates.ipynb #b5ab8b94
@@ -51,7 +84,8 @@ def with_momentum(
     group: dict,  # has momentum and nesterov
 ) -> Tensor:  # the step to make
     "The step with its momentum, as torch's SGD has it."
-    if not group["momentum"]: return step
+    if not group["momentum"]:
+        return step
     kept = state.get("momentum_buffer", torch.zeros_like(step))
     state["momentum_buffer"] = kept = group["momentum"] * kept + step
     return step + group["momentum"] * kept if group["nesterov"] else kept
@@ -64,7 +98,10 @@ def parameter_groups(
     "The border, and what else of a prompt is trained, in steps of their own length."
     check_number("lr", lr, above=True, hint="A recipe calls it adjust_lr. Try 0.03.")
     rest = [parameter for parameter in prompt.parameters() if parameter is not prompt.delta]
-    return [{"params": [prompt.delta]}, *([{"params": rest, "lr": lr, "apart": True}] if rest else [])]
+    return [
+        {"params": [prompt.delta]},
+        *([{"params": rest, "lr": lr, "apart": True}] if rest else []),
+    ]
 
 # %% ../nbs/api/45_updates.ipynb #40c6ef38
 def cosine_by_epoch(
@@ -73,7 +110,9 @@ def cosine_by_epoch(
     epochs: int,  # epochs in all
 ) -> LRScheduler:  # stepped after each update
     "A cosine from 1 to 0 that is constant within an epoch (TVP's and EVP's reference code)."
-    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * (step // per_epoch) / epochs)) / 2)
+    return LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * (step // per_epoch) / epochs)) / 2
+    )
 
 # %% ../nbs/api/45_updates.ipynb #b8132ada
 def cosine_by_step(
@@ -81,11 +120,16 @@ def cosine_by_step(
 ) -> Callable[[Optimizer, int, int], LRScheduler]:  # a schedule
     "Linear warm-up, then a cosine to 0 that moves with every update (VP, Bahng et al. 2022)."
     check_whole("warmup", warmup, 0)
+
     def schedule(optimizer: Optimizer, per_epoch: int, epochs: int) -> LRScheduler:
         rest = max(1, per_epoch * epochs - warmup)
+
         def factor(step: int) -> float:
-            if step < warmup: return (step + 1) / warmup
+            if step < warmup:
+                return (step + 1) / warmup
             return (1 + math.cos(math.pi * min(1, (step - warmup) / rest))) / 2
+
         return LambdaLR(optimizer, factor)
+
     schedule.__name__ = f"cosine_by_step({warmup})"  # checkpoints ask for it
     return schedule

@@ -21,9 +21,22 @@ def check_composites(
     generator: torch.Generator,  # source of what is drawn
 ) -> None:
     "Refuse what no view can look at; asks for the shape only, so nobody waits for a graphics card."
-    check_kind("images", images, Tensor), check_kind("generator", generator, torch.Generator, "Try torch.Generator().manual_seed(0).")
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or not images.is_floating_point():
-        raise ValueError(f"`images` must be floats (B, 3, S, S), got {images.dtype} {tuple(images.shape)}. For a single picture pass images[None].")
+    (
+        check_kind("images", images, Tensor),
+        check_kind(
+            "generator", generator, torch.Generator, "Try torch.Generator().manual_seed(0)."
+        ),
+    )
+    if (
+        images.ndim != 4
+        or images.shape[1] != 3
+        or images.shape[2] != images.shape[3]
+        or not images.is_floating_point()
+    ):
+        raise ValueError(
+            f"`images` must be floats (B, 3, S, S), got {images.dtype} {tuple(images.shape)}. "
+            "For a single picture pass images[None]."
+        )
 
 
 def draw_whole(
@@ -50,19 +63,25 @@ def at_place(
     top: int,  # black rows above
     left: int,  # black columns on the left
 ) -> Tensor:  # (B, 3, S, S)
-    "The picture made smaller (bilinear, antialiased), at a place on a black canvas of the old size."
+    """The picture made smaller (bilinear, antialiased), at a place on a black canvas of the old
+    size."""
     size = images.shape[-1]
-    if side < size: images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    if side < size:
+        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
     return F.pad(images, (left, size - side - left, top, size - side - top))
 
 
 @dataclass(frozen=True)
 class ResizePad:
     "Input diversity: a random size at a random place on black (DI-FGSM, Xie et al. 2019)."
+
     smallest: float = 0.85  # the least side, as a part of the canvas, in (0, 1]
 
     def __post_init__(self):
-        if check_number("smallest", self.smallest, above=True, hint="Try 0.85.") > 1: raise ValueError(f"`smallest` must be at most 1, the whole canvas, got {self.smallest}.")
+        if check_number("smallest", self.smallest, above=True, hint="Try 0.85.") > 1:
+            raise ValueError(
+                f"`smallest` must be at most 1, the whole canvas, got {self.smallest}."
+            )
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         check_composites(images, generator)
@@ -84,13 +103,19 @@ def moved(
 @dataclass(frozen=True)
 class Shift:
     "A random translation with black behind it (translation invariance, Dong et al. 2019)."
+
     pixels: int = 4  # the largest move in each direction, > 0
 
-    def __post_init__(self): check_whole("pixels", self.pixels)
+    def __post_init__(self):
+        check_whole("pixels", self.pixels)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         check_composites(images, generator)
-        if self.pixels >= images.shape[-1]: raise ValueError(f"`pixels` must be less than the side of the canvas, {images.shape[-1]}, got {self.pixels}.")
+        if self.pixels >= images.shape[-1]:
+            raise ValueError(
+                f"`pixels` must be less than the side of the canvas, {images.shape[-1]}, got "
+                f"{self.pixels}."
+            )
         down, right = (draw_whole(-self.pixels, self.pixels, generator) for _ in range(2))
         return moved(images, down, right)
 
@@ -98,9 +123,11 @@ class Shift:
 @dataclass(frozen=True)
 class Dimmed:
     "All pixels times a factor (one scale copy, SI-NI-FGSM, Lin et al. 2020)."
+
     factor: float  # > 0; 1 is the composite as it is
 
-    def __post_init__(self): check_number("factor", self.factor, above=True, hint="Try 0.5.")
+    def __post_init__(self):
+        check_number("factor", self.factor, above=True, hint="Try 0.5.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         check_composites(images, generator)
@@ -111,7 +138,7 @@ def scale_copies(
     n: int = 3,  # number of copies; the paper has 5
 ) -> list[Dimmed]:  # with factors 1, 1/2, 1/4, ...
     "The composite and darker and darker copies of it (SI-NI-FGSM, Lin et al. 2020)."
-    return [Dimmed(1 / 2 ** i) for i in range(check_whole("n", n, 1))]
+    return [Dimmed(1 / 2**i) for i in range(check_whole("n", n, 1))]
 
 # %% ../nbs/api/42_views.ipynb #0578aa72
 def recontrasted(
@@ -126,14 +153,21 @@ def recontrasted(
 @dataclass(frozen=True)
 class Jitter:
     "Random contrast and brightness: a plain augmentation."
+
     contrast: float = 0.2  # largest change of the factor, in [0, 1)
     brightness: float = 0.1  # largest change of all pixels, in [0, 1)
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if check_number(name, value) >= 1: raise ValueError(f"`{name}` must be less than 1, got {value}: nothing would be left to see. Try 0.2.")
+            if check_number(name, value) >= 1:
+                raise ValueError(
+                    f"`{name}` must be less than 1, got {value}: "
+                    "nothing would be left to see. Try 0.2."
+                )
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         check_composites(images, generator)
         contrast = draw_number(1 - self.contrast, 1 + self.contrast, generator)
-        return recontrasted(images, contrast, draw_number(-self.brightness, self.brightness, generator))
+        return recontrasted(
+            images, contrast, draw_number(-self.brightness, self.brightness, generator)
+        )

@@ -31,8 +31,13 @@ from .transformers_compat import OwnPositions
 # %% ../nbs/api/27_visualglm.ipynb #6a99397a
 class VisualGLMConfig(LavisBlip2Config):
     "BLIP-2's configuration with ChatGLM-6B as its language model."
+
     model_type = "tvp_visualglm"
-    sub_configs_defaults = {"text_config": ChatGLMConfig, "vision_config": Blip2VisionConfig, "qformer_config": Blip2QFormerConfig}
+    sub_configs_defaults = {
+        "text_config": ChatGLMConfig,
+        "vision_config": Blip2VisionConfig,
+        "qformer_config": Blip2QFormerConfig,
+    }
     image_token_index: int | None = 0  # `<unk>` keeps the picture's places: no text contains it
 
     def __post_init__(self, **kwargs):
@@ -42,12 +47,16 @@ class VisualGLMConfig(LavisBlip2Config):
 
 class VisualGLMForConditionalGeneration(OwnPositions, LavisBlip2):
     "EVA-CLIP ViT-g, Q-Former, projection, ChatGLM-6B v1."
+
     config_class = VisualGLMConfig
 
     def forward(self, pixel_values, input_ids, attention_mask=None, position_ids=None, **kwargs):
         "As BLIP-2; the positions of the language model are made here, where the tokens are known."
-        if position_ids is None: position_ids = self.text_positions(input_ids, attention_mask)
-        return super().forward(pixel_values, input_ids, attention_mask, position_ids=position_ids, **kwargs)
+        if position_ids is None:
+            position_ids = self.text_positions(input_ids, attention_mask)
+        return super().forward(
+            pixel_values, input_ids, attention_mask, position_ids=position_ids, **kwargs
+        )
 
     def text_positions(
         self,
@@ -58,8 +67,11 @@ class VisualGLMForConditionalGeneration(OwnPositions, LavisBlip2):
         return self.language_model.text_positions(input_ids, attention_mask)
 
 # %% ../nbs/api/27_visualglm.ipynb #1c7eeec3
-AutoConfig.register(VisualGLMConfig.model_type, VisualGLMConfig, exist_ok=True)  # so that saved models load through transformers
-AutoModelForImageTextToText.register(VisualGLMConfig, VisualGLMForConditionalGeneration, exist_ok=True)
+# so that saved models load through transformers
+AutoConfig.register(VisualGLMConfig.model_type, VisualGLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(
+    VisualGLMConfig, VisualGLMForConditionalGeneration, exist_ok=True
+)
 
 # %% ../nbs/api/27_visualglm.ipynb #5f89b772
 TEMPLATE = "<img><image></img>{}[gMASK]<sop>"
@@ -72,51 +84,100 @@ def as_mllm(
 ) -> Mllm:  # frozen
     "The adapter around VisualGLM."
     from transformers import BlipImageProcessor
-    config, text = model.config, model.config.text_config
-    places = {"[MASK]": text.mask_token_id, "[gMASK]": text.gmask_token_id, "<sop>": text.bos_token_id, "<eop>": text.eos_token_id}
+
+    config = model.config
+    text = model.config.text_config
+    places = {
+        "[MASK]": text.mask_token_id,
+        "[gMASK]": text.gmask_token_id,
+        "<sop>": text.bos_token_id,
+        "<eop>": text.eos_token_id,
+    }
     vocabulary = tokenizer.get_vocab()
-    wrong = [f"{token} at {vocabulary.get(token)} instead of {place}" for token, place in places.items() if vocabulary.get(token) != place]
+    wrong = [
+        f"{token} at {vocabulary.get(token)} instead of {place}"
+        for token, place in places.items()
+        if vocabulary.get(token) != place
+    ]
     if wrong:
-        raise ValueError(f"`tokenizer` must have its special tokens where the model expects them, got {', '.join(wrong)}. Take `ice_text.model` of "
-                         "the model's own repository; the one of before ChatGLM-6B v1.1 has none of them.")
+        raise ValueError(
+            "`tokenizer` must have its special tokens where the model expects them, got "
+            f"{', '.join(wrong)}. Take `ice_text.model` of "
+            "the model's own repository; the one of before ChatGLM-6B v1.1 has none of them."
+        )
     size = config.vision_config.image_size
-    pictures = BlipImageProcessor(size={"height": size, "width": size})  # bicubic, CLIP's mean and deviation
+    # bicubic, CLIP's mean and deviation
+    pictures = BlipImageProcessor(size={"height": size, "width": size})
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
-    processor = MarkerProcessor(pictures, tokenizer, config.num_query_tokens, image_token, alone=("[gMASK]", "<sop>"))
+    processor = MarkerProcessor(
+        pictures, tokenizer, config.num_query_tokens, image_token, alone=("[gMASK]", "<sop>")
+    )
     return Mllm(model, processor, TEMPLATE.format, name=name, end="<eop>")
 
 # %% ../nbs/api/27_visualglm.ipynb #def79fd6
 def tiny_visualglm(
-    tokenizer,  # such as `tvp.testing.toy_tokenizer` makes; gets ChatGLM's special tokens if it has none
+    # such as `tvp.testing.toy_tokenizer` makes; gets ChatGLM's special tokens if it has none
+    tokenizer,
     size: int = 48,  # side of the pictures, pixels
     seed: int = 0,  # of the random weights
 ) -> Mllm:  # about 0.1 M parameters
     "VisualGLM of width 32 with random weights."
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[MASK]", "[gMASK]", "<sop>", "<eop>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["[MASK]", "[gMASK]", "<sop>", "<eop>"]}
+    )
     mask, gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[MASK]", "[gMASK]", "<sop>", "<eop>"])
     image = tokenizer.get_vocab().get("<image>", tokenizer.unk_token_id)
     widths = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    text = ChatGLMConfig(**widths, vocab_size=len(tokenizer), mask_token_id=mask, gmask_token_id=gmask, bos_token_id=sop, eos_token_id=eop,
-                         pad_token_id=tokenizer.pad_token_id)
+    text = ChatGLMConfig(
+        **widths,
+        vocab_size=len(tokenizer),
+        mask_token_id=mask,
+        gmask_token_id=gmask,
+        bos_token_id=sop,
+        eos_token_id=eop,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     vision = Blip2VisionConfig(**widths, image_size=size, patch_size=8)
-    qformer = Blip2QFormerConfig(**widths, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
-    config = VisualGLMConfig(text_config=text, vision_config=vision, qformer_config=qformer, num_query_tokens=8, image_token_index=image)
+    qformer = Blip2QFormerConfig(
+        **widths, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    config = VisualGLMConfig(
+        text_config=text,
+        vision_config=vision,
+        qformer_config=qformer,
+        num_query_tokens=8,
+        image_token_index=image,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VisualGLMForConditionalGeneration(config)
-        for p in model.parameters():  # louder than transformers' start, so that answers depend on the picture
-            nn.init.normal_(p, std=p[0].numel()**-.5) if p.ndim > 1 else p.data.add_(torch.randn_like(p) / 10)
+        # louder than transformers' start, so that answers depend on the picture
+        for p in model.parameters():
+            nn.init.normal_(p, std=p[0].numel() ** -0.5) if p.ndim > 1 else p.data.add_(
+                torch.randn_like(p) / 10
+            )
     return as_mllm(model, tokenizer, "tiny-visualglm")
 
 # %% ../nbs/api/27_visualglm.ipynb #55c69f36
 class IceTextTokenizer(SentencePieceBackend):
-    "ChatGLM-6B's tokenizer (v1.1), from its sentencepiece file. Adds no token of its own: begin and end belong to the template."
+    """ChatGLM-6B's tokenizer (v1.1), from its sentencepiece file. Adds no token of its own: begin
+    and end belong to the template."""
+
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str | Path, **kwargs):  # ice_text.model
-        special = dict(bos_token="<sop>", eos_token="<eop>", unk_token="<unk>", pad_token="<pad>", mask_token="[MASK]", padding_side="left")
-        super().__init__(vocab_file=str(vocab_file), **{**special, "extra_special_tokens": ["[gMASK]"], **kwargs})
+        special = dict(
+            bos_token="<sop>",
+            eos_token="<eop>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+            mask_token="[MASK]",
+            padding_side="left",
+        )
+        super().__init__(
+            vocab_file=str(vocab_file), **{**special, "extra_special_tokens": ["[gMASK]"], **kwargs}
+        )
 
     def prepare_for_tokenization(
         self,
@@ -142,10 +203,26 @@ def tiny_ice_text(
 ) -> Path:  # the same
     "A sentencepiece file like ChatGLM's, trained on a few words in a tenth of a second."
     from sentencepiece import SentencePieceTrainer
-    lines = ["this is a photo of a cat", "what color is the circle in the image", "how many objects are there", "red green blue yellow"] * 9
+
+    lines = [
+        "this is a photo of a cat",
+        "what color is the circle in the image",
+        "how many objects are there",
+        "red green blue yellow",
+    ] * 9
     SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=(out := BytesIO()), vocab_size=400, hard_vocab_limit=False, byte_fallback=True, minloglevel=2,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3, control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"],
-        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{i}|>" for i in range(2, 81))])
+        sentence_iterator=iter(lines),
+        model_writer=(out := BytesIO()),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"],
+        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{i}|>" for i in range(2, 81))],
+    )
     Path(file).write_bytes(out.getvalue())
     return Path(file)

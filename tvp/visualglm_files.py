@@ -36,24 +36,38 @@ from tvp.visualglm import (
 
 # %% ../nbs/api/27_visualglm_files.ipynb #bcf98e04
 TOWER = (
-    ("mixins.patch_embedding.proj", "embeddings.patch_embedding"), ("mixins.cls.ln_vision", "post_layernorm"),
-    ("transformer.word_embeddings.weight", "embeddings.class_embedding"), ("transformer.position_embeddings.weight", "embeddings.position_embedding"),
-    ("transformer.layers", "encoder.layers"), (".input_layernorm", ".layer_norm1"), (".post_attention_layernorm", ".layer_norm2"),
-    (".attention.query_key_value", ".self_attn.qkv"), (".attention.dense", ".self_attn.projection"),
-    (".mlp.dense_h_to_4h", ".mlp.fc1"), (".mlp.dense_4h_to_h", ".mlp.fc2"),
+    ("mixins.patch_embedding.proj", "embeddings.patch_embedding"),
+    ("mixins.cls.ln_vision", "post_layernorm"),
+    ("transformer.word_embeddings.weight", "embeddings.class_embedding"),
+    ("transformer.position_embeddings.weight", "embeddings.position_embedding"),
+    ("transformer.layers", "encoder.layers"),
+    (".input_layernorm", ".layer_norm1"),
+    (".post_attention_layernorm", ".layer_norm2"),
+    (".attention.query_key_value", ".self_attn.qkv"),
+    (".attention.dense", ".self_attn.projection"),
+    (".mlp.dense_h_to_4h", ".mlp.fc1"),
+    (".mlp.dense_4h_to_h", ".mlp.fc2"),
 )
 QFORMER = (
     ("transformer.layers", "encoder.layer"),
-    (".cross_attention.dense", ".crossattention.output.dense"), (".cross_attention.", ".crossattention.attention."),
-    (".post_cross_attention_layernorm", ".crossattention.output.LayerNorm"), (".attention.dense", ".attention.output.dense"),
-    (".post_attention_layernorm", ".attention.output.LayerNorm"), (".attention.self.", ".attention.attention."),
-    (".mlp.dense_h_to_4h", ".intermediate_query.dense"), (".mlp.dense_4h_to_h", ".output_query.dense"),
+    (".cross_attention.dense", ".crossattention.output.dense"),
+    (".cross_attention.", ".crossattention.attention."),
+    (".post_cross_attention_layernorm", ".crossattention.output.LayerNorm"),
+    (".attention.dense", ".attention.output.dense"),
+    (".post_attention_layernorm", ".attention.output.LayerNorm"),
+    (".attention.self.", ".attention.attention."),
+    (".mlp.dense_h_to_4h", ".intermediate_query.dense"),
+    (".mlp.dense_4h_to_h", ".output_query.dense"),
 )
-FUSED = ((".attention.query_key_value.", ("self.query", "self.key", "self.value")), (".cross_attention.key_value.", ("key", "value")))
+FUSED = (
+    (".attention.query_key_value.", ("self.query", "self.key", "self.value")),
+    (".cross_attention.key_value.", ("key", "value")),
+)
 
 
 def _replaced(name: str, table: tuple[tuple[str, str], ...]) -> str:
-    for old, new in table: name = name.replace(old, new)
+    for old, new in table:
+        name = name.replace(old, new)
     return name
 
 # %% ../nbs/api/27_visualglm_files.ipynb #dc8a145e
@@ -63,21 +77,31 @@ def qformer_tensors(
     layers: int,  # of the Q-Former
 ) -> dict[str, Tensor]:  # one tensor, or the parts of a fused one
     "One tensor of SAT's Q-Former, in transformers' places."
-    if name == "transformer.word_embeddings.weight": return {"query_tokens": value[None]}
+    if name == "transformer.word_embeddings.weight":
+        return {"query_tokens": value[None]}
     norm = re.match(r"transformer\.(?:layers\.(\d+)\.input|final)_layernorm\.(.*)", name)
     if norm:
         layer = layers - 1 if norm[1] is None else int(norm[1]) - 1
-        return {f"qformer.encoder.layer.{layer}.output_query.LayerNorm.{norm[2]}" if layer >= 0 else f"qformer.layernorm.{norm[2]}": value}
+        return {
+            f"qformer.encoder.layer.{layer}.output_query.LayerNorm.{norm[2]}"
+            if layer >= 0
+            else f"qformer.layernorm.{norm[2]}": value
+        }
     for fused, parts in FUSED:
-        if fused not in name: continue
-        place = fused[:fused.rindex(".", 0, -1)]
-        split = {name.replace(fused, f"{place}.{part}."): piece for part, piece in zip(parts, value.chunk(len(parts)))}
+        if fused not in name:
+            continue
+        place = fused[: fused.rindex(".", 0, -1)]
+        split = {
+            name.replace(fused, f"{place}.{part}."): piece
+            for part, piece in zip(parts, value.chunk(len(parts)))
+        }
         return {"qformer." + _replaced(n, QFORMER): piece for n, piece in split.items()}
     return {"qformer." + _replaced(name, QFORMER): value}
 
 # %% ../nbs/api/27_visualglm_files.ipynb #209fd6a1
 def unused(name: str) -> bool:
-    "Whether a name is that of a weight we need not: rotary frequencies, which are computed, and SAT's table of learned positions, which ChatGLM never reads."
+    """Whether a name is that of a weight we need not: rotary frequencies, which are computed, and
+    SAT's table of learned positions, which ChatGLM never reads."""
     return name.endswith("inv_freq") or name == "transformer.position_embeddings.weight"
 
 
@@ -86,29 +110,56 @@ def visualglm_tensors(
     config: VisualGLMConfig,  # heads and layers
 ) -> dict[str, Tensor]:  # under our names; what has no place keeps its own
     "Both published layouts, in transformers' places."
-    out, sat, heads = {}, any(name.startswith("mixins.eva.") for name in weights), config.text_config.num_attention_heads
+    out = {}
+    sat = any(name.startswith("mixins.eva.") for name in weights)
+    heads = config.text_config.num_attention_heads
     for name, value in weights.items():
-        name = re.sub(r"^mixins\.(eva\.model|chatglm-final)\.", lambda m: "image_encoder." if "eva" in m[1] else "", name)
-        if unused(name): continue
-        if name.startswith("image_encoder.qformer."): out.update(qformer_tensors(name[22:], value, config.qformer_config.num_hidden_layers))
+        name = re.sub(
+            r"^mixins\.(eva\.model|chatglm-final)\.",
+            lambda m: "image_encoder." if "eva" in m[1] else "",
+            name,
+        )
+        if unused(name):
+            continue
+        if name.startswith("image_encoder.qformer."):
+            out.update(qformer_tensors(name[22:], value, config.qformer_config.num_hidden_layers))
         elif name.startswith("image_encoder.vit."):
-            table = name.endswith("_embeddings.weight")  # of one class token, and of positions: transformers keeps them with a batch dimension
+            # of one class token, and of positions: transformers keeps them with a batch dimension
+            table = name.endswith("_embeddings.weight")
             out["vision_model." + _replaced(name[18:], TOWER)] = value[None] if table else value
-        elif name.startswith("image_encoder.glm_proj."): out[name.replace("image_encoder.glm_proj", "language_projection")] = value
+        elif name.startswith("image_encoder.glm_proj."):
+            out[name.replace("image_encoder.glm_proj", "language_projection")] = value
         else:
-            if sat and ".query_key_value." in name: value = value.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-            out["language_model." + name if name.startswith(("transformer.", "lm_head.")) else name] = value
+            if sat and ".query_key_value." in name:
+                value = value.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+            out[
+                "language_model." + name if name.startswith(("transformer.", "lm_head.")) else name
+            ] = value
     return out
 
 # %% ../nbs/api/27_visualglm_files.ipynb #0db95375
-GEOMETRY = {"num_layers": "num_hidden_layers", "inner_hidden_size": "intermediate_size", "layernorm_epsilon": "layer_norm_eps",
-            "max_sequence_length": "max_position_embeddings", "vocab_size": "vocab_size", "hidden_size": "hidden_size", "patch_size": "patch_size",
-            "num_attention_heads": "num_attention_heads", **{f"{t}_token_id": f"{t}_token_id" for t in ("bos", "eos", "pad", "mask", "gmask")}}
+GEOMETRY = {
+    "num_layers": "num_hidden_layers",
+    "inner_hidden_size": "intermediate_size",
+    "layernorm_epsilon": "layer_norm_eps",
+    "max_sequence_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "patch_size": "patch_size",
+    "num_attention_heads": "num_attention_heads",
+    **{f"{t}_token_id": f"{t}_token_id" for t in ("bos", "eos", "pad", "mask", "gmask")},
+}
 
 
 def _geometry(published: dict, *leave: str) -> dict:
-    known = {ours: published[theirs] for theirs, ours in GEOMETRY.items() if theirs in published and theirs not in leave}
-    if "hidden_size" in known: known.setdefault("intermediate_size", 4 * known["hidden_size"])  # SAT's rule
+    known = {
+        ours: published[theirs]
+        for theirs, ours in GEOMETRY.items()
+        if theirs in published and theirs not in leave
+    }
+    # SAT's rule
+    if "hidden_size" in known:
+        known.setdefault("intermediate_size", 4 * known["hidden_size"])
     return known
 
 
@@ -116,17 +167,32 @@ def visualglm_config(
     published: dict,  # config.json or model_config.json; empty: the published model's
 ) -> VisualGLMConfig:  # the same geometry
     "The authors' configuration in transformers' terms."
-    eva, qformer = ({**published.get(f"{part}_config", {}), **published.get(f"{part}_args", {})} for part in ("eva", "qformer"))
-    vision, bridge = _geometry(eva, "vocab_size", "max_sequence_length"), _geometry(qformer, "vocab_size", "max_sequence_length")
-    if "image_size" in eva: vision["image_size"] = eva["image_size"][0]
-    crosses = qformer.get("is_decoder", [True, False, True])  # every second layer looks at the picture
-    if isinstance(crosses, list) and True in crosses[1:]: bridge["cross_attention_frequency"] = crosses.index(True, 1)
-    return VisualGLMConfig(text_config=ChatGLMConfig(**_geometry(published)), vision_config=Blip2VisionConfig(**vision),
-                           qformer_config=Blip2QFormerConfig(**bridge), num_query_tokens=published.get("image_length", 32))
+    eva, qformer = (
+        {**published.get(f"{part}_config", {}), **published.get(f"{part}_args", {})}
+        for part in ("eva", "qformer")
+    )
+    vision = _geometry(eva, "vocab_size", "max_sequence_length")
+    bridge = _geometry(qformer, "vocab_size", "max_sequence_length")
+    if "image_size" in eva:
+        vision["image_size"] = eva["image_size"][0]
+    # every second layer looks at the picture
+    crosses = qformer.get("is_decoder", [True, False, True])
+    if isinstance(crosses, list) and True in crosses[1:]:
+        bridge["cross_attention_frequency"] = crosses.index(True, 1)
+    return VisualGLMConfig(
+        text_config=ChatGLMConfig(**_geometry(published)),
+        vision_config=Blip2VisionConfig(**vision),
+        qformer_config=Blip2QFormerConfig(**bridge),
+        num_query_tokens=published.get("image_length", 32),
+    )
 
 # %% ../nbs/api/27_visualglm_files.ipynb #34414ba2
-UNVERIFIED = ("The names of VisualGLM's tensors were taken from the authors' source code and from others' conversion scripts; the published files "
-              "could not be opened when this was written. If yours are complete, please report the names above: then the table is wrong, not they.")
+UNVERIFIED = (
+    "The names of VisualGLM's tensors were taken from the authors' source code and from others' "
+    "conversion scripts; the published files "
+    "could not be opened when this was written. If yours are complete, please report the names "
+    "above: then the table is wrong, not they."
+)
 SAT_FILE = "mp_rank_00_model_states.pt"
 
 
@@ -136,10 +202,17 @@ def find_files(
     "What belongs together."
     place = Path(weights)
     sat = sorted(place.rglob(SAT_FILE)) if place.is_dir() else []
-    if len(sat) > 1: raise ValueError(f"`weights` must be one checkpoint, got a folder with {', '.join(map(str, sat))}. Give one of these files.")
+    if len(sat) > 1:
+        raise ValueError(
+            f"`weights` must be one checkpoint, got a folder with {', '.join(map(str, sat))}. "
+            "Give one of these files."
+        )
     files = sat or weight_files(weights)
-    if not place.is_file(): return files, weights
-    return files, next((p for p in place.parents[:2] if (p / "model_config.json").is_file()), place.parent)
+    if not place.is_file():
+        return files, weights
+    return files, next(
+        (p for p in place.parents[:2] if (p / "model_config.json").is_file()), place.parent
+    )
 
 # %% ../nbs/api/27_visualglm_files.ipynb #5fae6841
 def load_visualglm(
@@ -149,18 +222,25 @@ def load_visualglm(
     dtype: torch.dtype | str = "auto",  # "auto": that of the files, half precision
     **how,  # passed to transformers' from_pretrained: device_map, quantization_config, ...
 ) -> Mllm:  # frozen; `mllm.report` says what was loaded
-    "VisualGLM-6B from the authors' files: no remote code, no unpickling, every tensor in its place."
+    """VisualGLM-6B from the authors' files: no remote code, no unpickling, every tensor in its
+    place."""
     files, home = find_files(weights)
-    found = next(filter(None, (fetch(home, file) for file in ("config.json", "model_config.json"))), None)
+    found = next(
+        filter(None, (fetch(home, file) for file in ("config.json", "model_config.json"))), None
+    )
     config = visualglm_config(read_json(found) if found else {})
     vocabulary = tokenizer or fetch(home, "ice_text.model")
     if not vocabulary or not Path(vocabulary).is_file():
-        raise ValueError(f"`tokenizer` must be ChatGLM's sentencepiece file, got {tokenizer}, and there is no ice_text.model in {home}. "
-                         "Take ice_text.model from zai-org/visualglm-6b on the hub.")
+        raise ValueError(
+            f"`tokenizer` must be ChatGLM's sentencepiece file, got {tokenizer}, and there is no "
+            f"ice_text.model in {home}. "
+            "Take ice_text.model from zai-org/visualglm-6b on the hub."
+        )
     stored = {name: value for file in files for name, value in read_weights(file).items()}
     tensors = visualglm_tensors(stored, config)
     report = check_whole(tensors, config, str(weights), tuple(filter(unused, stored)))
-    if dtype == "auto": dtype = tensors["language_model.lm_head.weight"].dtype
+    if dtype == "auto":
+        dtype = tensors["language_model.lm_head.weight"].dtype
     model = build_model(VisualGLMForConditionalGeneration, config, tensors, dtype=dtype, **how)
     mllm = as_mllm(model, IceTextTokenizer(vocabulary), name)
     mllm.report = report
@@ -177,11 +257,26 @@ def check_whole(
     shapes, _ = shapes_of(VisualGLMForConditionalGeneration, config)
     known = tuple(n for n in tensors if n in shapes)
     wrong = [n for n in known if tuple(tensors[n].shape) != shapes[n]]
-    described = tuple(f"{n}: {tuple(tensors[n].shape)} in the file, {shapes[n]} in the model" for n in wrong)
-    part = PartReport("visualglm", source, tuple(n for n in known if n not in wrong), set_aside,
-                      tuple(n for n in tensors if n not in shapes), described)
+    described = tuple(
+        f"{n}: {tuple(tensors[n].shape)} in the file, {shapes[n]} in the model" for n in wrong
+    )
+    part = PartReport(
+        "visualglm",
+        source,
+        tuple(n for n in known if n not in wrong),
+        set_aside,
+        tuple(n for n in tensors if n not in shapes),
+        described,
+    )
     report = LoadReport((part,), tuple(n for n in shapes if n not in tensors))
-    if not report.complete or part.left_over: raise ValueError(f"{IncompleteWeightsError(report)} {UNVERIFIED}")
-    if not torch.equal(tensors["language_model.lm_head.weight"], tensors["language_model.transformer.word_embeddings.weight"]):
-        warnings.warn(f"{source}: output layer and word embeddings differ. They are used as stored; the hub's own code would use the first for both.")
+    if not report.complete or part.left_over:
+        raise ValueError(f"{IncompleteWeightsError(report)} {UNVERIFIED}")
+    if not torch.equal(
+        tensors["language_model.lm_head.weight"],
+        tensors["language_model.transformer.word_embeddings.weight"],
+    ):
+        warnings.warn(
+            f"{source}: output layer and word embeddings differ. They are used as stored; the "
+            "hub's own code would use the first for both."
+        )
     return report

@@ -13,20 +13,34 @@ from torch import nn
 # %% ../nbs/api/29_visualglm_golden.ipynb #9d0b05ab
 def golden_chatglm(
     folder: Path,  # .../golden/visualglm
-    residual_layers: int = 28,  # 28: the published blocks, which are never told how many they are; 3: blocks that know
+    # 28: the published blocks, which are never told how many they are; 3: blocks that know
+    residual_layers: int = 28,
 ) -> tuple[nn.Module, nn.Linear]:  # language model, and projection from Q-Former to language model
     "The tiny ChatGLM-6B v1 whose outputs the published code has written down."
     import json
 
     from tvp.chatglm import ChatGLMConfig, ChatGLMForCausalLM
     from tvp.loading import load_safetensors
+
     config = json.loads((Path(folder) / "golden.json").read_text())["config"]
-    renamed = {"num_layers": "num_hidden_layers", "inner_hidden_size": "intermediate_size", "layernorm_epsilon": "layer_norm_eps"}
-    known = {renamed.get(name, name): value for name, value in config.items() if name not in ("eva_config", "qformer_config")}
+    renamed = {
+        "num_layers": "num_hidden_layers",
+        "inner_hidden_size": "intermediate_size",
+        "layernorm_epsilon": "layer_norm_eps",
+    }
+    known = {
+        renamed.get(name, name): value
+        for name, value in config.items()
+        if name not in ("eva_config", "qformer_config")
+    }
     model = ChatGLMForCausalLM(ChatGLMConfig(**known, residual_layers=residual_layers))
     weights = load_safetensors(Path(folder) / "state_dict.safetensors")
     image = {name: weights.pop(name) for name in list(weights) if name.startswith("image_encoder.")}
-    model.load_state_dict({name: value for name, value in weights.items() if not name.endswith("inv_freq")})
+    model.load_state_dict(
+        {name: value for name, value in weights.items() if not name.endswith("inv_freq")}
+    )
     projection = nn.Linear(config["qformer_config"]["hidden_size"], config["hidden_size"])
-    projection.load_state_dict({name.removeprefix("image_encoder.glm_proj."): value for name, value in image.items()})
+    projection.load_state_dict(
+        {name.removeprefix("image_encoder.glm_proj."): value for name, value in image.items()}
+    )
     return model.eval().requires_grad_(False), projection.requires_grad_(False)

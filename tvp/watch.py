@@ -30,6 +30,7 @@ from .transfer import rank_task
 @dataclass(frozen=True)
 class Check:
     "How one model does on the validation pictures, at one moment of the training."
+
     step: int  # updates made so far
     model: str  # name in the zoo
     group: str  # "source", "unseen, same tower", "unseen, other tower" or "unseen"
@@ -41,24 +42,61 @@ class Check:
 # %% ../nbs/api/79_watch.ipynb #c899e030
 class WatchedTraining:
     "A learner, stepped by hand, and models that are asked how they do meanwhile."
-    def __init__(self, learner: Learner,  # from `make_learner`, not yet trained
-                 zoo: Mapping[str, Mllm],  # models by name
-                 every: int = 20,  # updates between two looks, > 0
-                 pictures: int = 60,  # of the validation split, > 0
-                 models: Sequence[str] | None = None,  # names of those that are asked, the source always; None: the whole zoo
-                 known: dict | None = None):  # scores without a prompt that earlier trainings have found
-        self.learner, self.zoo, self.every, self.known = learner, zoo, check_count("every", every), {} if known is None else known
-        self.task, self.prompt, self.pictures = learner.task, learner.prompt, min(check_count("pictures", pictures), len(learner.task.valid))
-        self.source, self.method = (learner.provenance.get(fact, "") for fact in ("source", "method"))
+
+    def __init__(
+        self,
+        learner: Learner,  # from `make_learner`, not yet trained
+        zoo: Mapping[str, Mllm],  # models by name
+        every: int = 20,  # updates between two looks, > 0
+        pictures: int = 60,  # of the validation split, > 0
+        # names of those that are asked, the source always; None: the whole zoo
+        models: Sequence[str] | None = None,
+        known: dict | None = None,  # scores without a prompt that earlier trainings have found
+    ):
+        self.learner = learner
+        self.zoo = zoo
+        self.every = check_count("every", every)
+        self.known = {} if known is None else known
+        self.task = learner.task
+        self.prompt = learner.prompt
+        self.pictures = min(check_count("pictures", pictures), len(learner.task.valid))
+        self.source, self.method = (
+            learner.provenance.get(fact, "") for fact in ("source", "method")
+        )
         self.models = watched_models(zoo, self.source, models)
-        self.updates, self.total = learner.steps(), learner.epochs * learner.per_epoch
-        self.due, self.checks, self.over = list(self.models), [], False
-    def advance(self) -> StepRecord | Check | None: "The next small piece of work: one model is asked, or one update made; None when all is done."; return advance(self)
-    def step(self, n: int = 1) -> StepRecord | None: "n updates and the looks that are due; the last record, None when the training is over."; return step(self, n)
-    def answers(self, picture: int = 0) -> pd.DataFrame: "What the source thinks of each candidate for a picture, without and with the prompt."; return ranked_answers(self, picture)
-    history = property(lambda self: self.learner.history, doc="One row per update, a DataFrame.")
-    accuracy = property(lambda self: checks_frame(self.checks), doc="One row per look and model, a DataFrame.")
-    state = property(lambda self: training_state(self), doc="Where the training stands, as plain numbers.")
+        self.updates = learner.steps()
+        self.total = learner.epochs * learner.per_epoch
+        self.due = list(self.models)
+        self.checks = []
+        self.over = False
+
+    def advance(self) -> StepRecord | Check | None:
+        """The next small piece of work: one model is asked, or one update made; None when all is
+        done."""
+        return advance(self)
+
+    def step(self, n: int = 1) -> StepRecord | None:
+        "n updates and the looks that are due; the last record, None when the training is over."
+        return step(self, n)
+
+    def answers(self, picture: int = 0) -> pd.DataFrame:
+        "What the source thinks of each candidate for a picture, without and with the prompt."
+        return ranked_answers(self, picture)
+
+    @property
+    def history(self):
+        "One row per update, a DataFrame."
+        return self.learner.history
+
+    @property
+    def accuracy(self):
+        "One row per look and model, a DataFrame."
+        return checks_frame(self.checks)
+
+    @property
+    def state(self):
+        "Where the training stands, as plain numbers."
+        return training_state(self)
 
 # %% ../nbs/api/79_watch.ipynb #06a931af
 def check_count(
@@ -66,8 +104,10 @@ def check_count(
     value: Any,  # what came
 ) -> int:  # the value
     "Refuse anything but a whole number of at least 1."
-    if type(value) is not int or value < 1: raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"`{name}` must be a whole number >= 1, got {value!r}.")
     return value
+
 
 def watched_models(
     zoo: Mapping[str, Mllm],
@@ -75,10 +115,15 @@ def watched_models(
     models: Sequence[str] | None,  # names; None: all
 ) -> list[str]:  # the source first
     "The names of those who are asked."
-    if models is not None: check_row("models", models)
+    if models is not None:
+        check_row("models", models)
     sources = source_names(source) or [source]
-    unknown = [name for name in [*sources, *(models or [])] if name not in list(zoo)]  # `in zoo` could load a model
-    if unknown: raise ValueError(f"`models` must be among {', '.join(zoo)}; got {', '.join(map(repr, unknown))}.")
+    # `in zoo` could load a model
+    unknown = [name for name in [*sources, *(models or [])] if name not in list(zoo)]
+    if unknown:
+        raise ValueError(
+            f"`models` must be among {', '.join(zoo)}; got {', '.join(map(repr, unknown))}."
+        )
     return list(dict.fromkeys([*sources, *(zoo if models is None else models)]))
 
 # %% ../nbs/api/79_watch.ipynb #f5a71338
@@ -92,18 +137,23 @@ def advance(
         return check
     record = next(training.updates, None)
     training.over = record is None
-    if record and (record.step % training.every == 0 or record.step == training.total): training.due = list(training.models)
+    if record and (record.step % training.every == 0 or record.step == training.total):
+        training.due = list(training.models)
     return record
+
 
 def step(
     training: WatchedTraining,
     n: int = 1,  # updates, > 0
 ) -> StepRecord | None:  # of the last update made; None when the training was over already
     "Updates, each with the looks before and after it."
-    last, made, n = None, 0, check_count("n", n)
+    last = None
+    made = 0
+    n = check_count("n", n)
     while not training.over and (made < n or training.due):
         piece = training.advance()
-        if isinstance(piece, StepRecord): last, made = piece, made + 1
+        if isinstance(piece, StepRecord):
+            last, made = piece, made + 1
     return last
 
 # %% ../nbs/api/79_watch.ipynb #e1a4a44a
@@ -113,10 +163,15 @@ def headline(
     prompt: VisualPrompt | None,  # None: the picture fills the canvas
 ) -> tuple[str, float]:  # name of the metric and its value
     "One number for one model on the validation pictures."
-    task, own = training.task, dict(zip(source_names(training.source), training.learner.sources))
-    mllm = own[name] if name in own else training.zoo[name]  # a zoo of large models may have let go of the sources
-    scores, labels, _ = rank_task(mllm, task, training.prompt.size, prompt, "valid", training.pictures)
+    task = training.task
+    own = dict(zip(source_names(training.source), training.learner.sources))
+    # a zoo of large models may have let go of the sources
+    mllm = own[name] if name in own else training.zoo[name]
+    scores, labels, _ = rank_task(
+        mllm, task, training.prompt.size, prompt, "valid", training.pictures
+    )
     return next(iter(evaluate_metric(task.metric, scores, labels).items()))
+
 
 def ask(
     training: WatchedTraining,
@@ -124,9 +179,19 @@ def ask(
 ) -> Check:
     "How does this model do now?"
     key = (training.task.name, name, training.pictures)
-    if key not in training.known: training.known[key] = headline(training, name, None)
-    (metric, clean), (_, prompted) = training.known[key], headline(training, name, training.prompt)
-    return Check(len(training.learner.records), name, model_group(training, name), metric, clean, prompted, training.pictures)
+    if key not in training.known:
+        training.known[key] = headline(training, name, None)
+    (metric, clean) = training.known[key]
+    (_, prompted) = headline(training, name, training.prompt)
+    return Check(
+        len(training.learner.records),
+        name,
+        model_group(training, name),
+        metric,
+        clean,
+        prompted,
+        training.pictures,
+    )
 
 # %% ../nbs/api/79_watch.ipynb #c96b8f14
 def model_group(
@@ -136,14 +201,21 @@ def model_group(
     "A source, an unseen model on its tower, or one on another tower."
     tower = getattr(training.zoo, "tower", lambda name: None)
     towers = {model: tower(model) for model in (name, *source_names(training.source))}
-    return target_group(TransferRun(training.task.name, training.source, 0, training.task.metric, np.zeros(0), {}, towers), name)
+    return target_group(
+        TransferRun(
+            training.task.name, training.source, 0, training.task.metric, np.zeros(0), {}, towers
+        ),
+        name,
+    )
 
 # %% ../nbs/api/79_watch.ipynb #57dee395
 def checks_frame(
     checks: Sequence[Check],
 ) -> pd.DataFrame:  # one row per look and model; gain = prompted - clean
     "The looks as a table."
-    frame = pd.DataFrame([asdict(check) for check in checks], columns=list(Check.__dataclass_fields__))
+    frame = pd.DataFrame(
+        [asdict(check) for check in checks], columns=list(Check.__dataclass_fields__)
+    )
     return frame.assign(gain=frame.prompted - frame.clean)
 
 # %% ../nbs/api/79_watch.ipynb #6f4ceb6a
@@ -153,10 +225,16 @@ def watched_picture(
 ) -> tuple[Tensor, Tensor]:  # (1, 3, size, size) without a prompt, the same with the prompt
     "One of the pictures as the models see it."
     if type(picture) is not int or not 0 <= picture < training.pictures:
-        raise ValueError(f"`picture` must be a whole number in [0, {training.pictures}), got {picture!r}.")
-    image, prompt, how = training.task.valid.images[picture], training.prompt, training.task.fit
+        raise ValueError(
+            f"`picture` must be a whole number in [0, {training.pictures}), got {picture!r}."
+        )
+    image = training.task.valid.images[picture]
+    prompt = training.prompt
+    how = training.task.fit
     with torch.no_grad():
-        return fit([image], prompt.size, how), prompt(fit([image], prompt.inner, how).to(prompt.delta.device)).cpu()
+        return fit([image], prompt.size, how), prompt(
+            fit([image], prompt.inner, how).to(prompt.delta.device)
+        ).cpu()
 
 # %% ../nbs/api/79_watch.ipynb #eabc5a44
 def ranked_answers(
@@ -164,13 +242,30 @@ def ranked_answers(
     picture: int = 0,  # number among the validation pictures
 ) -> pd.DataFrame:  # a row for each candidate, best first: answer, before, after, right
     "Mean log-likelihood per token of each candidate, to the source (the first, of several)."
-    task, mllm, key = training.task, training.learner.source, (training.task.name, training.source, "picture", picture)
-    rank = lambda images: mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[0].double().cpu().numpy()
+    task = training.task
+    mllm = training.learner.source
+    key = (training.task.name, training.source, "picture", picture)
+
+    def rank(images):
+        return (
+            mllm.rank(images.to(mllm.device), [task.valid.instructions[picture]], task.candidates)[
+                0
+            ]
+            .double()
+            .cpu()
+            .numpy()
+        )
+
     clean, prompted = watched_picture(training, picture)
-    if key not in training.known: training.known[key] = rank(clean)  # without a prompt nothing ever changes
-    before, after = training.known[key], rank(prompted)
+    # without a prompt nothing ever changes
+    if key not in training.known:
+        training.known[key] = rank(clean)
+    before = training.known[key]
+    after = rank(prompted)
     right = np.arange(len(task.candidates)) == task.valid.labels[picture]
-    frame = pd.DataFrame({"answer": list(task.candidates), "before": before, "after": after, "right": right})
+    frame = pd.DataFrame(
+        {"answer": list(task.candidates), "before": before, "after": after, "right": right}
+    )
     return frame.sort_values("after", ascending=False, ignore_index=True)
 
 # %% ../nbs/api/79_watch.ipynb #56b398ff
@@ -178,12 +273,17 @@ def picture_words(
     prompt: VisualPrompt,
 ) -> list[str]:  # one text for each thing that is learned of the picture; none for a border alone
     "What a prompt does to the picture itself by now; no -0.00."
-    return [f"{name} {', '.join(f'{round(value, 2) + 0:.2f}' for value in values)}" for name, values in adjustments(prompt).items()]
+    return [
+        f"{name} {', '.join(f'{round(value, 2) + 0:.2f}' for value in values)}"
+        for name, values in adjustments(prompt).items()
+    ]
 
 # %% ../nbs/api/79_watch.ipynb #fd13c317
 def prompt_spectrum(
     prompt: VisualPrompt,
-) -> Tensor:  # (size, size) power, >= 0; entry [size // 2, size // 2] is frequency zero, one entry is one cycle per canvas
+    # (size, size) power, >= 0; entry [size // 2, size // 2] is frequency zero, one entry is one
+    # cycle per canvas
+) -> Tensor:
     "Power spectrum of what the prompt adds, averaged over the colours."
     shown = shown_prompt(prompt).detach().float().cpu()
     return torch.fft.fftshift(torch.fft.fft2(shown, norm="ortho").abs().square().mean(0))
@@ -195,15 +295,35 @@ def latest(
     "The last look at each model."
     return training.accuracy.groupby("model", sort=False).last()
 
+
 def training_state(
     training: WatchedTraining,
-) -> dict[str, Any]:  # plain strings and numbers; losses and accuracies only as far as they are known
+    # plain strings and numbers; losses and accuracies only as far as they are known
+) -> dict[str, Any]:
     "Where the training stands."
-    record, now = training.learner.records[-1:], latest(training)
-    told = {name: value for name, value in asdict(record[0]).items() if name != "others"} | record[0].others if record else {"step": 0, "epoch": 0}
+    record = training.learner.records[-1:]
+    now = latest(training)
+    told = (
+        {name: value for name, value in asdict(record[0]).items() if name != "others"}
+        | record[0].others
+        if record
+        else {"step": 0, "epoch": 0}
+    )
     unseen = now[now.group != "source"]
-    means = {"source_clean": now.query("group == 'source'").clean, "source_prompted": now.query("group == 'source'").prompted,
-             "unseen_clean": unseen.clean, "unseen_prompted": unseen.prompted}
-    facts = {"task": training.task.name, "source": training.source, "method": training.method, "total": training.total, "over": training.over}
+    means = {
+        "source_clean": now.query("group == 'source'").clean,
+        "source_prompted": now.query("group == 'source'").prompted,
+        "unseen_clean": unseen.clean,
+        "unseen_prompted": unseen.prompted,
+    }
+    facts = {
+        "task": training.task.name,
+        "source": training.source,
+        "method": training.method,
+        "total": training.total,
+        "over": training.over,
+    }
     told["task_loss"] = told.pop("task", float("nan"))  # `task` is the name of the task
-    return facts | told | {name: float(values.mean()) for name, values in means.items() if len(values)}
+    return (
+        facts | told | {name: float(values.mean()) for name, values in means.items() if len(values)}
+    )

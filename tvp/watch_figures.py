@@ -23,39 +23,71 @@ from .watch import WatchedTraining, picture_words, prompt_spectrum, watched_pict
 # %% ../nbs/api/79_watch_figures.ipynb #fac245aa
 def tidy_axes(ax, title: str = "", grid: str | None = "y") -> None:
     "Few lines: no frame above and on the right, a faint grid, the title on the left."
-    for side in ("top", "right"): ax.spines[side].set_visible(False)
-    if grid: ax.grid(axis=grid, color="#e6e6e6", lw=0.8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if grid:
+        ax.grid(axis=grid, color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=8)
     ax.set_title(title, loc="left", fontsize=9)
 
-# where the axes of a part are: fixed, so that nothing jumps while it is live, and drawn in half the time that a search would take
-PLACES = {"prompt": dict(left=0.01, right=0.97, bottom=0.09, top=0.9, wspace=0.06), "answers": dict(left=0.01, right=0.97, bottom=0.12, top=0.78, wspace=0.06),
-          "losses": dict(left=0.055, right=0.985, bottom=0.2, top=0.89, wspace=0.32), "accuracy": dict(left=0.09, right=0.985, bottom=0.14, top=0.92, wspace=0.06)}
 
-def training_colour(training: WatchedTraining) -> str: "One colour per method."; return METHOD_COLOURS.get(training.method, METHOD_COLOURS["TVP"])
+# where the axes of a part are: fixed, so that nothing jumps while it is live, and drawn in half the
+# time that a search would take
+PLACES = {
+    "prompt": dict(left=0.01, right=0.97, bottom=0.09, top=0.9, wspace=0.06),
+    "answers": dict(left=0.01, right=0.97, bottom=0.12, top=0.78, wspace=0.06),
+    "losses": dict(left=0.055, right=0.985, bottom=0.2, top=0.89, wspace=0.32),
+    "accuracy": dict(left=0.09, right=0.985, bottom=0.14, top=0.92, wspace=0.06),
+}
+
+
+def training_colour(training: WatchedTraining) -> str:
+    "One colour per method."
+    return METHOD_COLOURS.get(training.method, METHOD_COLOURS["TVP"])
 
 # %% ../nbs/api/79_watch_figures.ipynb #13be5821
 def _draw_spectrum(ax, prompt) -> None:
     "Power at each frequency, as far as there is any."
-    power, half = prompt_spectrum(prompt), prompt.size / 2
+    power = prompt_spectrum(prompt)
+    half = prompt.size / 2
     most = max(float(power.max()), 1e-12)
-    ax.imshow(power.clamp_min(most * 1e-4).log10(), cmap="magma", vmin=np.log10(most) - 4, vmax=np.log10(most), extent=(-half, half, half, -half))
-    if not power.any(): ax.text(0, 0, "nothing yet", ha="center", va="center", color="white")
+    ax.imshow(
+        power.clamp_min(most * 1e-4).log10(),
+        cmap="magma",
+        vmin=np.log10(most) - 4,
+        vmax=np.log10(most),
+        extent=(-half, half, half, -half),
+    )
+    if not power.any():
+        ax.text(0, 0, "nothing yet", ha="center", va="center", color="white")
     ax.set(xticks=[-half, 0, half], yticks=[])
     ax.tick_params(labelsize=8, length=2)
     ax.set_title("log spectrum, cycles per canvas", loc="left", fontsize=9)
+
 
 def draw_prompt(
     figure,  # matplotlib Figure or SubFigure, empty
     training: WatchedTraining,
 ) -> None:
     "The prompt so far, and its power spectrum."
-    prompt, (left, right) = training.prompt, figure.subplots(1, 2, gridspec_kw=PLACES["prompt"])
-    shown, words = shown_prompt(prompt).detach(), "\n".join(text.replace(" ", "\n", 1) for text in picture_words(prompt))
+    prompt = training.prompt
+    (left, right) = figure.subplots(1, 2, gridspec_kw=PLACES["prompt"])
+    shown = shown_prompt(prompt).detach()
+    words = "\n".join(text.replace(" ", "\n", 1) for text in picture_words(prompt))
     plot_prompt(prompt, left)
     left.set_title(f"prompt, values {shown.min():.2f} to {shown.max():.2f}", loc="left", fontsize=9)
-    if words: left.text(0.5, 0.41, words, transform=left.transAxes, ha="center", va="top", color="white", fontsize=8)
+    if words:
+        left.text(
+            0.5,
+            0.41,
+            words,
+            transform=left.transAxes,
+            ha="center",
+            va="top",
+            color="white",
+            fontsize=8,
+        )
     _draw_spectrum(right, prompt)
 
 # %% ../nbs/api/79_watch_figures.ipynb #82fa8d4d
@@ -66,11 +98,17 @@ def shown_answers(
     "A choice that fits into a picture."
     return answers[answers.right | (answers.index < most - (not answers.right[:most].any()))]
 
-def relative(scores: pd.Series) -> np.ndarray: "Softmax of (N,) scores -> (N,): probabilities of the candidates relative to each other."; return np.exp(scores - np.logaddexp.reduce(scores))
+
+def relative(scores: pd.Series) -> np.ndarray:
+    "Softmax of (N,) scores -> (N,): probabilities of the candidates relative to each other."
+    return np.exp(scores - np.logaddexp.reduce(scores))
+
 
 def _draw_bars(ax, answers: pd.DataFrame, colour: str) -> None:
     "Two bars for each candidate, the right answer in bold."
-    rows = shown_answers(answers.assign(before=relative(answers.before), after=relative(answers.after)))
+    rows = shown_answers(
+        answers.assign(before=relative(answers.before), after=relative(answers.after))
+    )
     y = np.arange(len(rows))
     ax.barh(y - 0.2, rows.before, 0.36, color="#c8c8c8", label="without")
     ax.barh(y + 0.2, rows.after, 0.36, color=colour, label="with prompt")
@@ -79,24 +117,36 @@ def _draw_bars(ax, answers: pd.DataFrame, colour: str) -> None:
     ax.legend(fontsize=7, frameon=False, loc="lower right", handlelength=1)
     tidy_axes(ax, "relative probability", grid="x")
     for label, right in zip(ax.get_yticklabels(), rows.right):
-        if right: label.set(color="#00664a", fontweight="bold")
+        if right:
+            label.set(color="#00664a", fontweight="bold")
 
 # %% ../nbs/api/79_watch_figures.ipynb #ae629674
 def _draw_picture(ax, image, name: str, answer: str, right: bool) -> None:
     "A picture, and what was answered."
     ax.imshow(image[0].float().clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values(): spine.set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     ax.set_title(name, loc="left", fontsize=9)
-    ax.set_xlabel(textwrap.shorten(answer, 18, placeholder="…") + (" ✓" if right else " ✗"), fontsize=9, color="#00664a" if right else "#b00020")
+    ax.set_xlabel(
+        textwrap.shorten(answer, 18, placeholder="…") + (" ✓" if right else " ✗"),
+        fontsize=9,
+        color="#00664a" if right else "#b00020",
+    )
+
 
 def picture_title(
     training: WatchedTraining,
     picture: int,  # number among the validation pictures
 ) -> str:  # one line
     "What is asked about a picture, and what would be right."
-    items, candidates = training.task.valid, training.task.candidates
-    return f"“{textwrap.shorten(items.instructions[picture], 56, placeholder='…')}” Right: {textwrap.shorten(candidates[items.labels[picture]], 18, placeholder='…')}"
+    items = training.task.valid
+    candidates = training.task.candidates
+    return (
+        f"“{textwrap.shorten(items.instructions[picture], 56, placeholder='…')}” Right: "
+        f"{textwrap.shorten(candidates[items.labels[picture]], 18, placeholder='…')}"
+    )
+
 
 def draw_answers(
     figure,  # matplotlib Figure or SubFigure, empty
@@ -104,10 +154,14 @@ def draw_answers(
     picture: int = 0,  # number among the validation pictures
 ) -> None:
     "One picture without and with the prompt, and the source's answers."
-    answers, grid = training.answers(picture), figure.add_gridspec(1, 4, width_ratios=(1, 1, 0.5, 1), **PLACES["answers"])
-    axes = [figure.add_subplot(grid[0, column]) for column in (0, 1, 3)]  # between them is the room for the answers' names
+    answers = training.answers(picture)
+    grid = figure.add_gridspec(1, 4, width_ratios=(1, 1, 0.5, 1), **PLACES["answers"])
+    # between them is the room for the answers' names
+    axes = [figure.add_subplot(grid[0, column]) for column in (0, 1, 3)]
     figure.text(0.01, 0.985, picture_title(training, picture), ha="left", va="top", fontsize=9)
-    for ax, image, name, column in zip(axes, watched_picture(training, picture), ("without", "with prompt"), ("before", "after")):
+    for ax, image, name, column in zip(
+        axes, watched_picture(training, picture), ("without", "with prompt"), ("before", "after")
+    ):
         best = answers.loc[answers[column].idxmax()]
         _draw_picture(ax, image, name, best.answer, best.right)
     _draw_bars(axes[2], answers, training_colour(training))
@@ -118,7 +172,11 @@ def loss_panels(
 ) -> dict[str, str]:  # column of the history -> title
     "The panels of this training, the same from its first update to its last."
     short = {"task": "task loss", "fca": "FCA", "tse": "TSE"}
-    return {term.name: f"{short.get(term.name, term.name)} {'↓' if term.sign > 0 else '↑'}" for term in training.learner.losses} | {"grad_norm": "gradient norm"}
+    return {
+        term.name: f"{short.get(term.name, term.name)} {'↓' if term.sign > 0 else '↑'}"
+        for term in training.learner.losses
+    } | {"grad_norm": "gradient norm"}
+
 
 def begin_curves(ax, end: int, empty: str) -> None:
     "An axis of updates up to the `end`; where nothing is on it, `empty` says why."
@@ -127,8 +185,18 @@ def begin_curves(ax, end: int, empty: str) -> None:
     ax.set_xlabel("updates", fontsize=8, labelpad=1)
     if empty:
         ax.set_yticks([])
-        ax.text(0.5, 0.5, empty, transform=ax.transAxes, ha="center", va="center", fontsize=9, color="#808080")
-    else: ax.locator_params(axis="y", nbins=5)
+        ax.text(
+            0.5,
+            0.5,
+            empty,
+            transform=ax.transAxes,
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="#808080",
+        )
+    else:
+        ax.locator_params(axis="y", nbins=5)
 
 # %% ../nbs/api/79_watch_figures.ipynb #048e4c96
 def draw_losses(
@@ -136,41 +204,88 @@ def draw_losses(
     training: WatchedTraining,
 ) -> None:
     "Loss terms and the gradient's norm over the updates."
-    panels, history = loss_panels(training), records_frame(training.learner.records)
+    panels = loss_panels(training)
+    history = records_frame(training.learner.records)
     axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw=PLACES["losses"])[0]
     for ax, (name, title) in zip(axes, panels.items()):
         tidy_axes(ax, title)
-        begin_curves(ax, max(min(20, training.total), len(history)), "" if len(history) else "no update yet")
-        if not len(history): continue
+        begin_curves(
+            ax, max(min(20, training.total), len(history)), "" if len(history) else "no update yet"
+        )
+        if not len(history):
+            continue
         ax.plot(history.step, history[name], color=training_colour(training), lw=0.7, alpha=0.35)
         mean = history[name].rolling(max(1, len(history) // 10), min_periods=1).mean()
-        ax.plot(history.step, mean, color=training_colour(training), lw=1.6, marker="o" if len(history) < 15 else None, ms=3)
+        ax.plot(
+            history.step,
+            mean,
+            color=training_colour(training),
+            lw=1.6,
+            marker="o" if len(history) < 15 else None,
+            ms=3,
+        )
 
 # %% ../nbs/api/79_watch_figures.ipynb #f0494422
 def split_accuracy(
     frame: pd.DataFrame,  # of WatchedTraining.accuracy
     unseen: int,  # models that a mean is over
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # indexed by step: clean and prompted, in %, of the source, and of the unseen models' mean
+    # indexed by step: clean and prompted, in %, of the source, and of the unseen models' mean
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "Two curves. A look that is half done is no point of the second."
-    means = lambda rows: 100 * rows.groupby("step")[["clean", "prompted"]].mean()
+
+    def means(rows):
+        return 100 * rows.groupby("step")[["clean", "prompted"]].mean()
+
     others = frame[frame.group != "source"]
-    return means(frame[frame.group == "source"]), means(others[others.groupby("step").model.transform("nunique") == unseen])
+    return means(frame[frame.group == "source"]), means(
+        others[others.groupby("step").model.transform("nunique") == unseen]
+    )
+
 
 def _draw_curve(ax, curve: pd.DataFrame, method: str, now: bool) -> None:
-    "One method's curve; those from before are dashed and lie above, so that one sees both where they coincide."
+    """One method's curve; those from before are dashed and lie above, so that one sees both where
+    they coincide."""
     style = method_style([method or "TVP"])[method or "TVP"]
     dashed = (0, (4, 2)) if style["linestyle"] == "-" else style["linestyle"]
-    ax.plot(curve.index, curve.prompted, color=style["color"], ls="-" if now else dashed, marker="o" if now and len(curve) < 15 else None,
-            ms=3, lw=2.2 if now else 1.4, alpha=1 if now else 0.8, zorder=4 if now else 5, label=method or "prompt")
+    ax.plot(
+        curve.index,
+        curve.prompted,
+        color=style["color"],
+        ls="-" if now else dashed,
+        marker="o" if now and len(curve) < 15 else None,
+        ms=3,
+        lw=2.2 if now else 1.4,
+        alpha=1 if now else 0.8,
+        zorder=4 if now else 5,
+        label=method or "prompt",
+    )
+
 
 def _draw_unseen(ax, frame: pd.DataFrame, colour: str) -> None:
     "A thin line for each unseen model, and which tower it has."
     dashes = {"unseen, same tower": "-", "unseen, other tower": "--", "unseen": "-"}
     for (_, group), rows in frame[frame.group != "source"].groupby(["model", "group"]):
-        ax.plot(rows.step, 100 * rows.prompted, color=colour, lw=0.8, alpha=0.5, ls=dashes[group], zorder=1)
+        ax.plot(
+            rows.step,
+            100 * rows.prompted,
+            color=colour,
+            lw=0.8,
+            alpha=0.5,
+            ls=dashes[group],
+            zorder=1,
+        )
     groups = [group for group in dashes if group in set(frame.group)]
-    lines = [ax.plot([], [], color=colour, lw=0.8, alpha=0.8, ls=dashes[group])[0] for group in groups]
-    if lines: ax.legend(lines, [group.removeprefix("unseen, ") for group in groups], fontsize=8, frameon=False, loc="best")
+    lines = [
+        ax.plot([], [], color=colour, lw=0.8, alpha=0.8, ls=dashes[group])[0] for group in groups
+    ]
+    if lines:
+        ax.legend(
+            lines,
+            [group.removeprefix("unseen, ") for group in groups],
+            fontsize=8,
+            frameon=False,
+            loc="best",
+        )
 
 # %% ../nbs/api/79_watch_figures.ipynb #234d10c9
 def shown_looks(
@@ -178,30 +293,56 @@ def shown_looks(
     earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training
 ) -> int:  # right end of the axis, updates
     "The last look of all, and the first one after the start at least."
-    looks = [check.step for check in training.checks[-1:]] + [int(rows.step.max()) for rows in (earlier or {}).values()]
+    looks = [check.step for check in training.checks[-1:]] + [
+        int(rows.step.max()) for rows in (earlier or {}).values()
+    ]
     return max(min(max(20, training.every), training.total), *looks, 0)
+
 
 def draw_accuracy(
     figure,  # matplotlib Figure or SubFigure, empty
     training: WatchedTraining,
-    earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training on this source and task
+    # method -> accuracy of an earlier training on this source and task
+    earlier: Mapping[str, pd.DataFrame] | None = None,
 ) -> None:
     "Validation accuracy of the source and of unseen models over the updates."
-    axes, frame, unseen = figure.subplots(1, 2, sharey=True, gridspec_kw=PLACES["accuracy"]), training.accuracy, len(training.models) - 1
-    curves = {method: split_accuracy(rows, unseen) for method, rows in ((earlier or {}) | {training.method: frame}).items()}
+    axes = figure.subplots(1, 2, sharey=True, gridspec_kw=PLACES["accuracy"])
+    frame = training.accuracy
+    unseen = len(training.models) - 1
+    curves = {
+        method: split_accuracy(rows, unseen)
+        for method, rows in ((earlier or {}) | {training.method: frame}).items()
+    }
     for i, ax in enumerate(axes):
-        tidy_axes(ax, [f"source: {training.source.removeprefix('tiny-')}", f"{unseen} unseen models, and their mean" if unseen else "no unseen models"][i])
-        begin_curves(ax, shown_looks(training, earlier), "" if len(frame) or earlier else "nobody asked yet")
-        for method, pair in curves.items(): _draw_curve(ax, pair[i], method, method == training.method)
+        tidy_axes(
+            ax,
+            [
+                f"source: {training.source.removeprefix('tiny-')}",
+                f"{unseen} unseen models, and their mean" if unseen else "no unseen models",
+            ][i],
+        )
+        begin_curves(
+            ax, shown_looks(training, earlier), "" if len(frame) or earlier else "nobody asked yet"
+        )
+        for method, pair in curves.items():
+            _draw_curve(ax, pair[i], method, method == training.method)
         clean = curves[training.method][i].clean
-        if len(clean): ax.axhline(clean.iloc[0], color=METHOD_COLOURS["none"], lw=1.6, zorder=2, label="no prompt")
-    if not len(frame) and not earlier: return
+        if len(clean):
+            ax.axhline(
+                clean.iloc[0], color=METHOD_COLOURS["none"], lw=1.6, zorder=2, label="no prompt"
+            )
+    if not len(frame) and not earlier:
+        return
     _draw_unseen(axes[1], frame, training_colour(training))
-    axes[0].set_ylabel(f"{pd.concat([*(earlier or {}).values(), frame]).metric.iloc[0]} in %", fontsize=8)
+    axes[0].set_ylabel(
+        f"{pd.concat([*(earlier or {}).values(), frame]).metric.iloc[0]} in %", fontsize=8
+    )
     axes[0].legend(fontsize=8, frameon=False, loc="best")
 
 # %% ../nbs/api/79_watch_figures.ipynb #3c646af1
-PARTS = {"prompt": (4.9, 2.5), "answers": (4.9, 2.3), "losses": (6.4, 2.1), "accuracy": (6.4, 3.0)}  # inches
+# inches
+PARTS = {"prompt": (4.9, 2.5), "answers": (4.9, 2.3), "losses": (6.4, 2.1), "accuracy": (6.4, 3.0)}
+
 
 def part_drawing(
     training: WatchedTraining,
@@ -209,8 +350,13 @@ def part_drawing(
     earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training
 ) -> dict[str, Callable]:  # name of the part -> a function that draws it into a figure
     "How each part is drawn."
-    return {"prompt": lambda figure: draw_prompt(figure, training), "answers": lambda figure: draw_answers(figure, training, picture),
-            "losses": lambda figure: draw_losses(figure, training), "accuracy": lambda figure: draw_accuracy(figure, training, earlier)}
+    return {
+        "prompt": lambda figure: draw_prompt(figure, training),
+        "answers": lambda figure: draw_answers(figure, training, picture),
+        "losses": lambda figure: draw_losses(figure, training),
+        "accuracy": lambda figure: draw_accuracy(figure, training, earlier),
+    }
+
 
 def part_versions(
     training: WatchedTraining,
@@ -218,8 +364,15 @@ def part_versions(
     earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training
 ) -> dict[str, tuple]:  # name of the part -> equal as long as the part looks the same
     "What each part depends on."
-    made, asked = (training, len(training.learner.records)), (training, len(training.checks))
-    return {"prompt": made, "answers": (*made, picture), "losses": made, "accuracy": (*asked, *(earlier or {}))}
+    made = (training, len(training.learner.records))
+    asked = (training, len(training.checks))
+    return {
+        "prompt": made,
+        "answers": (*made, picture),
+        "losses": made,
+        "accuracy": (*asked, *(earlier or {})),
+    }
+
 
 def part_png(
     draw: Callable,  # draws into a figure
@@ -229,7 +382,9 @@ def part_png(
 ) -> bytes:  # a PNG
     "One part as a picture file."
     from matplotlib.figure import Figure
-    figure, file = Figure(size, layout=layout), io.BytesIO()
+
+    figure = Figure(size, layout=layout)
+    file = io.BytesIO()
     draw(figure)
     figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
@@ -239,22 +394,46 @@ def training_title(
     training: WatchedTraining,
 ) -> str:  # one line
     "What is trained, and how far."
-    losses = ", ".join(f"{term.name.upper()} {term.weight:g}" for term in training.learner.losses if term.name != "task")
-    rule = f"lr {training.learner.rule['lr']:g}, border {training.prompt.width}" + (f", {losses}" if losses else "")
-    return f"{training.method} on {training.source}, {training.task.name} ({rule}): update {len(training.learner.records)} of {training.total}"
+    losses = ", ".join(
+        f"{term.name.upper()} {term.weight:g}"
+        for term in training.learner.losses
+        if term.name != "task"
+    )
+    rule = f"lr {training.learner.rule['lr']:g}, border {training.prompt.width}" + (
+        f", {losses}" if losses else ""
+    )
+    return (
+        f"{training.method} on {training.source}, {training.task.name} ({rule}): update "
+        f"{len(training.learner.records)} of {training.total}"
+    )
+
 
 def watch_figure(
     training: WatchedTraining,
     picture: int = 0,  # number among the validation pictures
+    # matplotlib Figure
     earlier: Mapping[str, pd.DataFrame] | None = None,  # method -> accuracy of an earlier training
-):  # matplotlib Figure
+):
     "All four parts."
     import matplotlib.pyplot as plt
+
     heights = [height for _, height in PARTS.values()]
     figure = plt.figure(figsize=(11.3, 0.3 + max(sum(heights[:2]), sum(heights[2:]))))
-    _, below = figure.subfigures(2, 1, height_ratios=(0.3, figure.get_figheight() - 0.3))  # the title's place, and the parts'
+    # the title's place, and the parts'
+    _, below = figure.subfigures(2, 1, height_ratios=(0.3, figure.get_figheight() - 0.3))
     left, right = below.subfigures(1, 2, width_ratios=(PARTS["prompt"][0], PARTS["losses"][0]))
-    places = dict(zip(PARTS, [*left.subfigures(2, 1, height_ratios=heights[:2]), *right.subfigures(2, 1, height_ratios=heights[2:])]))
-    for name, draw in part_drawing(training, picture, earlier).items(): draw(places[name])
-    figure.text(0.005, 0.99, training_title(training), ha="left", va="top", fontsize=11, fontweight="bold")
+    places = dict(
+        zip(
+            PARTS,
+            [
+                *left.subfigures(2, 1, height_ratios=heights[:2]),
+                *right.subfigures(2, 1, height_ratios=heights[2:]),
+            ],
+        )
+    )
+    for name, draw in part_drawing(training, picture, earlier).items():
+        draw(places[name])
+    figure.text(
+        0.005, 0.99, training_title(training), ha="left", va="top", fontsize=11, fontweight="bold"
+    )
     return figure

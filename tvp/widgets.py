@@ -26,99 +26,201 @@ from .watch_figures import PARTS, part_drawing, part_png, part_versions
 def widgets_run() -> bool:  # a guess: `stepper.view` shows the widget in any case
     "Is there a front end that shows widgets?"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if not hasattr(shell, "kernel"): return False  # a plain program, or IPython in a terminal
-    told = ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID", "VSCODE_CWD")  # by JupyterLab and Notebook 7, Colab, VS Code
+    if not hasattr(shell, "kernel"):
+        return False  # a plain program, or IPython in a terminal
+    # by JupyterLab and Notebook 7, Colab, VS Code
+    told = ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID", "VSCODE_CWD")
     return any(name in os.environ for name in told) or "__vsc_ipynb_file__" in shell.user_ns
 
 # %% ../nbs/api/80_widgets.ipynb #d6995570
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def display_bundle(
     text: str,  # for where no widget can be shown
     make_view: Callable[[], Any],  # gives an ipywidgets widget; asked only where widgets run
 ) -> dict:  # what IPython displays: the richest kind that the front end knows
     "A widget with its words, or the words alone."
-    if not widgets_run(): return {"text/plain": text}
-    try: view = make_view()
-    except ImportError as error: return {"text/plain": f"{text}\n(No widgets here: {error}. Try pip install ipywidgets.)"}
-    return {"text/plain": text, WIDGET: {"version_major": 2, "version_minor": 0, "model_id": view.model_id}}
+    if not widgets_run():
+        return {"text/plain": text}
+    try:
+        view = make_view()
+    except ImportError as error:
+        return {"text/plain": f"{text}\n(No widgets here: {error}. Try pip install ipywidgets.)"}
+    return {
+        "text/plain": text,
+        WIDGET: {"version_major": 2, "version_minor": 0, "model_id": view.model_id},
+    }
 
 # %% ../nbs/api/80_widgets.ipynb #790c5f21
 class TrainingStepper(SteppedTraining):
     "A training in single steps: with buttons in a notebook, from Python everywhere."
+
     _view = None
+
     @property
-    def view(self): "The live view, an ipywidgets Box."; self._view = self._view or StepperView(self); return self._view.box
-    def refresh(self, whole: bool = False) -> None: "Bring the live view up to date, if there is one: what has changed, or the `whole`."; self._view and self._view.refresh(whole)
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict: return display_bundle(repr(self), lambda: self.view)
+    def view(self):
+        "The live view, an ipywidgets Box."
+        self._view = self._view or StepperView(self)
+        return self._view.box
+
+    def refresh(self, whole: bool = False) -> None:
+        "Bring the live view up to date, if there is one: what has changed, or the `whole`."
+        self._view and self._view.refresh(whole)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return display_bundle(repr(self), lambda: self.view)
 
 # %% ../nbs/api/80_widgets.ipynb #2ab39354
 def labelled(kind, description: str, value, **traits):
     "A control of a kind, with a description and a value."
-    return kind(value=value, description=description, layout={"width": "286px"}, style={"description_width": "86px"}, **traits)
+    return kind(
+        value=value,
+        description=description,
+        layout={"width": "286px"},
+        style={"description_width": "86px"},
+        **traits,
+    )
+
 
 def choice_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
     "What to train, on whom, how."
     from ipywidgets import Dropdown
-    s, tasks = stepper.settings, list(dict.fromkeys([*stepper.tasks, *task_names()]))
-    return {"task": labelled(Dropdown, "task", s["task"], options=tasks), "source": labelled(Dropdown, "source", s["source"], options=list(stepper.zoo)),
-            "method": labelled(Dropdown, "method", s["method"], options=list(RECIPES[stepper.scale]))}
+
+    s = stepper.settings
+    tasks = list(dict.fromkeys([*stepper.tasks, *task_names()]))
+    return {
+        "task": labelled(Dropdown, "task", s["task"], options=tasks),
+        "source": labelled(Dropdown, "source", s["source"], options=list(stepper.zoo)),
+        "method": labelled(Dropdown, "method", s["method"], options=list(RECIPES[stepper.scale])),
+    }
+
 
 def slider_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
     "The numbers; they take effect when the slider is let go."
     from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
-    s, still = stepper.settings, {"continuous_update": False}
+
+    s = stepper.settings
+    still = {"continuous_update": False}
     weight = {"min": 0.0, "max": 0.05, "step": 0.001, "readout_format": ".3f"} | still
-    return {"lr": labelled(FloatLogSlider, "learning rate", s["lr"], base=10, min=-1, max=3, step=0.05, readout_format=".3g", **still),
-            "width": labelled(IntSlider, "border", s["width"], min=1, max=stepper.zoo.size // 3, **still),
-            "fca": labelled(FloatSlider, "FCA weight", s["fca"], **weight), "tse": labelled(FloatSlider, "TSE weight", s["tse"], **weight)}
+    return {
+        "lr": labelled(
+            FloatLogSlider,
+            "learning rate",
+            s["lr"],
+            base=10,
+            min=-1,
+            max=3,
+            step=0.05,
+            readout_format=".3g",
+            **still,
+        ),
+        "width": labelled(
+            IntSlider, "border", s["width"], min=1, max=stepper.zoo.size // 3, **still
+        ),
+        "fca": labelled(FloatSlider, "FCA weight", s["fca"], **weight),
+        "tse": labelled(FloatSlider, "TSE weight", s["tse"], **weight),
+    }
 
 # %% ../nbs/api/80_widgets.ipynb #3bb6ef90
 def button_controls() -> dict:  # name of the action -> widget
     "What to do."
     from ipywidgets import Button
-    icons = {"step": ("step-forward", "one update"), "run": ("play", "updates until you pause"), "pause": ("pause", "no further update, what has been learned stays"),
-             "reset": ("refresh", "the same settings, from the start")}
-    return {name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"}) for name, (icon, tip) in icons.items()}
+
+    icons = {
+        "step": ("step-forward", "one update"),
+        "run": ("play", "updates until you pause"),
+        "pause": ("pause", "no further update, what has been learned stays"),
+        "reset": ("refresh", "the same settings, from the start"),
+    }
+    return {
+        name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"})
+        for name, (icon, tip) in icons.items()
+    }
 
 # %% ../nbs/api/80_widgets.ipynb #5ba42e10
 def loss_terms(training: WatchedTraining) -> list[tuple[str, str, str]]:  # sign and weight, name, value
     "The terms of the last update's loss."
-    record, terms = training.learner.records[-1], []
+    record = training.learner.records[-1]
+    terms = []
     for term in training.learner.losses:
         value = record.others.get(term.name, getattr(record, term.name, float("nan")))
         sign = " − " if term.sign < 0 else " + " if terms else ""
         weight = "" if term.weight == 1 else f"{term.weight:g} × "
-        terms.append((sign + weight, term.name if term.name == "task" else term.name.upper(), f"{value:.3g}"))
+        terms.append(
+            (sign + weight, term.name if term.name == "task" else term.name.upper(), f"{value:.3g}")
+        )
     return terms
+
 
 def numbers_html(stepper: TrainingStepper) -> str:
     "The state in two lines; an error in red, for as long as it is not mended."
-    training, loss, terms, numbers = stepper.training, None, [], []
+    training = stepper.training
+    loss = None
+    terms = []
+    numbers = []
     if training.learner.records:
         record = training.learner.records[-1]
-        loss, terms = f"{record.loss:.3g}", loss_terms(training)
-        numbers = [("gradient norm", f"{record.grad_norm:.3g}"), ("learning rate", f"{record.lr:.3g}")]
+        loss = f"{record.loss:.3g}"
+        terms = loss_terms(training)
+        numbers = [
+            ("gradient norm", f"{record.grad_norm:.3g}"),
+            ("learning rate", f"{record.lr:.3g}"),
+        ]
         numbers += [tuple(words.split(" ", 1)) for words in picture_words(stepper.prompt)]
-    return render("stepper_numbers.html", failed=bool(stepper.error), status=doing(stepper), made=len(training.learner.records),
-                  total=training.total, loss=loss, terms=terms, numbers=numbers)
+    return render(
+        "stepper_numbers.html",
+        failed=bool(stepper.error),
+        status=doing(stepper),
+        made=len(training.learner.records),
+        total=training.total,
+        loss=loss,
+        terms=terms,
+        numbers=numbers,
+    )
+
 
 def models_html(training: WatchedTraining) -> str:
     "A column for each model: without a prompt, with it, and the difference."
     now = latest(training)
-    if not len(now): return ""
-    rows = [{**row, "name": name.removeprefix("tiny-"), "group": row["group"].replace("unseen, ", "")} for name, row in zip(now.index, now.to_dict("records"))]
-    return render("stepper_models.html", rows=rows, metric=now.metric.iloc[0], images=training.pictures, step=now.step.min())
+    if not len(now):
+        return ""
+    rows = [
+        {**row, "name": name.removeprefix("tiny-"), "group": row["group"].replace("unseen, ", "")}
+        for name, row in zip(now.index, now.to_dict("records"))
+    ]
+    return render(
+        "stepper_models.html",
+        rows=rows,
+        metric=now.metric.iloc[0],
+        images=training.pictures,
+        step=now.step.min(),
+    )
 
 # %% ../nbs/api/80_widgets.ipynb #9bd44515
 class StepperView:
     "The controls and pictures of one stepper."
+
     def __init__(self, stepper: TrainingStepper):
         from ipywidgets import HTML, Image, IntProgress, IntSlider
-        self.stepper, self.following, self.next_draw, self.shown = stepper, None, 0.0, {}
-        self.settings, self.buttons = choice_controls(stepper) | slider_controls(stepper), button_controls()
-        self.progress, self.numbers, self.models = IntProgress(layout={"width": "110px"}), HTML(), HTML()
-        self.picture = labelled(IntSlider, "picture", stepper.picture, min=0, max=stepper.training.pictures - 1, continuous_update=False)
+
+        self.stepper = stepper
+        self.following = None
+        self.next_draw = 0.0
+        self.shown = {}
+        self.settings = choice_controls(stepper) | slider_controls(stepper)
+        self.buttons = button_controls()
+        self.progress = IntProgress(layout={"width": "110px"})
+        self.numbers = HTML()
+        self.models = HTML()
+        self.picture = labelled(
+            IntSlider,
+            "picture",
+            stepper.picture,
+            min=0,
+            max=stepper.training.pictures - 1,
+            continuous_update=False,
+        )
         self.images = {name: Image(format="png", layout={"width": "100%"}) for name in PARTS}
         self.box = stepper_layout(self)
         connect(self)
@@ -126,62 +228,115 @@ class StepperView:
 
     def do(self, action: Callable[[], Any]) -> None:
         "What a control asks for: an action, where the training is, with its error shown."
+
         def safely():
-            try: action()
+            try:
+                action()
             except Exception as error:
                 self.stepper.error = error
                 self.refresh(True)
+
         self.stepper.background.call(safely)
 
-    def refresh(self, whole: bool = False) -> None: "Show the numbers, and pictures in their turn; see `refresh_view`."; refresh_view(self, whole)
+    def refresh(self, whole: bool = False) -> None:
+        "Show the numbers, and pictures in their turn; see `refresh_view`."
+        refresh_view(self, whole)
 
 # %% ../nbs/api/80_widgets.ipynb #52df9e3c
 def stepper_layout(view: StepperView):  # ipywidgets VBox
-    "Controls above, pictures in two columns, numbers below; the slider that chooses a picture is beside the picture."
+    """Controls above, pictures in two columns, numbers below; the slider that chooses a picture is
+    beside the picture."""
     from ipywidgets import HBox, VBox
-    wrap, s = {"flex_flow": "row wrap", "align_items": "center"}, view.settings
-    controls = [HBox([s["task"], s["source"], s["method"]], layout=wrap), HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
-                HBox([*view.buttons.values(), s["width"]], layout=wrap), HBox([view.progress, view.numbers], layout=wrap)]
-    wide = lambda name: {"flex": f"{10 * PARTS[name][0]:.0f} 1 {66 * PARTS[name][0]:.0f}px", "max_width": f"{80 * PARTS[name][0]:.0f}px"}  # side by side where there is room
-    columns = [VBox([view.images["prompt"], view.images["answers"], view.picture], layout=wide("prompt")), VBox([view.images["losses"], view.images["accuracy"]], layout=wide("losses"))]
+
+    wrap = {"flex_flow": "row wrap", "align_items": "center"}
+    s = view.settings
+    controls = [
+        HBox([s["task"], s["source"], s["method"]], layout=wrap),
+        HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
+        HBox([*view.buttons.values(), s["width"]], layout=wrap),
+        HBox([view.progress, view.numbers], layout=wrap),
+    ]
+
+    # side by side where there is room
+    def wide(name):
+        return {
+            "flex": f"{10 * PARTS[name][0]:.0f} 1 {66 * PARTS[name][0]:.0f}px",
+            "max_width": f"{80 * PARTS[name][0]:.0f}px",
+        }
+
+    columns = [
+        VBox([view.images["prompt"], view.images["answers"], view.picture], layout=wide("prompt")),
+        VBox([view.images["losses"], view.images["accuracy"]], layout=wide("losses")),
+    ]
     return VBox([*controls, HBox(columns, layout={"flex_flow": "row wrap"}), view.models])
 
 # %% ../nbs/api/80_widgets.ipynb #0ed99954
 def connect(view: StepperView) -> None:
     "Controls do something."
     stepper = view.stepper
-    actions = {"step": stepper.more, "run": lambda: stepper.run(), "pause": stepper.pause, "reset": stepper.reset}
-    for name, button in view.buttons.items(): button.on_click(lambda _, act=actions[name]: view.do(act))
+    actions = {
+        "step": stepper.more,
+        "run": lambda: stepper.run(),
+        "pause": stepper.pause,
+        "reset": stepper.reset,
+    }
+    for name, button in view.buttons.items():
+        button.on_click(lambda _, act=actions[name]: view.do(act))
+
     def listen(control, now: Callable[[], Any], act: Callable[[Any], None]):
         def moved(event):
-            if view.following != get_ident(): view.do(lambda: event["new"] == now() or act(event["new"]))
+            if view.following != get_ident():
+                view.do(lambda: event["new"] == now() or act(event["new"]))
+
         control.observe(moved, "value")
-    for name, control in view.settings.items(): listen(control, lambda name=name: stepper.settings[name], lambda value, name=name: stepper.set(**{name: value}))
+
+    for name, control in view.settings.items():
+        listen(
+            control,
+            lambda name=name: stepper.settings[name],
+            lambda value, name=name: stepper.set(**{name: value}),
+        )
     listen(view.picture, lambda: stepper.picture, lambda value: setattr(stepper, "picture", value))
 
 # %% ../nbs/api/80_widgets.ipynb #4be9744c
 def follow(view: StepperView) -> None:
     "Controls show what the stepper is set to."
-    stepper, view.following = view.stepper, get_ident()
+    stepper = view.stepper
+    view.following = get_ident()
     try:
-        for name, control in view.settings.items(): control.value = stepper.settings[name]
-        view.picture.max, view.picture.value = stepper.training.pictures - 1, stepper.picture
+        for name, control in view.settings.items():
+            control.value = stepper.settings[name]
+        view.picture.max = stepper.training.pictures - 1
+        view.picture.value = stepper.picture
         view.buttons["run"].disabled = stepper.running or stepper.status == "finished"
-        view.buttons["step"].disabled, view.buttons["pause"].disabled = stepper.status == "finished", not stepper.running
-    finally: view.following = None
+        view.buttons["step"].disabled = stepper.status == "finished"
+        view.buttons["pause"].disabled = not stepper.running
+    finally:
+        view.following = None
 
 # %% ../nbs/api/80_widgets.ipynb #06886e0d
 def refresh_view(view: StepperView, whole: bool = False) -> None:
-    "Numbers always; all pictures that have changed, or one of them if drawing has not had its third of the time; `whole` brings everything up to date."
-    stepper, training = view.stepper, view.stepper.training
-    if whole or view.buttons["pause"].disabled == stepper.running: follow(view)
-    view.progress.max, view.progress.value = training.total, len(training.learner.records)
-    view.numbers.value, view.models.value = numbers_html(stepper), models_html(training)
+    """Numbers always; all pictures that have changed, or one of them if drawing has not had its
+    third of the time; `whole` brings everything up to date."""
+    stepper = view.stepper
+    training = view.stepper.training
+    if whole or view.buttons["pause"].disabled == stepper.running:
+        follow(view)
+    view.progress.max = training.total
+    view.progress.value = len(training.learner.records)
+    view.numbers.value = numbers_html(stepper)
+    view.models.value = models_html(training)
     what = training, stepper.picture, stepper.earlier
-    draw, versions = part_drawing(*what), part_versions(*what)
-    for name in sorted(versions, key=lambda name: list(view.shown).index(name) if name in view.shown else -1):  # the oldest first
+    draw = part_drawing(*what)
+    versions = part_versions(*what)
+    # the oldest first
+    for name in sorted(
+        versions, key=lambda name: list(view.shown).index(name) if name in view.shown else -1
+    ):
         begin = time.monotonic()
-        if view.shown.get(name) == versions[name] or not (whole or begin >= view.next_draw): continue
+        if view.shown.get(name) == versions[name] or not (whole or begin >= view.next_draw):
+            continue
         view.images[name].value = part_png(draw[name], PARTS[name])
         view.shown.pop(name, None)
-        view.shown[name], view.next_draw = versions[name], time.monotonic() + 2 * (time.monotonic() - begin)
+        view.shown[name] = versions[name]
+        view.next_draw = time.monotonic() + 2 * (time.monotonic() - begin)

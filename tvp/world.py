@@ -25,7 +25,16 @@ from .images import _integers
 # %% ../nbs/api/05_world.ipynb #966c93bc
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "crescent")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
-RGB = torch.tensor([[1, .12, .1], [.1, .8, .15], [.15, .25, 1], [1, .9, .1], [.7, .15, .85], [.1, .85, .9]])
+RGB = torch.tensor(
+    [
+        [1, 0.12, 0.1],
+        [0.1, 0.8, 0.15],
+        [0.15, 0.25, 1],
+        [1, 0.9, 0.1],
+        [0.7, 0.15, 0.85],
+        [0.1, 0.85, 0.9],
+    ]
+)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = tuple(color[0] for color in COLORS)  # a letter is the initial of a colour
 MAX_OBJECTS = 4
@@ -49,15 +58,24 @@ def _signed_distance(
     v: Tensor,  # vertical place, in radii
 ) -> Tensor:  # negative inside
     "Signed distance to one shape of radius 1 (approximate away from its edge)."
-    a, b, r = u.abs(), v.abs(), torch.sqrt(u * u + v * v + 1e-6)
-    if SHAPES[shape] == "circle": return r - .95
-    if SHAPES[shape] == "square": return torch.maximum(a, b) - .82
-    if SHAPES[shape] == "triangle": return torch.maximum(a * .87 - v * .5 - .5, v - .62)
-    if SHAPES[shape] == "cross": return torch.minimum(torch.maximum(a - 1, b - .33), torch.maximum(b - 1, a - .33))
-    if SHAPES[shape] == "ring": return (r - .74).abs() - .24
-    if SHAPES[shape] == "diamond": return a * 1.55 + b - 1.05
-    if SHAPES[shape] == "star": return r - (.62 + .36 * torch.cos(5 * torch.atan2(u, -v)))
-    return torch.maximum(r - .98, .8 - torch.sqrt((u - .55) ** 2 + v * v + 1e-6))  # crescent
+    a = u.abs()
+    b = v.abs()
+    r = torch.sqrt(u * u + v * v + 1e-6)
+    if SHAPES[shape] == "circle":
+        return r - 0.95
+    if SHAPES[shape] == "square":
+        return torch.maximum(a, b) - 0.82
+    if SHAPES[shape] == "triangle":
+        return torch.maximum(a * 0.87 - v * 0.5 - 0.5, v - 0.62)
+    if SHAPES[shape] == "cross":
+        return torch.minimum(torch.maximum(a - 1, b - 0.33), torch.maximum(b - 1, a - 0.33))
+    if SHAPES[shape] == "ring":
+        return (r - 0.74).abs() - 0.24
+    if SHAPES[shape] == "diamond":
+        return a * 1.55 + b - 1.05
+    if SHAPES[shape] == "star":
+        return r - (0.62 + 0.36 * torch.cos(5 * torch.atan2(u, -v)))
+    return torch.maximum(r - 0.98, 0.8 - torch.sqrt((u - 0.55) ** 2 + v * v + 1e-6))  # crescent
 
 # %% ../nbs/api/05_world.ipynb #902a7dcc
 def draw_shapes(
@@ -69,10 +87,14 @@ def draw_shapes(
     size: int,  # side of the picture, pixels
 ) -> Tensor:  # (n, size, size), coverage in [0, 1]
     "One soft-edged shape per picture."
-    axis = torch.arange(size) + .5
-    dx, dy = axis[None, None, :] - x[:, None, None], axis[None, :, None] - y[:, None, None]
-    cos, sin, r = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None], radius[:, None, None]
-    u, v = (cos * dx + sin * dy) / r, (-sin * dx + cos * dy) / r
+    axis = torch.arange(size) + 0.5
+    dx = axis[None, None, :] - x[:, None, None]
+    dy = axis[None, :, None] - y[:, None, None]
+    cos = torch.cos(angle)[:, None, None]
+    sin = torch.sin(angle)[:, None, None]
+    r = radius[:, None, None]
+    u = (cos * dx + sin * dy) / r
+    v = (-sin * dx + cos * dy) / r
     distance = torch.empty_like(u)
     for s in shape.unique().tolist():
         rows = shape == s
@@ -80,8 +102,25 @@ def draw_shapes(
     return torch.sigmoid(-distance * r * 2.2)
 
 # %% ../nbs/api/05_world.ipynb #5ff99c82
-_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmtt10")
-_SEGMENTS = dict(a=(0, 0, 1, 0), b=(1, 0, 1, 1), c=(1, 1, 1, 2), d=(0, 2, 1, 2), e=(0, 1, 0, 2), f=(0, 0, 0, 1), g=(0, 1, 1, 1))
+_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSerif",
+    "DejaVuSansMono-Oblique",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "cmr10",
+    "cmtt10",
+)
+_SEGMENTS = dict(
+    a=(0, 0, 1, 0),
+    b=(1, 0, 1, 1),
+    c=(1, 1, 1, 2),
+    d=(0, 2, 1, 2),
+    e=(0, 1, 0, 2),
+    f=(0, 0, 0, 1),
+    g=(0, 1, 1, 1),
+)
 _SEVEN = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
 
 
@@ -92,7 +131,9 @@ def _font_glyph(
 ) -> np.ndarray:  # (64, 64) float32 in [0, 1]
     "A character, 56 pixels high, in the middle of a 64 x 64 picture."
     image = Image.new("L", (128, 128), 0)
-    ImageDraw.Draw(image).text((64, 64), char, fill=255, font=font, anchor="mm", stroke_width=stroke)
+    ImageDraw.Draw(image).text(
+        (64, 64), char, fill=255, font=font, anchor="mm", stroke_width=stroke
+    )
     image = image.crop(image.getbbox())
     width = min(max(8, round(image.width * 56 / image.height)), 56)
     glyph = Image.new("L", (64, 64), 0)
@@ -108,7 +149,9 @@ def _segment_glyph(
     image = Image.new("L", (64, 64), 0)
     for name in _SEVEN[digit]:
         x0, y0, x1, y1 = _SEGMENTS[name]
-        ImageDraw.Draw(image).line([(18 + 28 * x0, 6 + 26 * y0), (18 + 28 * x1, 6 + 26 * y1)], fill=255, width=stroke)
+        ImageDraw.Draw(image).line(
+            [(18 + 28 * x0, 6 + 26 * y0), (18 + 28 * x1, 6 + 26 * y1)], fill=255, width=stroke
+        )
     return np.asarray(image, np.float32) / 255
 
 # %% ../nbs/api/05_world.ipynb #5b444784
@@ -116,10 +159,16 @@ def _segment_glyph(
 def glyph_bank() -> tuple[Tensor, Tensor]:  # digits (10, styles, 64, 64), letters (6, styles, 64, 64)
     "Every digit and letter in every style."
     import matplotlib
+
     folder = f"{matplotlib.get_data_path()}/fonts/ttf"
-    fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 64) for name in _FONTS] + [ImageFont.load_default(size=64)]
+    fonts = [ImageFont.truetype(f"{folder}/{name}.ttf", 64) for name in _FONTS] + [
+        ImageFont.load_default(size=64)
+    ]
     styles = [(font, stroke) for font in fonts for stroke in (0, 3)]
-    digits = [[_font_glyph(str(d), *s) for s in styles] + [_segment_glyph(d, w) for w in (5, 9)] for d in range(10)]
+    digits = [
+        [_font_glyph(str(d), *s) for s in styles] + [_segment_glyph(d, w) for w in (5, 9)]
+        for d in range(10)
+    ]
     letters = [[_font_glyph(c.upper(), *s) for s in styles] for c in LETTERS]
     return torch.tensor(np.array(digits)), torch.tensor(np.array(letters))
 
@@ -131,17 +180,26 @@ def place_glyphs(
     y: Tensor,  # (n,) centre, pixels
     size: int,  # side of the picture, pixels
     g: Generator,  # random state for rotation, shear and bending
-    bend: float = .03,  # elastic bending, as a share of the picture's half side
+    bend: float = 0.03,  # elastic bending, as a share of the picture's half side
 ) -> Tensor:  # (n, size, size) coverage in [0, 1]
     "Glyphs at their places, slightly rotated, sheared and bent."
     n = len(glyph)
-    angle, shear, k = _uniform((n,), -.25, .25, g), _uniform((n,), -.25, .25, g), size / height
-    cos, sin, cx, cy = torch.cos(angle), torch.sin(angle), 2 * x / size - 1, 2 * y / size - 1
-    rows = torch.stack([torch.stack([k * cos, k * (sin + shear)], 1), torch.stack([-k * sin, k * cos], 1)], 1)
+    angle = _uniform((n,), -0.25, 0.25, g)
+    shear = _uniform((n,), -0.25, 0.25, g)
+    k = size / height
+    cos = torch.cos(angle)
+    sin = torch.sin(angle)
+    cx = 2 * x / size - 1
+    cy = 2 * y / size - 1
+    rows = torch.stack(
+        [torch.stack([k * cos, k * (sin + shear)], 1), torch.stack([-k * sin, k * cos], 1)], 1
+    )
     shift = -(rows @ torch.stack([cx, cy], 1)[:, :, None])
     grid = F.affine_grid(torch.cat([rows, shift], 2), (n, 1, size, size), align_corners=False)
     bending = torch.randn(n, 2, 4, 4, generator=g) * bend * k[:, None, None, None].clamp(max=2)
-    grid = grid + F.interpolate(bending, (size, size), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    grid = grid + F.interpolate(bending, (size, size), mode="bicubic", align_corners=False).permute(
+        0, 2, 3, 1
+    )
     return F.grid_sample(glyph[:, None], grid, align_corners=False)[:, 0].clamp(0, 1)
 
 # %% ../nbs/api/05_world.ipynb #7ea9529a
@@ -151,12 +209,13 @@ def draw_backgrounds(
     g: Generator,  # random state
 ) -> tuple[Tensor, Tensor]:  # (n, 3, size, size) around [0, 1]; (n,) True where dark
     "Dark or light backgrounds with a slight tint and gradient."
-    dark = torch.rand(n, generator=g) < .55
-    depth = _uniform((n,), 0, .28, g)
-    base = torch.where(dark, depth, 1 - depth)[:, None] + _uniform((n, 3), -.06, .06, g)
-    angle, axis = _uniform((n,), 0, 2 * math.pi, g)[:, None, None], torch.linspace(-.5, .5, size)
+    dark = torch.rand(n, generator=g) < 0.55
+    depth = _uniform((n,), 0, 0.28, g)
+    base = torch.where(dark, depth, 1 - depth)[:, None] + _uniform((n, 3), -0.06, 0.06, g)
+    angle = _uniform((n,), 0, 2 * math.pi, g)[:, None, None]
+    axis = torch.linspace(-0.5, 0.5, size)
     slope = torch.cos(angle) * axis[None, None, :] + torch.sin(angle) * axis[None, :, None]
-    return base[:, :, None, None] + (_uniform((n, 1, 1), 0, .2, g) * slope)[:, None], dark
+    return base[:, :, None, None] + (_uniform((n, 1, 1), 0, 0.2, g) * slope)[:, None], dark
 
 # %% ../nbs/api/05_world.ipynb #34e514cc
 def vary_colors(
@@ -164,8 +223,8 @@ def vary_colors(
     g: Generator,  # random state
 ) -> Tensor:  # (..., 3) in [0, 1]
     "A shade of each colour."
-    shade = RGB[color] + torch.randn(*color.shape, 3, generator=g) * .04
-    return (shade * _uniform((*color.shape, 1), .75, 1, g)).clamp(0, 1)
+    shade = RGB[color] + torch.randn(*color.shape, 3, generator=g) * 0.04
+    return (shade * _uniform((*color.shape, 1), 0.75, 1, g)).clamp(0, 1)
 
 # %% ../nbs/api/05_world.ipynb #38e329ff
 def lay_out(
@@ -175,13 +234,19 @@ def lay_out(
 ) -> tuple[Tensor, Tensor]:  # x and y, (n, k), pixels
     "Places for k objects per picture, far from each other."
     n, k = radius.shape
-    x, y = torch.zeros(n, k), torch.zeros(n, k)
+    x = torch.zeros(n, k)
+    y = torch.zeros(n, k)
     for i in range(k):
-        r = radius[:, i:i + 1]
+        r = radius[:, i : i + 1]
         px, py = (r + torch.rand(n, 14, generator=g) * (size - 2 * r) for _ in "xy")
-        gap = torch.hypot(px[:, :, None] - x[:, None, :i], py[:, :, None] - y[:, None, :i]) - r[:, None] - radius[:, None, :i]
+        gap = (
+            torch.hypot(px[:, :, None] - x[:, None, :i], py[:, :, None] - y[:, None, :i])
+            - r[:, None]
+            - radius[:, None, :i]
+        )
         best = gap.amin(-1).clamp(max=3).argmax(1) if i else torch.zeros(n, dtype=torch.long)
-        x[:, i], y[:, i] = px.gather(1, best[:, None])[:, 0], py.gather(1, best[:, None])[:, 0]
+        x[:, i] = px.gather(1, best[:, None])[:, 0]
+        y[:, i] = py.gather(1, best[:, None])[:, 0]
     return x, y
 
 # %% ../nbs/api/05_world.ipynb #10bec1ba
@@ -192,7 +257,9 @@ def paint(
     rgb: Tensor,  # (m, 3) colour
 ) -> None:
     "Lay a colour over pictures where a mask covers them."
-    images[rows] = torch.lerp(images[rows], rgb[:, :, None, None].expand_as(images[rows]), mask[:, None])
+    images[rows] = torch.lerp(
+        images[rows], rgb[:, :, None, None].expand_as(images[rows]), mask[:, None]
+    )
 
 # %% ../nbs/api/05_world.ipynb #f3a70cfa
 def note_patches(
@@ -203,8 +270,10 @@ def note_patches(
     color: Tensor,  # (m,) colour; see `Scenes`
 ) -> None:
     "Write down what a mask covers, cell by cell."
-    covered = F.avg_pool2d(mask[:, None], PATCH) > .12
-    patches[rows] = torch.where(covered, torch.stack([thing, color], 1)[:, :, None, None].to(patches.dtype), patches[rows])
+    covered = F.avg_pool2d(mask[:, None], PATCH) > 0.12
+    patches[rows] = torch.where(
+        covered, torch.stack([thing, color], 1)[:, :, None, None].to(patches.dtype), patches[rows]
+    )
 
 # %% ../nbs/api/05_world.ipynb #ea456da8
 def draw_objects(
@@ -219,17 +288,22 @@ def draw_objects(
     "The first `count` objects of each row, at random places and angles."
     size = images.shape[-1]
     x, y = lay_out(radius, size, g)
-    angle, rgb = _uniform(shape.shape, -.25, .25, g), vary_colors(color, g)
+    angle = _uniform(shape.shape, -0.25, 0.25, g)
+    rgb = vary_colors(color, g)
     for i in range(shape.shape[1]):
         rows = (count > i).nonzero()[:, 0]
-        mask = draw_shapes(shape[rows, i], x[rows, i], y[rows, i], radius[rows, i], angle[rows, i], size)
+        mask = draw_shapes(
+            shape[rows, i], x[rows, i], y[rows, i], radius[rows, i], angle[rows, i], size
+        )
         paint(images, rows, mask, rgb[rows, i])
-        if patches is not None: note_patches(patches, rows, mask, 1 + shape[rows, i], 1 + color[rows, i])
+        if patches is not None:
+            note_patches(patches, rows, mask, 1 + shape[rows, i], 1 + color[rows, i])
 
 # %% ../nbs/api/05_world.ipynb #5995b7a0
 @dataclass
 class Scenes:
     "Pictures of the small world and what is in them."
+
     images: Tensor  # (n, 3, size, size) uint8
     kind: Tensor  # (n,) OBJECTS, DIGIT or LETTER
     count: Tensor  # (n,) objects, 0 where kind is not OBJECTS
@@ -238,9 +312,12 @@ class Scenes:
     digit: Tensor  # (n,) 0 to 9
     letter: Tensor  # (n,) index into LETTERS
     glyph_color: Tensor  # (n,) index into COLORS; -1: black or white
-    patches: Tensor  # (n, 2, size / 8, size / 8) uint8. What: 0 nothing, 1-8 shapes, 9-18 digits, 19-24 letters. Colour: 0 none, 1-6
+    # (n, 2, size / 8, size / 8) uint8. What: 0 nothing, 1-8 shapes, 9-18 digits, 19-24 letters.
+    # Colour: 0 none, 1-6
+    patches: Tensor
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     def __getitem__(self, rows) -> "Scenes":  # the chosen rows
         return Scenes(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -253,18 +330,24 @@ def _draw_glyphs(
     g: Generator,  # random state
 ) -> None:
     "The digit or letter of each scene that has one."
-    size, (digits, letters) = images.shape[-1], glyph_bank()
-    for kind, bank, index, first in ((DIGIT, digits, scenes["digit"], 9), (LETTER, letters, scenes["letter"], 19)):
+    size = images.shape[-1]
+    (digits, letters) = glyph_bank()
+    for kind, bank, index, first in (
+        (DIGIT, digits, scenes["digit"], 9),
+        (LETTER, letters, scenes["letter"], 19),
+    ):
         rows = (scenes["kind"] == kind).nonzero()[:, 0]
         n = len(rows)
         glyph = bank[index[rows], _integers((n,), bank.shape[1], g)]
-        height = _uniform((n,), .36 * size, .95 * size, g)
+        height = _uniform((n,), 0.36 * size, 0.95 * size, g)
         x, y = (height / 2 + torch.rand(n, generator=g) * (size - height) for _ in "xy")
         mask = place_glyphs(glyph, height, x, y, size, g)
         plain = dark[rows, None].float().expand(-1, 3)
         named = vary_colors(scenes["glyph_color"][rows].clamp(min=0), g)
         paint(images, rows, mask, torch.where(scenes["glyph_color"][rows, None] < 0, plain, named))
-        note_patches(scenes["patches"], rows, mask, first + index[rows], 1 + scenes["glyph_color"][rows])
+        note_patches(
+            scenes["patches"], rows, mask, first + index[rows], 1 + scenes["glyph_color"][rows]
+        )
 
 # %% ../nbs/api/05_world.ipynb #66a49506
 def photograph(
@@ -273,10 +356,10 @@ def photograph(
 ) -> Tensor:  # (n, 3, size, size) uint8
     "A slightly different camera for every picture: contrast, blur and noise."
     n = len(images)
-    images = .5 + (images - .5) * _uniform((n, 1, 1, 1), .7, 1, g)
+    images = 0.5 + (images - 0.5) * _uniform((n, 1, 1, 1), 0.7, 1, g)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < .3, blurred, images)
-    images = images + torch.randn(images.shape, generator=g) * _uniform((n, 1, 1, 1), 0, .06, g)
+    images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.3, blurred, images)
+    images = images + torch.randn(images.shape, generator=g) * _uniform((n, 1, 1, 1), 0, 0.06, g)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../nbs/api/05_world.ipynb #8b45eaa8
@@ -287,19 +370,39 @@ def draw_scenes(
 ) -> Scenes:  # n scenes
     "Scenes of the small world: half objects, a quarter digits, a quarter letters."
     g = Generator().manual_seed(seed)
-    kind = torch.multinomial(torch.tensor([.5, .25, .25]), n, True, generator=g)
-    count = torch.where(torch.rand(n, generator=g) < .3, 1, 1 + _integers((n,), MAX_OBJECTS, g)) * (kind == OBJECTS)
-    shape, color = _integers((n, MAX_OBJECTS), len(SHAPES), g), _integers((n, MAX_OBJECTS), len(COLORS), g)
-    digit, letter, glyph_color = _integers((n,), 10, g), _integers((n,), len(LETTERS), g), _integers((n,), len(COLORS), g)
-    glyph_color = torch.where((kind == LETTER) & (torch.rand(n, generator=g) < .4), letter, glyph_color)
-    glyph_color = torch.where((kind == DIGIT) & (torch.rand(n, generator=g) < .35), -1, glyph_color)
+    kind = torch.multinomial(torch.tensor([0.5, 0.25, 0.25]), n, True, generator=g)
+    count = torch.where(
+        torch.rand(n, generator=g) < 0.3, 1, 1 + _integers((n,), MAX_OBJECTS, g)
+    ) * (kind == OBJECTS)
+    shape = _integers((n, MAX_OBJECTS), len(SHAPES), g)
+    color = _integers((n, MAX_OBJECTS), len(COLORS), g)
+    digit = _integers((n,), 10, g)
+    letter = _integers((n,), len(LETTERS), g)
+    glyph_color = _integers((n,), len(COLORS), g)
+    glyph_color = torch.where(
+        (kind == LETTER) & (torch.rand(n, generator=g) < 0.4), letter, glyph_color
+    )
+    glyph_color = torch.where(
+        (kind == DIGIT) & (torch.rand(n, generator=g) < 0.35), -1, glyph_color
+    )
     images, dark = draw_backgrounds(n, size, g)
     patches = torch.zeros(n, 2, size // PATCH, size // PATCH, dtype=torch.uint8)
-    radius = _uniform((n, MAX_OBJECTS), .08, .14, g) * size
-    radius[:, 0] = torch.where((count == 1) & (torch.rand(n, generator=g) < .7), _uniform((n,), .1, .4, g) * size, radius[:, 0])
+    radius = _uniform((n, MAX_OBJECTS), 0.08, 0.14, g) * size
+    radius[:, 0] = torch.where(
+        (count == 1) & (torch.rand(n, generator=g) < 0.7),
+        _uniform((n,), 0.1, 0.4, g) * size,
+        radius[:, 0],
+    )
     draw_objects(images, count, shape, color, radius, g, patches)
-    _draw_glyphs(images, dict(kind=kind, digit=digit, letter=letter, glyph_color=glyph_color, patches=patches), dark, g)
-    return Scenes(photograph(images, g), kind, count, shape, color, digit, letter, glyph_color, patches)
+    _draw_glyphs(
+        images,
+        dict(kind=kind, digit=digit, letter=letter, glyph_color=glyph_color, patches=patches),
+        dark,
+        g,
+    )
+    return Scenes(
+        photograph(images, g), kind, count, shape, color, digit, letter, glyph_color, patches
+    )
 
 # %% ../nbs/api/05_world.ipynb #12f3bbf8
 PHOTO = "This is a photo of a"
@@ -313,9 +416,20 @@ def describe(
     i: int,  # which
 ) -> tuple:  # (kind, [(colour, shape), ...], digit, letter, glyph colour or None), in words
     "One scene in words."
-    objects = [(COLORS[c], SHAPES[s]) for c, s in zip(scenes.color[i, :scenes.count[i]].tolist(), scenes.shape[i, :scenes.count[i]].tolist())]
+    objects = [
+        (COLORS[c], SHAPES[s])
+        for c, s in zip(
+            scenes.color[i, : scenes.count[i]].tolist(), scenes.shape[i, : scenes.count[i]].tolist()
+        )
+    ]
     glyph_color = int(scenes.glyph_color[i])
-    return int(scenes.kind[i]), objects, DIGITS[scenes.digit[i]], LETTERS[scenes.letter[i]], COLORS[glyph_color] if glyph_color >= 0 else None
+    return (
+        int(scenes.kind[i]),
+        objects,
+        DIGITS[scenes.digit[i]],
+        LETTERS[scenes.letter[i]],
+        COLORS[glyph_color] if glyph_color >= 0 else None,
+    )
 
 # %% ../nbs/api/05_world.ipynb #ab4abe1a
 def absent_object(
@@ -324,9 +438,16 @@ def absent_object(
 ) -> tuple[str, str]:  # (colour, shape)
     "An object that is not there; half of the time it shares a colour or a shape with one that is."
     while True:
-        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
-        if rng.random() < .5: color, shape = (rng.choice(objects)[0], shape) if rng.random() < .5 else (color, rng.choice(objects)[1])
-        if (color, shape) not in objects: return color, shape
+        color = rng.choice(COLORS)
+        shape = rng.choice(SHAPES)
+        if rng.random() < 0.5:
+            color, shape = (
+                (rng.choice(objects)[0], shape)
+                if rng.random() < 0.5
+                else (color, rng.choice(objects)[1])
+            )
+        if (color, shape) not in objects:
+            return color, shape
 
 # %% ../nbs/api/05_world.ipynb #637a2d54
 def _ask_objects(
@@ -334,19 +455,30 @@ def _ask_objects(
     rng: random.Random,  # random state
 ) -> tuple[str, str]:  # instruction, answer
     "A question about objects."
-    u, (color, shape) = rng.random(), rng.choice(objects)
-    shapes, colors = [s for _, s in objects], [c for c, _ in objects]
-    if u < .25: return rng.choice([COUNT, "How many objects are there?"]), str(len(objects))
-    if u < .6:
-        if rng.random() < .2:
-            name = shape if rng.random() < .5 else rng.choice(SHAPES)
+    u = rng.random()
+    (color, shape) = rng.choice(objects)
+    shapes = [s for _, s in objects]
+    colors = [c for c, _ in objects]
+    if u < 0.25:
+        return rng.choice([COUNT, "How many objects are there?"]), str(len(objects))
+    if u < 0.6:
+        if rng.random() < 0.2:
+            name = shape if rng.random() < 0.5 else rng.choice(SHAPES)
             return PRESENCE.format(name), "yes" if name in shapes else "no"
-        if rng.random() < .5: return PRESENCE.format(f"{color} {shape}"), "yes"
+        if rng.random() < 0.5:
+            return PRESENCE.format(f"{color} {shape}"), "yes"
         return PRESENCE.format(" ".join(absent_object(objects, rng))), "no"
-    if u < .7 and shapes.count(shape) == 1: return f"What color is the {shape}?", color
-    if u < .8 and colors.count(color) == 1: return f"What shape is the {color} object?", shape
-    if len(objects) == 1: return PHOTO, shape if rng.random() < .8 else f"{color} {shape}"
-    return (PHOTO, " and a ".join(f"{c} {s}" for c, s in objects)) if len(objects) == 2 else (COUNT, str(len(objects)))
+    if u < 0.7 and shapes.count(shape) == 1:
+        return f"What color is the {shape}?", color
+    if u < 0.8 and colors.count(color) == 1:
+        return f"What shape is the {color} object?", shape
+    if len(objects) == 1:
+        return PHOTO, shape if rng.random() < 0.8 else f"{color} {shape}"
+    return (
+        (PHOTO, " and a ".join(f"{c} {s}" for c, s in objects))
+        if len(objects) == 2
+        else (COUNT, str(len(objects)))
+    )
 
 # %% ../nbs/api/05_world.ipynb #f411ccc5
 def question_answer(
@@ -355,17 +487,24 @@ def question_answer(
 ) -> tuple[str, str]:  # instruction, answer
     "Something one can ask about a scene, and the true answer."
     kind, objects, digit, letter, color = scene
-    if kind == OBJECTS: return _ask_objects(objects, rng)
+    if kind == OBJECTS:
+        return _ask_objects(objects, rng)
     u = rng.random()
     if kind == DIGIT:
-        if u < .6: return PHOTO, digit if u < .5 or not color else f"{color} {digit}"
-        if u < .75: return "What digit is shown?", digit
-        if u < .87 and color: return "What color is the digit?", color
-        name = digit if rng.random() < .5 else rng.choice([d for d in DIGITS if d != digit])
+        if u < 0.6:
+            return PHOTO, digit if u < 0.5 or not color else f"{color} {digit}"
+        if u < 0.75:
+            return "What digit is shown?", digit
+        if u < 0.87 and color:
+            return "What color is the digit?", color
+        name = digit if rng.random() < 0.5 else rng.choice([d for d in DIGITS if d != digit])
         return PRESENCE.format(name), "yes" if name == digit else "no"
-    if u < .5: return AGREEMENT.format(letter), "yes" if color[0] == letter else "no"
-    if u < .65: return "What letter is shown?", letter
-    if u < .8: return "What color is the letter?", color
+    if u < 0.5:
+        return AGREEMENT.format(letter), "yes" if color[0] == letter else "no"
+    if u < 0.65:
+        return "What letter is shown?", letter
+    if u < 0.8:
+        return "What color is the letter?", color
     return PHOTO, f"{color} letter {letter}"
 
 # %% ../nbs/api/05_world.ipynb #c8013e62
@@ -375,10 +514,14 @@ def caption(
 ) -> str:  # a noun phrase: what is in the picture
     "What a scene shows, as one would write it under a photograph of a ..."
     kind, objects, digit, letter, color = scene
-    if kind == DIGIT: return f"{color} {digit}" if color and rng.random() < .3 else digit
-    if kind == LETTER: return f"{color} letter {letter}"
-    if len(objects) == 1 and rng.random() < .8: return objects[0][1] if rng.random() < .6 else " ".join(objects[0])
-    if rng.random() < .5: return group_of(len(objects))
+    if kind == DIGIT:
+        return f"{color} {digit}" if color and rng.random() < 0.3 else digit
+    if kind == LETTER:
+        return f"{color} letter {letter}"
+    if len(objects) == 1 and rng.random() < 0.8:
+        return objects[0][1] if rng.random() < 0.6 else " ".join(objects[0])
+    if rng.random() < 0.5:
+        return group_of(len(objects))
     return " and a ".join(" ".join(o) for o in objects)
 
 # %% ../nbs/api/05_world.ipynb #3c13d57a
@@ -394,31 +537,47 @@ def draw_frames(
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, size, size) in [0, 1]
     "What lies around a framed picture: one of seven kinds for each."
-    n, size = len(images), images.shape[-1]
-    flat, other = torch.rand(n, 3, 1, 1, generator=g), torch.rand(n, 3, 1, 1, generator=g)
+    n = len(images)
+    size = images.shape[-1]
+    flat = torch.rand(n, 3, 1, 1, generator=g)
+    other = torch.rand(n, 3, 1, 1, generator=g)
     ramp = torch.linspace(0, 1, size).expand(n, 1, size, size)
     coarse = F.interpolate(torch.rand(n, 3, 6, 6, generator=g), (size, size), mode="nearest")
     stripes = (torch.sin(_uniform((n, 1, 1, 1), 6, 60, g) * ramp) > 0).float()
-    kinds = torch.stack([torch.zeros_like(images), flat.expand_as(images), torch.lerp(flat, other, ramp), torch.rand(images.shape, generator=g),
-                         coarse, torch.lerp(flat, other, stripes), images.roll(1, 0).flip(-1)])
-    kind = torch.multinomial(torch.tensor([.3, .15, .1, .15, .1, .1, .1]), n, True, generator=g)
+    kinds = torch.stack(
+        [
+            torch.zeros_like(images),
+            flat.expand_as(images),
+            torch.lerp(flat, other, ramp),
+            torch.rand(images.shape, generator=g),
+            coarse,
+            torch.lerp(flat, other, stripes),
+            images.roll(1, 0).flip(-1),
+        ]
+    )
+    kind = torch.multinomial(
+        torch.tensor([0.3, 0.15, 0.1, 0.15, 0.1, 0.1, 0.1]), n, True, generator=g
+    )
     frames = kinds[kind, torch.arange(n)]
-    turned = torch.rand(n, 1, 1, 1, generator=g) < .5
+    turned = torch.rand(n, 1, 1, 1, generator=g) < 0.5
     return torch.where(turned, frames.transpose(-1, -2), frames)
 
 # %% ../nbs/api/05_world.ipynb #ff49e7e0
 def add_frames(
     images: Tensor,  # (n, 3, size, size) in [0, 1]
     g: Generator,  # random state
-    share: float = .5,  # of the pictures that get a frame
+    share: float = 0.5,  # of the pictures that get a frame
 ) -> Tensor:  # (n, 3, size, size) in [0, 1]; the framed ones come first
     "Shrink a share of the pictures and put them into frames of many kinds."
-    n, size, out = int(len(images) * share), images.shape[-1], images.clone()
+    n = int(len(images) * share)
+    size = images.shape[-1]
+    out = images.clone()
     out[:n] = draw_frames(images[:n], g)
     for rows in torch.arange(n).chunk(4):
         inner = int(_integers((), size * 5 // 16, g)) + size * 5 // 8  # 5/8 of the side and more
         small = F.interpolate(images[rows], size=(inner, inner), mode="bilinear", antialias=True)
         top, left = (int(v) for v in _integers((2,), size - inner + 1, g))
-        if torch.rand((), generator=g) < .5: top = left = (size - inner) // 2
-        out[rows, :, top:top + inner, left:left + inner] = small
+        if torch.rand((), generator=g) < 0.5:
+            top = left = (size - inner) // 2
+        out[rows, :, top : top + inner, left : left + inner] = small
     return out.clamp(0, 1)  # interpolation rounds

@@ -33,56 +33,93 @@ from .tiny import DATA, SIZE, TINY, WIDTH, load_tiny, load_tiny_clip
 # %% ../nbs/api/35_zoo.ipynb #9cfcdc2e
 def _unknown(name: str, names: list[str]) -> KeyError:
     "The error for a name that is nothing."
-    close = get_close_matches(name.lower(), names, n=3, cutoff=.4)
+    close = get_close_matches(name.lower(), names, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(close)}? " if close else ""
-    return KeyError(f"`name_or_path` must be a known name, a folder that exists or a hub id of the form owner/name; got {name!r}. {hint}"
-                    "`tvp models` lists the known names.")
+    return KeyError(
+        "`name_or_path` must be a known name, a folder that exists or a hub id of the form "
+        f"owner/name; got {name!r}. {hint}"
+        "`tvp models` lists the known names."
+    )
 
 
 def _refuse(options: dict, names: tuple[str, ...], why: str) -> None:
     "Options that would do nothing."
     for name in names:
-        if name in options: raise ValueError(f"`{name}` {why}. Leave it out.")
+        if name in options:
+            raise ValueError(f"`{name}` {why}. Leave it out.")
 
 # %% ../nbs/api/35_zoo.ipynb #113d4693
 def load_mllm(
     name_or_path: str | PathLike,  # a known name, a folder, or "owner/name" on the hub
-    **options,  # of `tvp.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of `tvp.paper.load_paper` (weights, ...)
+    # of `tvp.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of
+    # `tvp.paper.load_paper` (weights, ...)
+    **options,
 ) -> Mllm:  # frozen
     "One model, from wherever it is."
     from tvp.paper import is_saved, load_paper, load_saved
     from tvp.paper_models import PAPER
-    name, folder = str(name_or_path), check_place(name_or_path)
-    bare = isinstance(name_or_path, str) and not set("/\\") & set(name) and not name.startswith(("~", "."))
+
+    name = str(name_or_path)
+    folder = check_place(name_or_path)
+    bare = (
+        isinstance(name_or_path, str)
+        and not set("/\\") & set(name)
+        and not name.startswith(("~", "."))
+    )
     if bare and name in TINY:
-        _refuse(options, tuple(options), f"is for models of the hub and folders; {name} is ready as it is")
+        _refuse(
+            options,
+            tuple(options),
+            f"is for models of the hub and folders; {name} is ready as it is",
+        )
         return load_zoo("tiny")[name]
-    if bare and name in PAPER: return load_paper(name, options.pop("weights", PAPER[name].whole or None), **options)
+    if bare and name in PAPER:
+        return load_paper(name, options.pop("weights", PAPER[name].whole or None), **options)
     _refuse(options, ("weights",), f"is for the models of the paper: {', '.join(PAPER)}")
-    if bare and name in REGISTRY: return load_known(name, **options)
-    if folder.is_dir(): return load_saved(folder, **options) if is_saved(folder) else load_pretrained(folder, **options)
-    if bare: raise _unknown(name, [*TINY, *REGISTRY, *PAPER])
-    return load_known(name, **options) if isinstance(name_or_path, str) and find_known(name) else load_pretrained(name_or_path, **options)
+    if bare and name in REGISTRY:
+        return load_known(name, **options)
+    if folder.is_dir():
+        return (
+            load_saved(folder, **options)
+            if is_saved(folder)
+            else load_pretrained(folder, **options)
+        )
+    if bare:
+        raise _unknown(name, [*TINY, *REGISTRY, *PAPER])
+    return (
+        load_known(name, **options)
+        if isinstance(name_or_path, str) and find_known(name)
+        else load_pretrained(name_or_path, **options)
+    )
 
 # %% ../nbs/api/35_zoo.ipynb #09b07f9d
-Place = str | PathLike | Mapping[str, str | PathLike]  # a known name, a hub id, a folder, a file; or the parts of a model
+# a known name, a hub id, a folder, a file; or the parts of a model
+Place = str | PathLike | Mapping[str, str | PathLike]
 
 
 def local_weights(
     place: Place,  # of a model, or of its parts
 ) -> list[Path]:  # none where nothing is on this machine
     "The weight files of a model as far as they are here. Nothing is downloaded."
-    if isinstance(place, Mapping): return [file for part in place.values() for file in local_weights(part)]
+    if isinstance(place, Mapping):
+        return [file for part in place.values() for file in local_weights(part)]
     from huggingface_hub import snapshot_download
-    folder, known = Path(os.path.expanduser(place)), find_known(place) if isinstance(place, str) else None
-    if folder.is_file(): return [folder]
+
+    folder = Path(os.path.expanduser(place))
+    known = find_known(place) if isinstance(place, str) else None
+    if folder.is_file():
+        return [folder]
     try:
-        if isinstance(place, str) and (place in REGISTRY or not folder.is_dir()):  # as `load_mllm` reads it
+        # as `load_mllm` reads it
+        if isinstance(place, str) and (place in REGISTRY or not folder.is_dir()):
             folder = Path(snapshot_download(known.id if known else place, local_files_only=True))
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file(): return sorted({folder / file for file in read_index(index).values()})
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        if index.is_file():
+            return sorted({folder / file for file in read_index(index).values()})
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    except Exception: return []  # whoever loads the model will say what is wrong
+    except Exception:
+        return []  # whoever loads the model will say what is wrong
 
 # %% ../nbs/api/35_zoo.ipynb #36242258
 class Zoo(Mapping):
@@ -98,13 +135,21 @@ class Zoo(Mapping):
         keep: int | None = None,  # models in memory at a time; None: all
         places: Mapping[str, Place] = {},  # name: where its files are, as far as that is known
     ):
-        self._load, self._towers, self.size, self.width, self.keep, self._places = load, towers, size, width, keep, places
-        self._models, self._clip, self._load_clip = {}, None, load_clip
+        self._load = load
+        self._towers = towers
+        self.size = size
+        self.width = width
+        self.keep = keep
+        self._places = places
+        self._models = {}
+        self._clip = None
+        self._load_clip = load_clip
 
     def __getitem__(self, name: str) -> Mllm:
         self._known(name)
         if name not in self._models:
-            while self.keep and len(self._models) >= self.keep: self._forget(next(iter(self._models)))
+            while self.keep and len(self._models) >= self.keep:
+                self._forget(next(iter(self._models)))
             self._models[name] = self._load[name]()
         return self._models[name]
 
@@ -115,21 +160,34 @@ class Zoo(Mapping):
         "Make room: the model goes when nobody else holds it."
         del self._models[name]
         gc.collect()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def weight_files(self, name: str) -> list[Path]:
-        "What loading a model would read, see `local_weights`; nothing for a model in memory, or if its place is not known."
+        """What loading a model would read, see `local_weights`; nothing for a model in memory, or
+        if its place is not known."""
         self._known(name)
-        return local_weights(self._places[name]) if name in self._places and name not in self._models else []
+        return (
+            local_weights(self._places[name])
+            if name in self._places and name not in self._models
+            else []
+        )
 
-    def __contains__(self, name: object) -> bool: return name in self._load  # Mapping's own would load the model
-    def __iter__(self) -> Iterator[str]: return iter(self._load)
-    def __len__(self) -> int: return len(self._load)
+    # Mapping's own would load the model
+    def __contains__(self, name: object) -> bool:
+        return name in self._load
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._load)
+
+    def __len__(self) -> int:
+        return len(self._load)
 
     @property
     def clip(self) -> Clip:
         "The CLIP of this zoo, loaded once."
-        if self._clip is None: self._clip = self._load_clip()
+        if self._clip is None:
+            self._clip = self._load_clip()
         return self._clip
 
     def tower(
@@ -140,47 +198,100 @@ class Zoo(Mapping):
         self._known(name)
         return self._towers[name]
 
-    def __repr__(self): return f"Zoo({self.size} px, border {self.width} px: {', '.join(f'{n} ({t})' for n, t in self._towers.items())})"
+    def __repr__(self):
+        return (
+            f"Zoo({self.size} px, border {self.width} px: "
+            f"{', '.join(f'{n} ({t})' for n, t in self._towers.items())})"
+        )
 
 # %% ../nbs/api/35_zoo.ipynb #ebb2303c
-SIX = ("minigpt4-7b", "instructblip-7b", "blip2-flan-t5-xl", "vpgtrans-7b", "bliva-7b", "visualglm-6b")  # of the paper
+# of the paper
+SIX = (
+    "minigpt4-7b",
+    "instructblip-7b",
+    "blip2-flan-t5-xl",
+    "vpgtrans-7b",
+    "bliva-7b",
+    "visualglm-6b",
+)
 
 
 @lru_cache(maxsize=None)
 def tiny_zoo(
     folder: Path = DATA,  # where weights lie; the default ships with the package
 ) -> Zoo:  # the same for the same folder, so that no model is loaded twice
-    "The small zoo, or another from a folder that `tvp train-zoo` has filled: the models whose weights are there."
-    is_here = lambda part: Path(folder, f"{part}.safetensors").is_file()
+    """The small zoo, or another from a folder that `tvp train-zoo` has filled: the models whose
+    weights are there."""
+
+    def is_here(part):
+        return Path(folder, f"{part}.safetensors").is_file()
+
     towers = {name: tower for name, (tower, *_) in TINY.items() if is_here(name) and is_here(tower)}
     if not towers:
-        raise FileNotFoundError(f"`folder` must hold a model of the small zoo and its vision tower, such as tiny-llava.safetensors and clip.safetensors; "
-                                f"there is none in {str(folder)!r}. Train some: tvp train-zoo --out FOLDER.")
-    return Zoo({n: (lambda n=n: load_tiny(n, Path(folder))) for n in towers}, towers, SIZE, WIDTH, lambda: load_tiny_clip(Path(folder)))
+        raise FileNotFoundError(
+            "`folder` must hold a model of the small zoo and its vision tower, such as "
+            "tiny-llava.safetensors and clip.safetensors; "
+            f"there is none in {str(folder)!r}. Train some: tvp train-zoo --out FOLDER."
+        )
+    return Zoo(
+        {n: (lambda n=n: load_tiny(n, Path(folder))) for n in towers},
+        towers,
+        SIZE,
+        WIDTH,
+        lambda: load_tiny_clip(Path(folder)),
+    )
 
 
 def paper_zoo(
-    weights: dict[str, dict | str],  # name of a model: its files, see `tvp.paper_models.describe_paper`
+    # name of a model: its files, see `tvp.paper_models.describe_paper`
+    weights: dict[str, dict | str],
     **options,  # dtype, device, quantization, ... of `tvp.paper.load_paper`
 ) -> Zoo:  # one model in memory at a time
     "The paper's six models."
-    if unknown := sorted(set(weights) - set(SIX)): raise KeyError(f"`weights` must be for {', '.join(SIX)}; got {', '.join(unknown)}.")
-    load = {n: (lambda n=n: load_mllm(n, **options, **({"weights": weights[n]} if n in weights else {}))) for n in SIX}
-    return Zoo(load, dict.fromkeys(SIX, "eva-clip-g"), 224, 30, load_clip_b32, keep=1, places={n: weights.get(n, n) for n in SIX})
+    if unknown := sorted(set(weights) - set(SIX)):
+        raise KeyError(f"`weights` must be for {', '.join(SIX)}; got {', '.join(unknown)}.")
+    load = {
+        n: (
+            lambda n=n: load_mllm(n, **options, **({"weights": weights[n]} if n in weights else {}))
+        )
+        for n in SIX
+    }
+    return Zoo(
+        load,
+        dict.fromkeys(SIX, "eva-clip-g"),
+        224,
+        30,
+        load_clip_b32,
+        keep=1,
+        places={n: weights.get(n, n) for n in SIX},
+    )
 
 # %% ../nbs/api/35_zoo.ipynb #c06d5edd
 def load_zoo(
-    name: str | Mapping[str, str | PathLike] = "tiny",  # "tiny", "paper", or name -> what `load_mllm` takes
+    # "tiny", "paper", or name -> what `load_mllm` takes
+    name: str | Mapping[str, str | PathLike] = "tiny",
     *,
     weights: dict[str, dict | str] | None = None,  # for "paper": name of a model -> its files
     **options,  # of `load_mllm`, the same for all; not for "tiny"
 ) -> Zoo:  # nothing is loaded yet
     "A collection of models."
-    if name != "paper": _refuse({"weights": weights} if weights is not None else {}, ("weights",), "is for load_zoo('paper')")
-    if isinstance(name, Mapping): return own_zoo(name, options)
-    if name == "paper": return paper_zoo(weights or {}, **options)
-    if name != "tiny": raise KeyError(f"`name` must be 'tiny', 'paper' or a dictionary of models, got {name!r}.")
-    _refuse(options, tuple(options), "is for models of the hub and folders; the small zoo is ready as it is")
+    if name != "paper":
+        _refuse(
+            {"weights": weights} if weights is not None else {},
+            ("weights",),
+            "is for load_zoo('paper')",
+        )
+    if isinstance(name, Mapping):
+        return own_zoo(name, options)
+    if name == "paper":
+        return paper_zoo(weights or {}, **options)
+    if name != "tiny":
+        raise KeyError(f"`name` must be 'tiny', 'paper' or a dictionary of models, got {name!r}.")
+    _refuse(
+        options,
+        tuple(options),
+        "is for models of the hub and folders; the small zoo is ready as it is",
+    )
     return tiny_zoo()
 
 
@@ -189,25 +300,40 @@ def own_zoo(
     options: dict,  # of `load_mllm`
 ) -> Zoo:  # at the paper's canvas; every model counts as a tower of its own
     "Models of one's own choice, one in memory at a time."
-    if not models: raise ValueError("`name` must hold at least one model, got an empty dictionary.")
-    for place in models.values(): check_kind("name", place, (str, PathLike), "A dictionary says for each name what `load_mllm` takes.")
+    if not models:
+        raise ValueError("`name` must hold at least one model, got an empty dictionary.")
+    for place in models.values():
+        check_kind(
+            "name",
+            place,
+            (str, PathLike),
+            "A dictionary says for each name what `load_mllm` takes.",
+        )
     load = {n: (lambda place=place: load_mllm(place, **options)) for n, place in models.items()}
-    places = {} if "revision" in options else models  # of another revision other files might be here
+    # of another revision other files might be here
+    places = {} if "revision" in options else models
     return Zoo(load, {n: n for n in models}, 224, 30, load_clip_b32, keep=1, places=places)
 
 # %% ../nbs/api/35_zoo.ipynb #4a643534
 def load_clip(
     name_or_path: str | PathLike = "tiny-clip",  # the CLIP of the small zoo, a folder, or a hub id
-    device: str | None = None,  # None: the graphics card if there is one; the small one stays on the CPU
+    # None: the graphics card if there is one; the small one stays on the CPU
+    device: str | None = None,
 ) -> Clip:  # frozen, in float32
     "A CLIP. The paper's is ViT-B/32, `openai/clip-vit-base-patch32`."
-    if name_or_path == "tiny-clip": return tiny_zoo().clip
+    if name_or_path == "tiny-clip":
+        return tiny_zoo().clip
     found = find_checkpoint(name_or_path)
-    if (kind := found.config.get("model_type")) != "clip": raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
+    if (kind := found.config.get("model_type")) != "clip":
+        raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
     check_contents(found)
     processor = load_auto_processor(found.place, revision=found.revision)
-    model = load_model("CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32)
+    model = load_model(
+        "CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32
+    )
     return Clip(model.to(device or best_device()), processor, found.name)
 
 
-def load_clip_b32() -> Clip: "The CLIP of the paper."; return load_clip("openai/clip-vit-base-patch32")
+def load_clip_b32() -> Clip:
+    "The CLIP of the paper."
+    return load_clip("openai/clip-vit-base-patch32")

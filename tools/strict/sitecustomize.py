@@ -8,11 +8,14 @@ import re
 import sys
 import warnings
 
-THEIRS = {  # the beginning of a message (a regular expression): why our code is not the one to change
-    r"builtin type swigvarlink|builtin type Swig": "modules built with an older SWIG, as soon as anybody imports them",
+# the beginning of a message (a regular expression): why our code is not the one to change
+THEIRS = {
+    r"builtin type swigvarlink|builtin type Swig": "modules built with an older SWIG, as "
+    "soon as anybody imports them",
     r"`torch\.jit\.\w+` is (deprecated|not supported)": "torch's own functions still go through torch.jit",
     r"__array__ implementation doesn.t accept a copy|__array_wrap__ must accept": "numpy to torch, whose Tensor has the old signatures",
-    r"Python \d+\.\d+ (has reached|will reach)": "a library's word on a version of Python; settings.ini says which we support",
+    r"Python \d+\.\d+ (has reached|will reach)": "a library's word on a version of Python; "
+    "settings.ini says which we support",
 }
 CATEGORIES = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)
 OURS = {"__main__", "__mp_main__", "tvp"}
@@ -25,14 +28,20 @@ def packages(frame):
     while frame:
         name = frame.f_globals.get("__name__") or ""
         package = name.partition(".")[0]
-        if package not in PASSED and name not in PASSED_MODULES and frame.f_code.co_name != "_handle_fromlist":
+        if (
+            package not in PASSED
+            and name not in PASSED_MODULES
+            and frame.f_code.co_name != "_handle_fromlist"
+        ):
             yield package
         frame = frame.f_back
 
 
 def is_ours(frame):
-    "Whether the call that is warned about was made by our code: the first package outside the one that warns."
-    deprecated = frame.f_globals.get("__name__") in ("typing_extensions", "warnings")  # the decorator, not a library's function
+    """Whether the call that is warned about was made by our code: the first package outside the one
+    that warns."""
+    # the decorator, not a library's function
+    deprecated = frame.f_globals.get("__name__") in ("typing_extensions", "warnings")
     stack = packages(frame)
     first = next(stack, "")
     if deprecated or first in OURS:
@@ -45,7 +54,11 @@ def show(message, category, filename, lineno, file=None, line=None):
     frame = sys._getframe(1)
     if frame.f_code.co_name == "_showwarnmsg":
         frame = frame.f_back
-    if issubclass(category, CATEGORIES) and not any(re.match(start, str(message)) for start in THEIRS) and is_ours(frame):
+    if (
+        issubclass(category, CATEGORIES)
+        and not any(re.match(start, str(message)) for start in THEIRS)
+        and is_ours(frame)
+    ):
         raise message
     if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
         shown(message, category, filename, lineno, file, line)
