@@ -16,29 +16,29 @@ import torch
 from torch import Generator
 from transfer_study import SEEDS, prompt_path, run_stage, write
 
-from tvp.corruptions import CORRUPTIONS, every_corruption
-from tvp.embedded_tasks import SIDE, _draw_groups, worse_camera
+from tvp.corruptions import CORRUPTIONS, all_corruptions
+from tvp.embedded_tasks import IMAGE_SIZE, _draw_groups, degrade_images
 from tvp.prompt import VisualPrompt
-from tvp.recipes import METHODS, find_recipe
-from tvp.studies import evaluate_generalisation, evaluate_retention
+from tvp.recipes import PAPER_METHODS, get_recipe
+from tvp.studies import evaluate_generalization, evaluate_retention
 from tvp.tasks import Split, Task
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import TransferResults, evaluate_transfer
 from tvp.tables import TransferRun
 from tvp.world import (
     COLORS,
-    COUNT,
+    COUNTING_INSTRUCTION,
     DIGITS,
-    PHOTO,
+    CLASSIFICATION_INSTRUCTION,
     SHAPES,
     _uniform,
     draw_backgrounds,
     draw_objects,
-    glyph_bank,
-    group_of,
-    paint,
+    load_glyphs,
+    count_phrase,
+    alpha_blend,
     place_glyphs,
-    vary_colors,
+    jitter_colors,
 )
 from tvp.images import _integers
 from tvp.zoo import load_zoo
@@ -60,20 +60,20 @@ RESULTS = Path(__file__).parent / "results"
 def photographed(images: torch.Tensor, camera: str, g: Generator) -> torch.Tensor:
     "Drawings through one of CAMERAS."
     how = CAMERAS[camera]
-    return worse_camera(images.clamp(0, 1) * how["light"], how["contrast"], how["blotches"], g)
+    return degrade_images(images.clamp(0, 1) * how["light"], how["contrast"], how["blotches"], g)
 
 
 def draw_shapes(n: int, camera: str, g: Generator) -> Split:
     "The task `shapes`, through another camera."
     shape = _integers((n, 1), len(SHAPES), g)
     color = _integers((n, 1), len(COLORS), g)
-    images, _ = draw_backgrounds(n, SIDE, g)
+    images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
     draw_objects(
         images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g
     )
     return Split(
         photographed(images, camera, g),
-        [PHOTO] * n,
+        [CLASSIFICATION_INSTRUCTION] * n,
         shape[:, 0].tolist(),
         [SHAPES[i] for i in shape[:, 0]],
     )
@@ -84,29 +84,29 @@ def draw_counting(n: int, camera: str, g: Generator) -> Split:
     images, objects = _draw_groups(n, 1, g)
     return Split(
         photographed(images, camera, g),
-        [COUNT] * n,
+        [COUNTING_INSTRUCTION] * n,
         [len(o) - 1 for o in objects],
-        [group_of(len(o)) for o in objects],
+        [count_phrase(len(o)) for o in objects],
     )
 
 
 def draw_printed(n: int, g: Generator) -> Split:
     "Printed digits, through the camera of the task `digits`, which has handwriting."
     label = _integers((n,), 10, g)
-    bank = glyph_bank()[0]
-    images, _ = draw_backgrounds(n, SIDE, g)
-    middle = torch.full((n,), SIDE / 2)
+    bank = load_glyphs()[0]
+    images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
+    middle = torch.full((n,), IMAGE_SIZE / 2)
     mask = place_glyphs(
         bank[label, _integers((n,), bank.shape[1], g)],
         _uniform((n,), 22, 30, g),
         middle,
         middle,
-        SIDE,
+        IMAGE_SIZE,
         g,
     )
-    paint(images, torch.arange(n), mask, vary_colors(_integers((n,), len(COLORS), g), g))
+    alpha_blend(images, torch.arange(n), mask, jitter_colors(_integers((n,), len(COLORS), g), g))
     return Split(
-        worse_camera(images, 0.5, 0.03, g), [PHOTO] * n, label.tolist(), [DIGITS[i] for i in label]
+        degrade_images(images, 0.5, 0.03, g), [CLASSIFICATION_INSTRUCTION] * n, label.tolist(), [DIGITS[i] for i in label]
     )
 
 
@@ -126,9 +126,9 @@ def relatives(home: Task) -> list[Task]:
     )
 
 
-def prompts_of(work: Path, home: str, methods=METHODS) -> dict[str, VisualPrompt]:
+def prompts_of(work: Path, home: str, methods=PAPER_METHODS) -> dict[str, VisualPrompt]:
     "The prompts of the transfer study for one task: `method seed` -> prompt."
-    epochs = find_recipe("TVP").epochs
+    epochs = get_recipe("TVP").epochs
     return {
         f"{method} {seed}": VisualPrompt.load(prompt_path(work, home, SOURCE, method, epochs, seed))
         for method in methods
@@ -168,7 +168,7 @@ def tasks(work: Path, mine) -> None:
         if path.exists():
             continue
         task = load_task(home)
-        prompts = prompts_of(work, home, METHODS[1:]) | {"frame": VisualPrompt(zoo.size, zoo.width)}
+        prompts = prompts_of(work, home, PAPER_METHODS[1:]) | {"frame": VisualPrompt(zoo.size, zoo.width)}
         how = dict(source=SOURCE, limit=PICTURES, targets=SOME)
         results = evaluate_retention(
             prompts, task, [load_task(name) for name in task_names() if name != home], zoo, **how
@@ -177,7 +177,7 @@ def tasks(work: Path, mine) -> None:
             results = TransferResults(
                 [
                     *results.runs,
-                    *evaluate_generalisation(prompts, task, others, zoo, **how).runs[1:],
+                    *evaluate_generalization(prompts, task, others, zoo, **how).runs[1:],
                 ]
             )
         save(path, results)
@@ -192,11 +192,11 @@ def corruptions(work: Path, mine) -> None:
         path = work / "beyond" / f"corruption-{home}-{kind}.csv"
         if path.exists():
             continue
-        bad = None if kind == "clean" else every_corruption(kind, SEVERITIES)
+        bad = None if kind == "clean" else all_corruptions(kind, SEVERITIES)
         save(
             path,
             evaluate_transfer(
-                prompts_of(work, home, METHODS[1:]),
+                prompts_of(work, home, PAPER_METHODS[1:]),
                 load_task(home),
                 zoo,
                 source=SOURCE,

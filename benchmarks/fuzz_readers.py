@@ -41,8 +41,8 @@ import tvp
 from tvp.checkpoints import read_checkpoint, write_checkpoint
 from tvp.families import tiny_clip, tiny_model, tiny_processor
 from tvp.learner import training_steps
-from tvp.paper_models import PAPER
-from tvp.paper import load_saved, save_mllm
+from tvp.paper_models import PAPER_MODELS
+from tvp.paper import load_saved_adapter, save_adapter
 from tvp.pretrained import load_pretrained
 from tvp.prompt import VisualPrompt
 from tvp.recipes import make_learner
@@ -289,8 +289,8 @@ def write_models(folder: Path) -> dict[str, Path]:
         tiny_model("qwen2_5_vl").save_pretrained(folder / name, max_shard_size=shards)
         tiny_processor("qwen2_5_vl").save_pretrained(folder / name)
     paper = tiny_mllm("visualglm")
-    paper.wrapper = PAPER["visualglm-6b"].wrapper
-    save_mllm(paper, folder / "saved")
+    paper.wrapper = PAPER_MODELS["visualglm-6b"].wrapper
+    save_adapter(paper, folder / "saved")
     clip = tiny_clip()
     clip.model.save_pretrained(folder / "clip")
     clip.processor.save_pretrained(folder / "clip")
@@ -348,13 +348,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         ),
         "saved model folder": Reader(
             [models["saved"]],
-            lambda path: load_saved(path, device="cpu"),
+            lambda path: load_saved_adapter(path, device="cpu"),
             is_model,
             (".json", ".safetensors"),
         ),
         "tvp.json": Reader(
             [models["saved"]],
-            lambda path: load_saved(path, device="cpu"),
+            lambda path: load_saved_adapter(path, device="cpu"),
             is_model,
             ("tvp.json", "marker_processor.json"),
         ),

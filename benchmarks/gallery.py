@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from range_study import make as make_learner
 
-from tvp.recipes import find_recipe
-from tvp.ship import GALLERY
+from tvp.recipes import get_recipe
+from tvp.ship import GALLERY_DIR
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.zoo import load_zoo
@@ -28,7 +28,7 @@ def make(task_name: str, folder: Path) -> None:
     "One prompt with its card."
     zoo = load_zoo("tiny")
     task = load_task(task_name)
-    learner = make_learner(SOURCE, task_name, SEED, RANGE, find_recipe("TVP").lr)
+    learner = make_learner(SOURCE, task_name, SEED, RANGE, get_recipe("TVP").lr)
     start = time.monotonic()
     prompt = learner.fit()
     seconds = time.monotonic() - start
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=GALLERY, help="folder for the prompts' folders")
+    parser.add_argument("--out", type=Path, default=GALLERY_DIR, help="folder for the prompts' folders")
     parser.add_argument("--task", choices=task_names(), nargs="+", default=task_names())
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tvp.bench import machine_facts
+from tvp.bench import machine_info
 from tvp.bench_models import count_flops
 from tvp.bench_races import (
-    Scene,
-    alternate,
-    floor_pass,
-    make_scene,
-    ratio,
-    spread,
-    step_contestants,
+    BenchmarkSetup,
+    time_interleaved,
+    lower_bound_step,
+    make_setup,
+    paired_ratio,
+    quartiles,
+    step_variants,
     time_ranking,
 )
 from tvp.files import write_atomic
@@ -63,8 +63,8 @@ TINY = Run("cpu", torch.float32, ("mini-instructblip", "mini-llava"), 1024, 2, 1
 def matrix_rate(run: Run) -> float:
     "Floating-point operations per second of a large matrix product: the median of twenty."
     a, b = (torch.randn(run.side, run.side, device=run.device, dtype=run.dtype) for _ in range(2))
-    times = alternate({"product": lambda: a @ b}, 20, warmup=5, wait=run.wait)["product"]
-    return 2 * run.side**3 / spread(times)["median"]
+    times = time_interleaved({"product": lambda: a @ b}, 20, warmup=5, wait=run.wait)["product"]
+    return 2 * run.side**3 / quartiles(times)["median"]
 
 
 def peak_memory(run: Run, step) -> float | None:  # None: not on a card
@@ -90,8 +90,8 @@ def host_waits(run: Run, step) -> dict[str, int]:
 
 def measure(run: Run, name: str, rate: float) -> dict:
     "All contestants on one shape."
-    scene = make_scene(name, run.device, run.dtype)
-    contestants = step_contestants(scene)
+    scene = make_setup(name, run.device, run.dtype)
+    contestants = step_variants(scene)
     for _ in range(2):
         contestants["cached"]()  # an epoch: all clean tokens are known
     rows = {}
@@ -102,15 +102,15 @@ def measure(run: Run, name: str, rate: float) -> dict:
             "peak_gigabytes": peak_memory(run, step),
             "waits": host_waits(run, step),
         }
-    times = alternate(contestants, run.rounds, warmup=1, wait=run.wait)
+    times = time_interleaved(contestants, run.rounds, warmup=1, wait=run.wait)
     for kind, row in rows.items():
-        row["seconds"] = spread(times[kind])
+        row["seconds"] = quartiles(times[kind])
         row |= {
             "pictures_per_second": scene.batch / row["seconds"]["median"],
             "share_of_matrix_rate": row["flops"] / row["seconds"]["median"] / rate,
         }
     ratios = {
-        f"{kind}_vs_{other}": ratio(times, kind, other)
+        f"{kind}_vs_{other}": paired_ratio(times, kind, other)
         for kind in ("cached", "uncached")
         for other in ("reference", "floor")
     }
@@ -126,9 +126,9 @@ def measure(run: Run, name: str, rate: float) -> dict:
     }
 
 
-def compiled(run: Run, scene: Scene) -> dict:
+def compiled(run: Run, scene: BenchmarkSetup) -> dict:
     "The floor through torch.compile beside the plain one."
-    plain = floor_pass(scene)
+    plain = lower_bound_step(scene)
     model = scene.source.model
     original = model.forward
     try:
@@ -146,10 +146,10 @@ def compiled(run: Run, scene: Scene) -> dict:
             fast()
         run.wait()
         seconds = time.perf_counter() - start
-        times = alternate({"compiled": fast, "plain": plain}, run.rounds, wait=run.wait)
+        times = time_interleaved({"compiled": fast, "plain": plain}, run.rounds, wait=run.wait)
         return {
             "compiling_seconds": seconds,
-            "compiled_vs_plain": ratio(times, "compiled", "plain"),
+            "compiled_vs_plain": paired_ratio(times, "compiled", "plain"),
         }
     # a result, too
     except Exception as error:
@@ -200,7 +200,7 @@ def main() -> int:
         )
         return 2
     run = TINY if args.tiny else CARD
-    results = machine_facts() | {
+    results = machine_info() | {
         "dtype": str(run.dtype).removeprefix("torch."),
         "matrix_rate": matrix_rate(run),
         "models": [],

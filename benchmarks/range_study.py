@@ -16,11 +16,11 @@ import pandas as pd
 from safetensors import safe_open
 from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, run_stage, write
 
-from tvp.jpeg import sent_prompts
+from tvp.jpeg import compressed_variants
 from tvp.learner import Learner
 from tvp.losses import tvp_losses
-from tvp.prompt import VisualPrompt, clipping
-from tvp.recipes import find_recipe, make_optimizer
+from tvp.prompt import VisualPrompt, clipping_stats
+from tvp.recipes import get_recipe, make_optimizer
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import TransferResults, evaluate_transfer
 from tvp.tables import TransferRun
@@ -50,7 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 def make(source: str, task: str, seed: int, range: str, lr: float) -> Learner:
     "TVP's recipe in a range, with a step length."
     zoo = load_zoo("tiny")
-    recipe = find_recipe("TVP", lr=lr)
+    recipe = get_recipe("TVP", lr=lr)
     prompt = VisualPrompt(zoo.size, zoo.width, recipe.kind, seed, range=range)
     learner = Learner(
         prompt,
@@ -77,7 +77,7 @@ def tune(work: Path, mine) -> None:
     models on other towers have no say."""
     for task, range, lr in mine(list(itertools.product(task_names(), RANGES, LRS))):
         path = work / "tune" / f"{task}-{range}-{lr}.json"
-        if path.exists() or (range == "free" and lr != find_recipe("TVP").lr):
+        if path.exists() or (range == "free" and lr != get_recipe("TVP").lr):
             continue
         prompt = make(TUNE_SOURCE, task, TUNE_SEED, range, lr).fit()
         df = evaluate_transfer(
@@ -106,7 +106,7 @@ def tune(work: Path, mine) -> None:
 def best_lr(work: Path, range: str) -> float:
     "The step length with the best mean over tasks; `free` keeps its recipe's."
     if range == "free":
-        return find_recipe("TVP").lr
+        return get_recipe("TVP").lr
     found = tuned(work)
     found = found[found.range == range]
     if len(found) < len(LRS) * len(task_names()):
@@ -145,7 +145,7 @@ def evaluate(work: Path, mine) -> None:
         prompts["clipped"] = prompts["free"].to_range("uint8")
         sent = {
             name if name.startswith("no") else name.replace("prompt", "uint8"): p
-            for name, p in sent_prompts(prompts["uint8"], QUALITIES).items()
+            for name, p in compressed_variants(prompts["uint8"], QUALITIES).items()
             if "JPEG" in name and split == "test"
         }
         result = evaluate_transfer(
@@ -191,7 +191,7 @@ def collect(work: Path, mine) -> None:
                     task=prompt.provenance["task"],
                     source=prompt.provenance["source"],
                     seed=prompt.provenance["seed"],
-                    **dict(zip(("outside", "kept"), clipping(prompt))),
+                    **dict(zip(("outside", "kept"), clipping_stats(prompt))),
                 )
             )
     write(RESULTS / "ranges_clipping.csv", pd.DataFrame(rows).round(4).to_csv(index=False))

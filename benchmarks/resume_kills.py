@@ -30,7 +30,7 @@ from tvp.prompt import VisualPrompt
 from tvp.recipes import make_learner
 from tvp.tasks import Task
 from tvp.task_loading import load_task
-from tvp.updates import cosine_by_step
+from tvp.updates import cosine_schedule_with_warmup
 from tvp.zoo import load_zoo
 
 RESULT = Path(__file__).parent / "results" / "resume_kills.json"
@@ -66,7 +66,7 @@ def patch_learner(zoo, task: Task, epochs: int) -> Learner:
         task,
         [TaskLoss()],
         adam,
-        cosine_by_step(5),
+        cosine_schedule_with_warmup(5),
         augment=True,
         epochs=epochs,
     )

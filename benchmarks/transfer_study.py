@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from tvp.files import write_atomic as write  # the other studies take it from here
 from tvp.prompt import VisualPrompt
-from tvp.recipes import METHODS, find_recipe, make_learner
+from tvp.recipes import PAPER_METHODS, get_recipe, make_learner
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import TransferResults, evaluate_transfer
 from tvp.tables import TransferRun
@@ -57,7 +57,7 @@ def tuned(work: Path) -> pd.DataFrame:
 def tune(work: Path, mine) -> None:
     """Validation accuracy of every setting in GRID at the shortest length; once all of them are
     there, of each method's better half at the next."""
-    settings = [(method, i) for method in METHODS for i in range(len(GRID[method]))]
+    settings = [(method, i) for method in PAPER_METHODS for i in range(len(GRID[method]))]
     found = tuned(work)
     short = LENGTHS[0]
     short_runs = found[found.epochs == short] if len(found) else found
@@ -65,7 +65,7 @@ def tune(work: Path, mine) -> None:
         mean = short_runs.groupby(["method", "setting"]).prompted.mean()
         settings = [
             key
-            for method in METHODS
+            for method in PAPER_METHODS
             for key in mean[[method]].nlargest(-(-len(GRID[method]) // 2)).index
         ]
     for task, (method, i) in mine(list(itertools.product(task_names(), settings))):
@@ -113,13 +113,13 @@ def prompt_path(work: Path, *what) -> Path:
 
 def train(work: Path, mine) -> None:
     "Every prompt of the study, the recipe's own length first."
-    own = find_recipe("TVP").epochs
+    own = get_recipe("TVP").epochs
     jobs = itertools.product(
         (own, *(epochs for epochs in LENGTHS if epochs != own)),
         SEEDS,
         task_names(),
         SOURCES,
-        METHODS,
+        PAPER_METHODS,
     )
     for epochs, seed, task, source, method in mine(
         [
@@ -141,13 +141,13 @@ def evaluate(work: Path, mine) -> None:
     """All prompts of one task, source and seed on all models: the recipe's length on test pictures,
     all lengths (first seed) on validation pictures."""
     zoo = load_zoo("tiny")
-    own = find_recipe("TVP").epochs
+    own = get_recipe("TVP").epochs
     jobs = [("test", seed) for seed in SEEDS] + [("valid", SEEDS[0])]
     for (split, seed), task, source in mine(list(itertools.product(jobs, task_names(), SOURCES))):
         path = work / split / f"{task}-{source}-{seed}.safetensors"
         prompts = {
             (m if split == "test" else f"{m} {e}"): prompt_path(work, task, source, m, e, seed)
-            for m in METHODS
+            for m in PAPER_METHODS
             for e in LENGTHS
             if split == "valid" or e == own
         }
@@ -185,7 +185,7 @@ def load_run(path: Path) -> TransferRun:
     with safe_open(path, "np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(file.metadata()["run"])
-    methods = ["none", "frame", *METHODS]
+    methods = ["none", "frame", *PAPER_METHODS]
     targets = list(load_zoo("tiny"))
 
     # safetensors sorts by name

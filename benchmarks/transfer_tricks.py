@@ -25,19 +25,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from tvp.arguments import source_names
+from tvp.arguments import parse_source_names
 from tvp.files import write_atomic as write
-from tvp.filters import Convolutional, LowFrequency, Smooth
-from tvp.gradients import CommonWeakness, SharpnessAware, Spsa
+from tvp.filters import BlurParametrizationFilter, DCTLowPassFilter, GaussianGradientFilter
+from tvp.gradients import CWAGradient, SAMGradient, SPSAGradient
 from tvp.learner import Learner
 from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
-from tvp.prompt import ADJUSTMENTS, VisualPrompt
-from tvp.recipes import find_recipe, make_learner
+from tvp.prompt import IMAGE_ADJUSTMENTS, VisualPrompt
+from tvp.recipes import get_recipe, make_learner
 from tvp.studies import evaluate_retention
 from tvp.task_loading import load_task, task_names
 from tvp.transfer import evaluate_transfer
 from tvp.updates import NormalizedGradient, parameter_groups
-from tvp.views import Jitter, ResizePad, Shift, scale_copies
+from tvp.views import ContrastBrightnessJitter, RandomResizePad, RandomTranslate, scale_copies
 from tvp.zoo import tiny_zoo
 
 # one model of each vision tower
@@ -80,7 +80,7 @@ class Setting:
 TEMPLATES = ["this is a photo of a {}", "a picture of a {}", "an image with a {}"]
 NEW = "TVP-lens"  # the recipe that the search has led to
 LENS = {
-    name: getattr(find_recipe(NEW), name)
+    name: getattr(get_recipe(NEW), name)
     for name in ("lr", "width", "epochs", "fca", "tse", "adjust", "adjust_lr")
 }
 TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where the trick changes them
@@ -91,20 +91,20 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "in [0, 1]": dict(range="unit", lr=5.0),
     "momentum": dict(lr=4.5, momentum=0.9),
     "Nesterov": dict(lr=4.5, momentum=0.9, nesterov=True),
-    "input diversity": dict(views=(ResizePad(0.85),)),
-    "shifts": dict(views=(Shift(2),)),
-    "jitter": dict(views=(Jitter(),)),
+    "input diversity": dict(views=(RandomResizePad(0.85),)),
+    "shifts": dict(views=(RandomTranslate(2),)),
+    "jitter": dict(views=(ContrastBrightnessJitter(),)),
     "scale copies": dict(views=tuple(scale_copies(3))),
-    "smoothed gradient": dict(filters=(Smooth(),)),
-    "low frequencies": dict(filters=(LowFrequency(8),)),
-    "convolutional": dict(filters=(Convolutional(),)),
+    "smoothed gradient": dict(filters=(GaussianGradientFilter(),)),
+    "low frequencies": dict(filters=(DCTLowPassFilter(8),)),
+    "convolutional": dict(filters=(BlurParametrizationFilter(),)),
     "average": dict(average=50),
-    "sharpness-aware": dict(gradient=SharpnessAware(2.0)),
+    "sharpness-aware": dict(gradient=SAMGradient(2.0)),
     "black box": dict(
-        gradient=Spsa(4), fca=0.0, filters=(LowFrequency(6),), lr=2.0, momentum=0.9, nesterov=True
+        gradient=SPSAGradient(4), fca=0.0, filters=(DCTLowPassFilter(6),), lr=2.0, momentum=0.9, nesterov=True
     ),
     "black box, lens": dict(
-        gradient=Spsa(2), fca=0.0, lr=1e-6, adjust=("sharpness",), adjust_lr=0.04
+        gradient=SPSAGradient(2), fca=0.0, lr=1e-6, adjust=("sharpness",), adjust_lr=0.04
     ),
     "TSE on crops": dict(crops=2),
     "TSE in several words": dict(templates=3),
@@ -115,11 +115,11 @@ TRICKS = {  # name: what it changes in TVP; lengths of steps are scaled where th
     "color": dict(adjust=("color",)),
     "sharpness": dict(adjust=("sharpness",)),
     "scale": dict(adjust=("scale",)),
-    "color, sharpness and scale": dict(adjust=tuple(ADJUSTMENTS)),
-    "color, sharpness and scale, a step each": dict(adjust=tuple(ADJUSTMENTS), apart=True),
+    "color, sharpness and scale": dict(adjust=tuple(IMAGE_ADJUSTMENTS)),
+    "color, sharpness and scale, a step each": dict(adjust=tuple(IMAGE_ADJUSTMENTS), apart=True),
     NEW: LENS,
     f"{NEW}, a step each": dict(LENS, apart=True),
-    "these alone, no border": dict(adjust=tuple(ADJUSTMENTS), lr=1e-6),
+    "these alone, no border": dict(adjust=tuple(IMAGE_ADJUSTMENTS), lr=1e-6),
     "sharpness alone, no border": dict(adjust=("sharpness",), lr=1e-6),
 }
 ENSEMBLES = {
@@ -127,7 +127,7 @@ ENSEMBLES = {
     "normalized": dict(combine="normalized"),
     "common direction": dict(combine="common"),
     "adaptive": dict(combine="adaptive"),
-    "common weakness": dict(gradient=CommonWeakness(0.5, 2.0)),
+    "common weakness": dict(gradient=CWAGradient(0.5, 2.0)),
 }
 
 
@@ -161,7 +161,7 @@ def make(setting: Setting, zoo, source: str, task, seed: int) -> Learner:
     )
     return Learner(
         prompt,
-        [zoo[name] for name in source_names(source)],
+        [zoo[name] for name in parse_source_names(source)],
         task,
         losses(setting, task, zoo.clip),
         optimizer,
@@ -212,8 +212,8 @@ def ablate(work: Path, mine, **_) -> None:
         tried(work, name, Setting(**change), task, source)
 
 
-VIEWS = {"none": (), "jitter": (Jitter(),), "shift": (Shift(2),), "resize": (ResizePad(0.9),)}
-FILTERS = {"none": (), "low": (LowFrequency(12),), "smooth": (Smooth(),)}
+VIEWS = {"none": (), "jitter": (ContrastBrightnessJitter(),), "shift": (RandomTranslate(2),), "resize": (RandomResizePad(0.9),)}
+FILTERS = {"none": (), "low": (DCTLowPassFilter(12),), "smooth": (GaussianGradientFilter(),)}
 SEARCH_SOURCES = (SHARED, SIGLIP)
 START = dict(
     range="free",
@@ -272,7 +272,7 @@ def suggested(trial) -> dict:
 def chosen(params: dict) -> Setting:
     "A setting from what the search has chosen."
     p = dict(params)
-    adjust = tuple(name for name in ADJUSTMENTS if p.pop(name))
+    adjust = tuple(name for name in IMAGE_ADJUSTMENTS if p.pop(name))
     views = VIEWS[p.pop("view")]
     filters = FILTERS[p.pop("filter")]
     sharp = p.pop("sharp")
@@ -285,7 +285,7 @@ def chosen(params: dict) -> Setting:
         adjust=adjust,
         views=views,
         filters=filters,
-        gradient=SharpnessAware(lr / 20) if sharp else None,
+        gradient=SAMGradient(lr / 20) if sharp else None,
         tse=0.0 if contrastive else tse,
         contrastive=10 * tse if contrastive else 0.0,
     )
@@ -528,15 +528,15 @@ def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
             if e["zoo"] == zoo
             and e["method"] == method
             and e["seed"] in PAIR_SEEDS
-            and e["target"] not in source_names(pair)
+            and e["target"] not in parse_source_names(pair)
         ]
         split = {
             source: by_task([e for e in mine if e["source"] == source])
-            for source in (pair, *source_names(pair))
+            for source in (pair, *parse_source_names(pair))
         }
         for task in split[pair]:
-            better = max(source_names(pair), key=lambda name: split[name][task].mean())
-            average = np.mean([split[name][task].mean() for name in source_names(pair)])
+            better = max(parse_source_names(pair), key=lambda name: split[name][task].mean())
+            average = np.mean([split[name][task].mean() for name in parse_source_names(pair)])
             rows.append(
                 dict(
                     zip(
@@ -672,7 +672,7 @@ def agree(work: Path, mine, **_) -> None:
         batch = next(load_task(name).batches("train", zoo.size - 2 * zoo.width, 200))
         wishes = {target: gradients_of(zoo[target], batch, zoo) for target in zoo}
         for part, (a, b) in itertools.product(
-            ("border", *ADJUSTMENTS), itertools.combinations(zoo, 2)
+            ("border", *IMAGE_ADJUSTMENTS), itertools.combinations(zoo, 2)
         ):
             cosine = torch.cosine_similarity(wishes[a][part], wishes[b][part], dim=0).item()
             found.append(
@@ -711,7 +711,7 @@ def retain(work: Path, mine, **_) -> None:
 def drift(work: Path, mine, **_) -> None:
     """How far prompts of both recipes move the features of every model, and whether they move them
     like those of the source (`alike`)."""
-    from tvp.drift import measure_drift, shift_agreement
+    from tvp.drift import measure_feature_shift, shift_similarity
     from tvp.tables import TransferRun, target_group
 
     zoo = tiny_zoo()
@@ -724,9 +724,9 @@ def drift(work: Path, mine, **_) -> None:
         prompt = VisualPrompt.load(prompt_path(work, "tiny", name, source, method, 0))
         learn = next(task.batches("train", prompt.inner, 400))
         batch = next(task.batches("valid", prompt.inner, 200))
-        moved = measure_drift({method: prompt}, batch, zoo)
+        moved = measure_feature_shift({method: prompt}, batch, zoo)
         moved["alike"] = (
-            shift_agreement(prompt, learn, batch, zoo).loc[source, moved.target].to_numpy()
+            shift_similarity(prompt, learn, batch, zoo).loc[source, moved.target].to_numpy()
         )
         run = TransferRun(name, source, 0, task.metric, np.zeros(0), {}, towers)
         found.append(
@@ -743,11 +743,11 @@ def drift(work: Path, mine, **_) -> None:
 def gradients_of(mllm, batch, zoo) -> dict[str, torch.Tensor]:
     """What a model wants of a prompt that has not been trained: gradient of its task loss, by part
     of the prompt."""
-    prompt = VisualPrompt(zoo.size, zoo.width, adjust=tuple(ADJUSTMENTS))
+    prompt = VisualPrompt(zoo.size, zoo.width, adjust=tuple(IMAGE_ADJUSTMENTS))
     mllm(prompt(batch.images), batch.instructions, batch.answers).loss.backward()
     return {
         part: (prompt.delta if part == "border" else getattr(prompt, part)).grad.flatten()
-        for part in ("border", *ADJUSTMENTS)
+        for part in ("border", *IMAGE_ADJUSTMENTS)
     }
 
 
