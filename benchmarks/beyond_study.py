@@ -16,16 +16,16 @@ import torch
 from torch import Generator
 from transfer_study import SEEDS, prompt_path, run_stage, write
 
-from tvp.corruptions import CORRUPTIONS, all_corruptions
-from tvp.embedded_tasks import IMAGE_SIZE, _draw_groups, degrade_images
-from tvp.prompt import VisualPrompt
-from tvp.recipes import PAPER_METHODS, get_recipe
-from tvp.studies import evaluate_generalization, evaluate_retention
-from tvp.tasks import Split, Task
-from tvp.task_loading import load_task, task_names
-from tvp.transfer import TransferResults, evaluate_transfer
-from tvp.tables import TransferRun
-from tvp.world import (
+from tvp.tasks.corruptions import CORRUPTIONS, all_corruptions
+from tvp.tasks.bundled import IMAGE_SIZE, _draw_groups, degrade_images
+from tvp.prompts.visual_prompt import VisualPrompt
+from tvp.training.recipes import PAPER_METHODS, get_recipe
+from tvp.evaluation.studies import evaluate_generalization, evaluate_retention
+from tvp.tasks.task import Split, Task
+from tvp.tasks.loading import load_task, task_names
+from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.runs import TransferRun
+from tvp.tasks.drawing import (
     COLORS,
     COUNTING_INSTRUCTION,
     DIGITS,
@@ -40,8 +40,8 @@ from tvp.world import (
     place_glyphs,
     jitter_colors,
 )
-from tvp.images import _integers
-from tvp.zoo import load_zoo
+from tvp._images import _integers
+from tvp.models.zoo import load_zoo
 
 SOURCE = "tiny-minigpt4"
 SEVERITIES = (1, 3, 5)

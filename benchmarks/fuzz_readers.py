@@ -38,18 +38,18 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar, set_verbosity
 
 import tvp
-from tvp.checkpoints import read_checkpoint, write_checkpoint
-from tvp.families import tiny_clip, tiny_model, tiny_processor
-from tvp.learner import training_steps
-from tvp.paper_models import PAPER_MODELS
-from tvp.paper import load_saved_adapter, save_adapter
-from tvp.pretrained import load_pretrained
-from tvp.prompt import VisualPrompt
-from tvp.recipes import make_learner
-from tvp.resume import load_checkpoint, save_checkpoint
-from tvp.task_loading import load_task
+from tvp._checkpoint import read_checkpoint, write_checkpoint
+from tvp.testing.families import tiny_clip, tiny_model, tiny_processor
+from tvp.training.learner import training_steps
+from tvp.models.paper.specs import PAPER_MODELS
+from tvp.models.paper.loading import load_saved_adapter, save_adapter
+from tvp.models.pretrained import load_pretrained
+from tvp.prompts.visual_prompt import VisualPrompt
+from tvp.training.recipes import make_learner
+from tvp.training.resume import load_checkpoint, save_checkpoint
+from tvp.tasks.loading import load_task
 from tvp.testing import tiny_mllm
-from tvp.zoo import load_clip, load_zoo
+from tvp.models.zoo import load_clip, load_zoo
 
 ROOT = Path(__file__).parent
 RESULT = ROOT / "results" / "fuzz.json"

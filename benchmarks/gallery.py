@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from range_study import make as make_learner
 
-from tvp.recipes import get_recipe
-from tvp.ship import GALLERY_DIR
-from tvp.task_loading import load_task, task_names
-from tvp.transfer import evaluate_transfer
-from tvp.zoo import load_zoo
+from tvp.training.recipes import get_recipe
+from tvp.prompts.hub import GALLERY_DIR
+from tvp.tasks.loading import load_task, task_names
+from tvp.evaluation.transfer import evaluate_transfer
+from tvp.models.zoo import load_zoo
 
 SOURCE = "tiny-minigpt4"
 SEED = 0

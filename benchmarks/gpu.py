@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tvp.bench import machine_info
-from tvp.bench_models import count_flops
-from tvp.bench_races import (
+from tvp.bench.run import machine_info
+from tvp.bench.models import count_flops
+from tvp.bench.timing import (
     BenchmarkSetup,
     time_interleaved,
     lower_bound_step,
@@ -30,7 +30,7 @@ from tvp.bench_races import (
     step_variants,
     time_ranking,
 )
-from tvp.files import write_atomic
+from tvp._files import write_atomic
 
 READS = (
     "aten::_local_scalar_dense",

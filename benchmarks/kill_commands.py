@@ -31,15 +31,15 @@ import torch
 from PIL import Image
 from resume_kills import STAGES, deadly_write
 
-from tvp.checkpoints import read_checkpoint
+from tvp._checkpoint import read_checkpoint
 from tvp.cli import main as tvp
-from tvp.files import write_atomic
-from tvp.prompt import VisualPrompt
-from tvp.recipes import RECIPES, Recipe
-from tvp.reproduce import reproduce
-from tvp.tasks import Split, Task
-from tvp.task_loading import load_task
-from tvp.zoo import load_zoo
+from tvp._files import write_atomic
+from tvp.prompts.visual_prompt import VisualPrompt
+from tvp.training.recipes import RECIPES, Recipe
+from tvp.experiments.reproduction import reproduce
+from tvp.tasks.task import Split, Task
+from tvp.tasks.loading import load_task
+from tvp.models.zoo import load_zoo
 
 RESULT = Path(__file__).parent / "results" / "kills.json"
 MODELS = ("tiny-minigpt4", "tiny-llava")
@@ -226,8 +226,8 @@ def main() -> None:
     zoo = SmallZoo(load_zoo("tiny"))
     results = {"torch": torch.__version__, "machine": platform.machine(), "seed": args.seed}
     with ExitStack() as stage:
-        stage.enter_context(patch("tvp.zoo.load_zoo", lambda name: zoo))
-        stage.enter_context(patch("tvp.task_loading.load_task", small_task))
+        stage.enter_context(patch("tvp.models.zoo.load_zoo", lambda name: zoo))
+        stage.enter_context(patch("tvp.tasks.loading.load_task", small_task))
         stage.enter_context(
             patch.dict(RECIPES, {kind: short(recipes) for kind, recipes in RECIPES.items()})
         )

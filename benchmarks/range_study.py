@@ -16,15 +16,15 @@ import pandas as pd
 from safetensors import safe_open
 from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, run_stage, write
 
-from tvp.jpeg import compressed_variants
-from tvp.learner import Learner
-from tvp.losses import tvp_losses
-from tvp.prompt import VisualPrompt, clipping_stats
-from tvp.recipes import get_recipe, make_optimizer
-from tvp.task_loading import load_task, task_names
-from tvp.transfer import TransferResults, evaluate_transfer
-from tvp.tables import TransferRun
-from tvp.zoo import load_zoo
+from tvp.evaluation.compression import compressed_variants
+from tvp.training.learner import Learner
+from tvp.training.losses import tvp_losses
+from tvp.prompts.visual_prompt import VisualPrompt, clipping_stats
+from tvp.training.recipes import get_recipe, make_optimizer
+from tvp.tasks.loading import load_task, task_names
+from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.runs import TransferRun
+from tvp.models.zoo import load_zoo
 
 # more of them: more entries, and hours
 SOURCES = ("tiny-minigpt4",)

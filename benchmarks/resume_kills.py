@@ -23,15 +23,15 @@ os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 
 import torch
 
-from tvp.checkpoints import read_checkpoint
-from tvp.learner import Learner
-from tvp.losses import TaskLoss
-from tvp.prompt import VisualPrompt
-from tvp.recipes import make_learner
-from tvp.tasks import Task
-from tvp.task_loading import load_task
-from tvp.updates import cosine_schedule_with_warmup
-from tvp.zoo import load_zoo
+from tvp._checkpoint import read_checkpoint
+from tvp.training.learner import Learner
+from tvp.training.losses import TaskLoss
+from tvp.prompts.visual_prompt import VisualPrompt
+from tvp.training.recipes import make_learner
+from tvp.tasks.task import Task
+from tvp.tasks.loading import load_task
+from tvp.training.optimizers import cosine_schedule_with_warmup
+from tvp.models.zoo import load_zoo
 
 RESULT = Path(__file__).parent / "results" / "resume_kills.json"
 STAGES = ("half written", "before the rename", "after the rename")

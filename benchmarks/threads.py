@@ -2,9 +2,9 @@
 
 python benchmarks/threads.py [--seconds 4] [--rounds 3] [--json benchmarks/results/threads.json]
 
-`zoo` trains a prompt on a model of the small zoo, which `tvp.torch_settings` puts on one thread; `zoo as torch is set` is the
+`zoo` trains a prompt on a model of the small zoo, which `tvp.models.torch_settings` puts on one thread; `zoo as torch is set` is the
 same without it. `sizes` repeats forward and backward passes through transformers of growing width, which is where
-`tvp.torch_settings.SMALL` comes from. The settings take turns, round by round, and the median is kept; `load` is the load
+`tvp.models.torch_settings.SMALL` comes from. The settings take turns, round by round, and the median is kept; `load` is the load
 average beside each round, since whatever else runs on the machine changes the numbers.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import tvp
-from tvp import torch_settings
+from tvp.models import torch_settings
 
 # width, layers
 SIZES = {"0.4 M": (64, 8), "3 M": (256, 4), "13 M": (512, 4), "43 M": (768, 6), "101 M": (1024, 8)}

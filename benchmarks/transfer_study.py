@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from tvp.files import write_atomic as write  # the other studies take it from here
-from tvp.prompt import VisualPrompt
-from tvp.recipes import PAPER_METHODS, get_recipe, make_learner
-from tvp.task_loading import load_task, task_names
-from tvp.transfer import TransferResults, evaluate_transfer
-from tvp.tables import TransferRun
-from tvp.zoo import load_zoo
+from tvp._files import write_atomic as write  # the other studies take it from here
+from tvp.prompts.visual_prompt import VisualPrompt
+from tvp.training.recipes import PAPER_METHODS, get_recipe, make_learner
+from tvp.tasks.loading import load_task, task_names
+from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.runs import TransferRun
+from tvp.models.zoo import load_zoo
 
 SOURCES = ("tiny-minigpt4", "tiny-instructblip")
 SEEDS = (0, 1, 2)
@@ -218,7 +218,7 @@ def collect(work: Path, mine) -> None:
             test.compare(method, baseline).round(4).to_csv(index=False),
         )
     write(RESULTS / "transfer_lengths.csv", valid.summary().round(4).to_csv(index=False))
-    from tvp.plots import plot_transfer
+    from tvp.plotting.figures import plot_transfer
 
     picture = RESULTS.parent.parent / "nbs" / "images" / "transfer.png"
     picture.parent.mkdir(exist_ok=True)

@@ -25,20 +25,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from tvp.arguments import parse_source_names
-from tvp.files import write_atomic as write
-from tvp.filters import BlurParametrizationFilter, DCTLowPassFilter, GaussianGradientFilter
-from tvp.gradients import CWAGradient, SAMGradient, SPSAGradient
-from tvp.learner import Learner
-from tvp.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
-from tvp.prompt import IMAGE_ADJUSTMENTS, VisualPrompt
-from tvp.recipes import get_recipe, make_learner
-from tvp.studies import evaluate_retention
-from tvp.task_loading import load_task, task_names
-from tvp.transfer import evaluate_transfer
-from tvp.updates import NormalizedGradient, parameter_groups
-from tvp.views import ContrastBrightnessJitter, RandomResizePad, RandomTranslate, scale_copies
-from tvp.zoo import tiny_zoo
+from tvp._validation import parse_source_names
+from tvp._files import write_atomic as write
+from tvp.training.gradient_filters import BlurParametrizationFilter, DCTLowPassFilter, GaussianGradientFilter
+from tvp.training.gradient_estimators import CWAGradient, SAMGradient, SPSAGradient
+from tvp.training.learner import Learner
+from tvp.training.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
+from tvp.prompts.visual_prompt import IMAGE_ADJUSTMENTS, VisualPrompt
+from tvp.training.recipes import get_recipe, make_learner
+from tvp.evaluation.studies import evaluate_retention
+from tvp.tasks.loading import load_task, task_names
+from tvp.evaluation.transfer import evaluate_transfer
+from tvp.training.optimizers import NormalizedGradient, parameter_groups
+from tvp.training.input_transforms import ContrastBrightnessJitter, RandomResizePad, RandomTranslate, scale_copies
+from tvp.models.zoo import tiny_zoo
 
 # one model of each vision tower
 SHARED = "tiny-minigpt4"
@@ -191,7 +191,7 @@ def tried(work: Path, name: str, setting: Setting, task: str, source: str) -> pd
 
 def grouped(results) -> pd.DataFrame:
     "The rows of a result with a prompt, and to which group each model belongs."
-    from tvp.tables import target_group
+    from tvp.evaluation.runs import target_group
 
     run = results.only_run()
     df = results.df.query("method != 'none'")
@@ -404,7 +404,7 @@ def evaluate(work: Path, mine, zoo: str) -> None:
 def outcomes(place: Path) -> list[dict]:
     """One entry for each prompt and model of a comparison: who, in which group, and per picture
     what was right without and with the prompt."""
-    from tvp.tables import TransferRun, target_group
+    from tvp.evaluation.runs import TransferRun, target_group
 
     found = []
     for path in sorted(place.glob("*.safetensors")):
@@ -573,8 +573,8 @@ def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
 def tidy(entries: list[dict]) -> pd.DataFrame:
     """One row for each prompt and model, in the tidy columns of the package, with an interval over
     pictures."""
-    from tvp.metrics import bootstrap_interval
-    from tvp.tables import TIDY_COLUMNS
+    from tvp.evaluation.metrics import bootstrap_interval
+    from tvp.evaluation.runs import TIDY_COLUMNS
 
     rows = []
     for e in entries:
@@ -711,8 +711,8 @@ def retain(work: Path, mine, **_) -> None:
 def drift(work: Path, mine, **_) -> None:
     """How far prompts of both recipes move the features of every model, and whether they move them
     like those of the source (`alike`)."""
-    from tvp.drift import measure_feature_shift, shift_similarity
-    from tvp.tables import TransferRun, target_group
+    from tvp.evaluation.feature_shift import measure_feature_shift, shift_similarity
+    from tvp.evaluation.runs import TransferRun, target_group
 
     zoo = tiny_zoo()
     found = []

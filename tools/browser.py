@@ -454,7 +454,7 @@ def change_task(page):
 def fail_and_reset(page):
     "What goes wrong is said in words, and can be mended."
     page.execute(
-        "from unittest.mock import patch; failing = patch('tvp.watch._advance', "
+        "from unittest.mock import patch; failing = patch('tvp.widgets.monitor._advance', "
         "side_effect=MemoryError('no room for this')); failing.start()"
     )
     page.click("step")

@@ -52,7 +52,9 @@ class Module:
         self.classes = classes
 
     def comment(self, node):
-        "Whether a comment follows a node on its line."
+        "Whether a comment follows a node on its line, or stands above it."
+        if self.lines[node.lineno - 2].lstrip().startswith("#"):
+            return True
         return "#" in self.lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
 
     def ours(self, annotation):
@@ -136,11 +138,11 @@ class Module:
 
 def undocumented(folder=ROOT / "tvp"):
     "All public symbols that lack something."
-    paths = [path for path in sorted(folder.glob("*.py")) if path.name[0] != "_"]
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.name[0] != "_"]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
     classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return [
-        f"tvp.{path.stem}.{name} does not say: {', '.join(missing)}"
+        f"tvp.{'.'.join(path.relative_to(folder).with_suffix('').parts)}.{name} does not say: {', '.join(missing)}"
         for path in paths
         for name, missing in Module(path, classes).undocumented()
     ]

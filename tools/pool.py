@@ -40,7 +40,7 @@ LIBRARIES = [
     "datasets",
     "accelerate",
     "transformers.modeling_utils",
-    "tvp.families",
+    "tvp.testing.families",
 ]
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 

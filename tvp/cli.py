@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from .signals import stop_signals
+from ._signals import stop_signals
 
 # %% ../nbs/api/90_cli.ipynb #1313c2d9
 class UsageError(Exception):
@@ -115,8 +115,8 @@ def _alone(
     *how: str,  # its parameters between path and force
 ) -> Iterator[Path]:  # the output
     "Hold the output of a run, and remember where its parts are kept, in case that it is stopped."
-    from tvp.checkpoints import OtherSettings, clear_parts
-    from tvp.files import RunLock, remove_partial_files
+    from tvp._checkpoint import OtherSettings, clear_parts
+    from tvp._files import RunLock, remove_partial_files
 
     output = check(args.out, *how, args.force)
     args.kept = _parts_folder(output)
@@ -168,7 +168,7 @@ def _format_columns(
 
 def _command_tasks(args: argparse.Namespace) -> None:
     "List the tasks that come with the package."
-    from tvp.task_loading import load_task, task_names
+    from tvp.tasks.loading import load_task, task_names
 
     tasks = [load_task(name) for name in task_names()]
     print(
@@ -189,7 +189,7 @@ def _command_tasks(args: argparse.Namespace) -> None:
 # %% ../nbs/api/90_cli.ipynb #53718a9e
 def _zoo(*names: str):
     "The small zoo, once it is known to have all the named models."
-    from tvp.zoo import load_zoo
+    from tvp.models.zoo import load_zoo
 
     zoo = load_zoo("tiny")
     for name in names:
@@ -200,9 +200,9 @@ def _zoo(*names: str):
 def _task(name: str, data_dir: str | None = None, public: bool = False):
     """A task by its name: one that comes with the package, or a public one, from a folder or the
     hub."""
-    from tvp.experiment import USER_ERRORS, error_message
-    from tvp.public_tasks import list_paper_tasks
-    from tvp.task_loading import load_task, task_names
+    from tvp.experiments.plan import USER_ERRORS, error_message
+    from tvp.tasks.loading import load_task, task_names
+    from tvp.tasks.paper_datasets import list_paper_tasks
 
     names = task_names() + list_paper_tasks() * public
     if not (public and name.startswith("pope-")):
@@ -215,8 +215,8 @@ def _task(name: str, data_dir: str | None = None, public: bool = False):
 # %% ../nbs/api/90_cli.ipynb #7f686b14
 def _command_models(args: argparse.Namespace) -> None:
     "List the models that have a name: the small zoo, the registry, the paper's."
-    from tvp.paper_models import PAPER_MODELS
-    from tvp.registry import format_registry
+    from tvp.models.paper.specs import PAPER_MODELS
+    from tvp.models.registry import format_registry
 
     zoo = _zoo()
     print(
@@ -253,7 +253,7 @@ def _command_models(args: argparse.Namespace) -> None:
 
 def _command_check(args: argparse.Namespace) -> int:
     "Try whether a prompt can be trained through a model. Exit code 1: it cannot."
-    from tvp.zoo import load_mllm
+    from tvp.models.zoo import load_mllm
 
     try:
         mllm = load_mllm(args.model)
@@ -269,7 +269,7 @@ def _command_check(args: argparse.Namespace) -> int:
 def _command_bench(args: argparse.Namespace) -> None:
     """Measure speed and memory beside the released code's loop and the bare arithmetic: a quarter
     of an hour, with --quick some minutes."""
-    from tvp.bench import SECTIONS, bench
+    from tvp.bench.run import SECTIONS, bench
 
     only = args.only and [_resolve_name("section", name, SECTIONS) for name in args.only.split(",")]
     file = None if args.json is None else Path(args.json)
@@ -288,7 +288,7 @@ def _resolve_checkpoint_path(
     resume: bool,  # --resume
 ) -> Path | None:  # the file; None: the usual place
     "Where a training is kept, if that harms nobody."
-    from tvp.checkpoints import checkpoint_path
+    from tvp._checkpoint import checkpoint_path
 
     if place is None and resume:
         raise UsageError(
@@ -316,8 +316,8 @@ def _run_training(
     resume: bool,  # as for `fit`
 ) -> int:  # updates made earlier, in the training that goes on
     "Train; what the user can mend becomes one line."
-    from tvp.checkpoints import read_checkpoint
-    from tvp.processes import ProcessLostError
+    from tvp._checkpoint import read_checkpoint
+    from tvp.training.processes import ProcessLostError
 
     try:
         done = read_checkpoint(file).get("position", {}).get("done", 0) if file.exists() else 0
@@ -349,9 +349,9 @@ def _fit_here(
 # %% ../nbs/api/90_cli.ipynb #2acbf4c3
 def _command_train(args: argparse.Namespace) -> None:
     "Train one prompt and save it."
-    from tvp.checkpoints import clear_parts
-    from tvp.files import write_all
-    from tvp.recipes import RECIPES, make_learner
+    from tvp._checkpoint import clear_parts
+    from tvp._files import write_all
+    from tvp.training.recipes import RECIPES, make_learner
 
     _resolve_name("method", args.method, RECIPES["tiny"])
     task = _task(args.task, args.data_dir, public=True)
@@ -389,7 +389,7 @@ def _load_prompt_or_fail(
     path: str,  # as typed
 ):
     "A saved prompt, or a line that says why not."
-    from tvp.ship import load_prompt
+    from tvp.prompts.hub import load_prompt
 
     try:
         return load_prompt(path)
@@ -412,7 +412,7 @@ def _parse_corruption(
     text: str,  # NAME or NAME:SEVERITY
 ):
     "What happens to the pictures, as it is typed."
-    from tvp.corruptions import CORRUPTIONS, SEVERITIES, Corruption
+    from tvp.tasks.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 
     name, colon, severity = text.partition(":")
     _resolve_name("corruption", name, CORRUPTIONS)
@@ -428,7 +428,7 @@ def _parse_corruption(
 # %% ../nbs/api/90_cli.ipynb #2f75b30b
 def _evaluate(prompt, task, zoo, **how):
     "The results of `evaluate_transfer`, by all processes together, or a line that says why not."
-    from tvp.transfer import evaluate_transfer
+    from tvp.evaluation.transfer import evaluate_transfer
 
     _init_distributed()
     try:
@@ -452,9 +452,9 @@ def _command_evaluate(args: argparse.Namespace) -> None:
     if args.out is None:
         print(_evaluate(prompt, task, zoo, **asked).table())
         return
-    from tvp.checkpoints import Parts, checksum
-    from tvp.files import write_all
-    from tvp.resume import task_settings
+    from tvp._checkpoint import Parts, checksum
+    from tvp._files import write_all
+    from tvp.training.resume import task_settings
 
     pixels = checksum(
         {name: value.detach() for name, value in prompt.state_dict().items()},
@@ -495,9 +495,9 @@ def _command_demo(args: argparse.Namespace) -> None:
     report."""
     task = _task(args.task)
     zoo = _zoo(args.source)
-    from tvp.demo import run_demo, save_demo
-    from tvp.formatting import format_duration
-    from tvp.report import summary_sentences
+    from tvp._formatting import format_duration
+    from tvp.experiments.demo import run_demo, save_demo
+    from tvp.experiments.report import summary_sentences
 
     command = f"tvp demo --task {task.name} --source {args.source} --seeds {args.seeds}"
     with _alone(args, _output_folder) as folder:
@@ -522,7 +522,7 @@ def _parse_model(
     text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
 ) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
     "A model as it is typed."
-    from tvp.paper_models import PAPER_MODELS
+    from tvp.models.paper.specs import PAPER_MODELS
 
     name, _, place = text.partition("=")
     if not name:
@@ -542,9 +542,9 @@ def _parse_model(
 def _command_reproduce(args: argparse.Namespace) -> None:
     """Repeat the paper's experiment: train a prompt on one model, ask all, put the published
     numbers beside it."""
-    from tvp.checkpoints import OtherSettings
-    from tvp.experiment import USER_ERRORS, plan_reproduction, error_message
-    from tvp.reproduce import run_plan
+    from tvp._checkpoint import OtherSettings
+    from tvp.experiments.plan import USER_ERRORS, error_message, plan_reproduction
+    from tvp.experiments.reproduction import run_plan
 
     models = dict(_parse_model(text) for text in args.models) if args.models else None
     how = dict(
@@ -582,7 +582,7 @@ def _command_train_zoo(args: argparse.Namespace) -> None:
     "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
     import logging
 
-    from tvp.tiny_train import LANGUAGE_MODEL_SCHEDULES, TOWER_SCHEDULES, train_zoo
+    from tvp.bench.train_small_zoo import LANGUAGE_MODEL_SCHEDULES, TOWER_SCHEDULES, train_zoo
 
     for name in args.parts or []:
         _resolve_name("part", name, [*TOWER_SCHEDULES, *LANGUAGE_MODEL_SCHEDULES])
