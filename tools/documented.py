@@ -75,6 +75,8 @@ class Module:
         "Whether a function says what it gives."
         kind = "" if function.returns is None else ast.unparse(function.returns)
         header_end = self.lines[max(function.lineno, function.body[0].lineno - 1) - 1]
+        if function.returns and self.lines[function.returns.lineno - 2].lstrip().startswith("#"):
+            return True
         if "#" in header_end or {"property", "cached_property"} & set(
             map(ast.unparse, function.decorator_list)
         ):

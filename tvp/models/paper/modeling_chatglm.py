@@ -7,6 +7,8 @@ __all__ = ['ChatGLMConfig', 'make_position_ids', 'make_attention_mask', 'ChatGLM
            'ChatGLMPreTrainedModel', 'ChatGLMModel', 'ChatGLMForCausalLM']
 
 # %% ../../../nbs/api/models/paper/02_modeling_chatglm.ipynb #05b8c435
+from typing import Literal  # noqa: F401 (show_doc evaluates transformers' annotations here)
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

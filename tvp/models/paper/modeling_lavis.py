@@ -11,6 +11,7 @@ __all__ = ['LavisBlip2Config', 'LavisInstructBlipConfig', 'LavisBlip2', 'LavisIn
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal  # noqa: F401 (show_doc evaluates transformers' annotations here)
 
 import torch
 from torch import Tensor, nn

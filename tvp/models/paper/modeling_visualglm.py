@@ -10,6 +10,7 @@ __all__ = ['VisualGLMConfig', 'VisualGLMForConditionalGeneration', 'build_visual
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Literal  # noqa: F401 (show_doc evaluates transformers' annotations here)
 
 import torch
 from torch import Tensor, nn
