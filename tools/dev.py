@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# of the time of the lowest versions: ipywidgets 7 in JupyterLab, and what matplotlib 3.9 parses with
+COMPANIONS = ["jupyterlab_widgets<2", "pyparsing<3.3"]
 
 
 def settings():
@@ -43,7 +45,7 @@ def check_python():
 def lowest():
     "The lowest versions that settings.ini allows, as pip's constraints."
     needed = settings()["requirements"].split()
-    return [name.replace(">=", "==").partition(",")[0] for name in needed if ">=" in name]
+    return [*COMPANIONS, *(name.replace(">=", "==").partition(",")[0] for name in needed if ">=" in name)]
 
 
 def run(*command, **options):
