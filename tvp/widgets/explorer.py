@@ -131,7 +131,11 @@ class _CellSelection:
         return self._first
 
     @first.setter
-    def first(self, number: int) -> None:
+    def first(
+        self,
+        number: int,  # of the first image of each kind, >= 0
+    ) -> None:
+        "Skip so many images of each kind."
         most = max(self.cases.change.value_counts(), default=1) - 1
         self._first = check_int("first", number, 0, most)
         self.refresh()

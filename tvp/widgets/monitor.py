@@ -268,9 +268,8 @@ def adjustment_labels(
 # %% ../../nbs/api/widgets/02_monitor.ipynb #fd13c317
 def prompt_spectrum(
     prompt: VisualPrompt,
-    # (size, size) power, >= 0; entry [size // 2, size // 2] is frequency zero, one entry is one
-    # cycle per canvas
-) -> Tensor:
+    # one entry is one cycle per canvas; frequency zero is at [size // 2, size // 2]
+) -> Tensor:  # (size, size) power, >= 0
     "Compute the power spectrum of what the prompt adds, averaged over the colors."
     shown = render_delta(prompt).detach().float().cpu()
     return torch.fft.fftshift(torch.fft.fft2(shown, norm="ortho").abs().square().mean(0))

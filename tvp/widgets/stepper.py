@@ -364,7 +364,11 @@ class InteractiveTraining(BackgroundTraining):
         return self._image_index
 
     @image_index.setter
-    def image_index(self, index: int) -> None:
+    def image_index(
+        self,
+        index: int,  # 0 <= index < training.n_images
+    ) -> None:
+        "Show another validation image."
         self._image_index = check_int("image_index", index, 0, self.training.n_images - 1)
         self.refresh(True)
 
