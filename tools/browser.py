@@ -276,7 +276,7 @@ class Page:
     def words(self, of=None):
         "The line of numbers below the stepper's buttons, or the explorer's sentence."
         told = (of or self.stepper).locator(
-            ".widget-html", has_text=re.compile(r"update \d+ of|pictures fixed")
+            ".widget-html", has_text=re.compile(r"update \d+ of|images fixed")
         )
         return re.sub(r"\s+", " ", told.first.inner_text()).strip()
 
@@ -371,7 +371,7 @@ def run_and_pause(page):
     before = page.pictures()
     page.click("run")
     page.until(
-        "it runs", lambda: page.words().startswith(("running", "asking")) and page.update() > 5
+        "it runs", lambda: page.words().startswith(("running", "evaluating")) and page.update() > 5
     )
     begin = time.monotonic()
     first, second = (int(page.execute('print(stepper.state["step"])')) for _ in range(2))
@@ -381,8 +381,8 @@ def run_and_pause(page):
         first <= second,
     )
     page.until("it goes on", lambda: page.update() > second)
-    table = page.stepper.locator(".widget-html", has_text="validation pictures")
-    page.until("the models are asked again", lambda: "after update 20" in table.inner_text())
+    table = page.stepper.locator(".widget-html", has_text="validation images")
+    page.until("the models are evaluated again", lambda: "after update 20" in table.inner_text())
     begin = time.monotonic()
     page.click("pause")
     page.until("it pauses", lambda: page.words().startswith("paused"))
@@ -407,7 +407,7 @@ def move_slider(page):
     handle, readout = page.slider("FCA weight")
     before = readout.inner_text()
     page.click("run")
-    page.until("it runs", lambda: page.words().startswith(("running", "asking")))
+    page.until("it runs", lambda: page.words().startswith(("running", "evaluating")))
     handle.focus()
     for _ in range(3):
         handle.press("ArrowRight")
@@ -454,7 +454,8 @@ def change_task(page):
 def fail_and_reset(page):
     "What goes wrong is said in words, and can be mended."
     page.execute(
-        "from unittest.mock import patch; failing = patch('tvp.widgets.monitor._advance', "
+        "from unittest.mock import patch; "
+        "failing = patch('tvp.widgets.monitor.TrainingMonitor.advance', "
         "side_effect=MemoryError('no room for this')); failing.start()"
     )
     page.click("step")
@@ -490,7 +491,7 @@ def click_cell(page):
     now = page.words(page.explorer)
     page.must_be(
         f"the page says what Python says ({told}; {now})",
-        target == "tiny-llava" and f"{fixed} of 60 pictures fixed, {broken} broken" in now,
+        target == "tiny-llava" and f"{fixed} of 60 images fixed, {broken} broken" in now,
     )
     page.must_be("it is another sentence", now != words)
     return now

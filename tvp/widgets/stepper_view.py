@@ -17,8 +17,8 @@ from .._markup import render
 from ..tasks.loading import task_names
 from ..training.recipes import RECIPES
 from .figures import PANEL_SIZES, panel_cache_keys, panel_painters, render_png
-from .monitor import TrainingMonitor, adjustment_labels, latest_scores
-from .stepper import InteractiveTraining, status_detail
+from .monitor import TrainingMonitor, adjustment_labels
+from .stepper import InteractiveTraining
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #31b0bef1
 def widgets_supported() -> bool:  # a guess: `stepper.view` shows the widget in any case
@@ -26,9 +26,9 @@ def widgets_supported() -> bool:  # a guess: `stepper.view` shows the widget in 
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if not hasattr(shell, "kernel"):
         return False  # a plain program, or IPython in a terminal
-    # by JupyterLab and Notebook 7, Colab, VS Code
-    told = ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID", "VSCODE_CWD")
-    return any(name in os.environ for name in told) or "__vsc_ipynb_file__" in shell.user_ns
+    # set by JupyterLab and Notebook 7, Colab, VS Code
+    variables = ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID", "VSCODE_CWD")
+    return any(name in os.environ for name in variables) or "__vsc_ipynb_file__" in shell.user_ns
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #d6995570
 _WIDGET_MIME_TYPE = "application/vnd.jupyter.widget-view+json"
@@ -36,9 +36,9 @@ _WIDGET_MIME_TYPE = "application/vnd.jupyter.widget-view+json"
 
 def mime_bundle(
     text: str,  # for where no widget can be shown
-    make_view: Callable[[], Any],  # gives an ipywidgets widget; asked only where widgets run
-) -> dict:  # what IPython displays: the richest kind that the front end knows
-    "A widget with its words, or the words alone."
+    make_view: Callable[[], Any],  # gives an ipywidgets widget; called only where widgets run
+) -> dict:  # what IPython displays: the richest type that the front end knows
+    "Bundle a widget with its text, or return the text alone."
     if not widgets_supported():
         return {"text/plain": text}
     try:
@@ -52,7 +52,7 @@ def mime_bundle(
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #790c5f21
 class TrainingStepper(InteractiveTraining):
-    "A training in single steps: with buttons in a notebook, from Python everywhere."
+    "Train in single steps: with buttons in a notebook, from Python everywhere."
 
     _view = None
 
@@ -64,15 +64,21 @@ class TrainingStepper(InteractiveTraining):
 
     def refresh(self, whole: bool = False) -> None:
         "Bring the live view up to date, if there is one: what has changed, or the `whole`."
-        self._view and self._view.refresh(whole)
+        if self._view:
+            self._view.refresh(whole)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return mime_bundle(repr(self), lambda: self.view)
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #2ab39354
-def make_control(kind, description: str, value, **traits):
-    "A control of a kind, with a description and a value."
-    return kind(
+def make_control(
+    widget_class: type,  # of ipywidgets
+    description: str,
+    value: Any,
+    **traits,
+):
+    "Make a control with a description and a value."
+    return widget_class(
         value=value,
         description=description,
         layout={"width": "286px"},
@@ -80,85 +86,154 @@ def make_control(kind, description: str, value, **traits):
         **traits,
     )
 
-
-def _choice_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
-    "What to train, on whom, how."
-    from ipywidgets import Dropdown
-
-    s = stepper.settings
-    tasks = list(dict.fromkeys([*stepper.tasks, *task_names()]))
-    return {
-        "task": make_control(Dropdown, "task", s["task"], options=tasks),
-        "source": make_control(Dropdown, "source", s["source"], options=list(stepper.zoo)),
-        "method": make_control(Dropdown, "method", s["method"], options=list(RECIPES[stepper.scale])),
-    }
-
-
-def _slider_controls(stepper: TrainingStepper) -> dict:  # name of the setting -> widget
-    "The numbers; they take effect when the slider is let go."
-    from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
-
-    s = stepper.settings
-    still = {"continuous_update": False}
-    weight = {"min": 0.0, "max": 0.05, "step": 0.001, "readout_format": ".3f"} | still
-    return {
-        "lr": make_control(
-            FloatLogSlider,
-            "learning rate",
-            s["lr"],
-            base=10,
-            min=-1,
-            max=3,
-            step=0.05,
-            readout_format=".3g",
-            **still,
-        ),
-        "width": make_control(
-            IntSlider, "border", s["width"], min=1, max=stepper.zoo.size // 3, **still
-        ),
-        "fca": make_control(FloatSlider, "FCA weight", s["fca"], **weight),
-        "tse": make_control(FloatSlider, "TSE weight", s["tse"], **weight),
-    }
-
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #3bb6ef90
-def _button_controls() -> dict:  # name of the action -> widget
-    "What to do."
-    from ipywidgets import Button
+class _StepperControls:
+    "Show and change the settings of a stepper: menus, sliders and buttons."
 
-    icons = {
-        "step": ("step-forward", "one update"),
-        "run": ("play", "updates until you pause"),
-        "pause": ("pause", "no further update, what has been learned stays"),
-        "reset": ("refresh", "the same settings, from the start"),
-    }
-    return {
-        name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"})
-        for name, (icon, tip) in icons.items()
-    }
+    def __init__(
+        self,
+        stepper: TrainingStepper,
+        on_error: Callable[[], None],  # called when an action has failed
+    ):
+        self.stepper = stepper
+        self.on_error = on_error
+        self.settings = self._make_menus() | self._make_sliders()
+        self.buttons = self._make_buttons()
+        self.image_index = self._make_image_slider()
+        self._syncing_thread = None
+        self._connect()
+
+    def _make_menus(self) -> dict:  # name of the setting -> widget
+        from ipywidgets import Dropdown
+
+        settings = self.stepper.settings
+        options = {
+            "task": list(dict.fromkeys([*self.stepper.tasks, *task_names()])),
+            "source": list(self.stepper.zoo),
+            "method": list(RECIPES[self.stepper.scale]),
+        }
+        return {
+            name: make_control(Dropdown, name, settings[name], options=values)
+            for name, values in options.items()
+        }
+
+    def _make_sliders(self) -> dict:  # name of the setting -> widget
+        "Make the sliders; they take effect when they are let go."
+        from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
+
+        settings = self.stepper.settings
+        still = {"continuous_update": False}
+        rate = {"base": 10, "min": -1, "max": 3, "step": 0.05, "readout_format": ".3g"} | still
+        weight = {"min": 0.0, "max": 0.05, "step": 0.001, "readout_format": ".3f"} | still
+        width = {"min": 1, "max": self.stepper.zoo.size // 3} | still
+        return {
+            "lr": make_control(FloatLogSlider, "learning rate", settings["lr"], **rate),
+            "width": make_control(IntSlider, "border", settings["width"], **width),
+            "fca": make_control(FloatSlider, "FCA weight", settings["fca"], **weight),
+            "tse": make_control(FloatSlider, "TSE weight", settings["tse"], **weight),
+        }
+
+    def _make_buttons(self) -> dict:  # name of the action -> widget
+        from ipywidgets import Button
+
+        icons = {
+            "step": ("step-forward", "one update"),
+            "run": ("play", "updates until you pause"),
+            "pause": ("pause", "no further update, what has been learned stays"),
+            "reset": ("refresh", "the same settings, from the start"),
+        }
+        return {
+            name: Button(description=name, icon=icon, tooltip=tip, layout={"width": "78px"})
+            for name, (icon, tip) in icons.items()
+        }
+
+    def _make_image_slider(self):  # ipywidgets IntSlider
+        from ipywidgets import IntSlider
+
+        limits = {"min": 0, "max": self.stepper.training.n_images - 1, "continuous_update": False}
+        return make_control(IntSlider, "image", self.stepper.image_index, **limits)
+
+    def _connect(self) -> None:
+        "Connect the controls with the stepper's methods."
+        stepper = self.stepper
+        actions = {
+            "step": stepper.queue_step,
+            "run": stepper.run,
+            "pause": stepper.pause,
+            "reset": stepper.reset,
+        }
+        for name, action in actions.items():
+            self.buttons[name].on_click(lambda _, action=action: self.run_action(action))
+        for name, control in self.settings.items():
+            control.observe(lambda event, name=name: self._on_setting(name, event["new"]), "value")
+        self.image_index.observe(lambda event: self._on_image(event["new"]), "value")
+
+    def _on_setting(self, name: str, value: Any) -> None:
+        def change():
+            if value != self.stepper.settings[name]:
+                self.stepper.set(**{name: value})
+
+        if self._syncing_thread != get_ident():
+            self.run_action(change)
+
+    def _on_image(self, index: int) -> None:
+        def change():
+            if index != self.stepper.image_index:
+                self.stepper.image_index = index
+
+        if self._syncing_thread != get_ident():
+            self.run_action(change)
+
+    def run_action(self, action: Callable[[], Any]) -> None:
+        "Run what a control asks for in the thread of the training, with its error shown."
+
+        def safely():
+            try:
+                action()
+            except Exception as error:
+                self.stepper.error = error
+                self.on_error()
+
+        self.stepper.background.call(safely)
+
+    def sync(self) -> None:
+        "Show what the stepper is set to."
+        stepper = self.stepper
+        self._syncing_thread = get_ident()
+        try:
+            for name, control in self.settings.items():
+                control.value = stepper.settings[name]
+            self.image_index.max = stepper.training.n_images - 1
+            self.image_index.value = stepper.image_index
+            self.buttons["run"].disabled = stepper.running or stepper.status == "finished"
+            self.buttons["step"].disabled = stepper.status == "finished"
+            self.buttons["pause"].disabled = not stepper.running
+        finally:
+            self._syncing_thread = None
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #5ba42e10
-def _loss_terms(training: TrainingMonitor) -> list[tuple[str, str, str]]:  # sign and weight, name, value
-    "The terms of the last update's loss."
+def _loss_terms(
+    training: TrainingMonitor,  # with at least one training step made
+) -> list[tuple[str, str, str]]:  # direction and weight, name, value
+    "List the terms of the last step's loss."
     record = training.learner.records[-1]
     terms = []
     for term in training.learner.losses:
         value = record.others.get(term.name, getattr(record, term.name, float("nan")))
         sign = " − " if term.sign < 0 else " + " if terms else ""
         weight = "" if term.weight == 1 else f"{term.weight:g} × "
-        terms.append(
-            (sign + weight, term.name if term.name == "task" else term.name.upper(), f"{value:.3g}")
-        )
+        name = term.name if term.name == "task" else term.name.upper()
+        terms.append((sign + weight, name, f"{value:.3g}"))
     return terms
 
 
-def numbers_html(stepper: TrainingStepper) -> str:
-    "The state in two lines; an error in red, for as long as it is not mended."
+def numbers_html(stepper: InteractiveTraining) -> str:
+    "Render the state in two lines; an error in red, until the next action."
     training = stepper.training
     loss = None
     terms = []
     numbers = []
-    if training.learner.records:
-        record = training.learner.records[-1]
+    for record in training.learner.records[-1:]:
         loss = f"{record.loss:.3g}"
         terms = _loss_terms(training)
         numbers = [
@@ -169,9 +244,9 @@ def numbers_html(stepper: TrainingStepper) -> str:
     return render(
         "stepper_numbers.html",
         failed=bool(stepper.error),
-        status=status_detail(stepper),
+        status=stepper.status_detail,
         made=len(training.learner.records),
-        total=training.total,
+        total=training.total_steps,
         loss=loss,
         terms=terms,
         numbers=numbers,
@@ -179,162 +254,91 @@ def numbers_html(stepper: TrainingStepper) -> str:
 
 
 def models_html(training: TrainingMonitor) -> str:
-    "A column for each model: without a prompt, with it, and the difference."
-    now = latest_scores(training)
-    if not len(now):
+    "Render a column for each model: without a prompt, with it, and the difference."
+    latest = training.latest_scores()
+    if not len(latest):
         return ""
     rows = [
         {**row, "name": name.removeprefix("tiny-"), "group": row["group"].replace("unseen, ", "")}
-        for name, row in zip(now.index, now.to_dict("records"))
+        for name, row in zip(latest.index, latest.to_dict("records"))
     ]
     return render(
         "stepper_models.html",
         rows=rows,
-        metric=now.metric.iloc[0],
-        images=training.pictures,
-        step=now.step.min(),
+        metric=latest.metric.iloc[0],
+        images=training.n_images,
+        step=latest.step.min(),
     )
 
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #9bd44515
 class StepperView:
-    "The controls and pictures of one stepper."
+    "Show one stepper: its controls, numbers and panels."
 
     def __init__(self, stepper: TrainingStepper):
-        from ipywidgets import HTML, Image, IntProgress, IntSlider
+        from ipywidgets import HTML, Image, IntProgress
 
         self.stepper = stepper
-        self.following = None
-        self.next_draw = 0.0
-        self.shown = {}
-        self.settings = _choice_controls(stepper) | _slider_controls(stepper)
-        self.buttons = _button_controls()
+        self.controls = _StepperControls(stepper, lambda: self.refresh(True))
         self.progress = IntProgress(layout={"width": "110px"})
         self.numbers = HTML()
         self.models = HTML()
-        self.picture = make_control(
-            IntSlider,
-            "picture",
-            stepper.picture,
-            min=0,
-            max=stepper.training.pictures - 1,
-            continuous_update=False,
-        )
         self.images = {name: Image(format="png", layout={"width": "100%"}) for name in PANEL_SIZES}
-        self.box = _stepper_layout(self)
-        _connect_callbacks(self)
+        self.box = self._layout()
+        self._panel_keys = {}  # panel -> what it shows; the oldest first
+        self._next_draw = 0.0
         self.refresh(True)
 
-    def do(self, action: Callable[[], Any]) -> None:
-        "What a control asks for: an action, where the training is, with its error shown."
+    def _layout(self):  # ipywidgets VBox
+        "Place controls above, panels in two columns, the table of models below."
+        from ipywidgets import HBox, VBox
 
-        def safely():
-            try:
-                action()
-            except Exception as error:
-                self.stepper.error = error
-                self.refresh(True)
+        settings = self.controls.settings
+        wrap = {"flex_flow": "row wrap", "align_items": "center"}
+        rows = [
+            HBox([settings["task"], settings["source"], settings["method"]], layout=wrap),
+            HBox([settings["lr"], settings["fca"], settings["tse"]], layout=wrap),
+            HBox([*self.controls.buttons.values(), settings["width"]], layout=wrap),
+            HBox([self.progress, self.numbers], layout=wrap),
+        ]
+        left = [self.images["prompt"], self.images["answers"], self.controls.image_index]
+        right = [self.images["losses"], self.images["accuracy"]]
+        columns = [
+            VBox(left, layout=self._column_layout("prompt")),
+            VBox(right, layout=self._column_layout("losses")),
+        ]
+        return VBox([*rows, HBox(columns, layout={"flex_flow": "row wrap"}), self.models])
 
-        self.stepper.background.call(safely)
-
-    def refresh(self, whole: bool = False) -> None:
-        "Show the numbers, and pictures in their turn; see `_refresh_view`."
-        _refresh_view(self, whole)
-
-# %% ../../nbs/api/widgets/05_stepper_view.ipynb #52df9e3c
-def _stepper_layout(view: StepperView):  # ipywidgets VBox
-    """Controls above, pictures in two columns, numbers below; the slider that chooses a picture is
-    beside the picture."""
-    from ipywidgets import HBox, VBox
-
-    wrap = {"flex_flow": "row wrap", "align_items": "center"}
-    s = view.settings
-    controls = [
-        HBox([s["task"], s["source"], s["method"]], layout=wrap),
-        HBox([s["lr"], s["fca"], s["tse"]], layout=wrap),
-        HBox([*view.buttons.values(), s["width"]], layout=wrap),
-        HBox([view.progress, view.numbers], layout=wrap),
-    ]
-
-    # side by side where there is room
-    def wide(name):
+    def _column_layout(self, panel: str) -> dict[str, str]:
+        "Place columns side by side where there is room."
+        width, _ = PANEL_SIZES[panel]
         return {
-            "flex": f"{10 * PANEL_SIZES[name][0]:.0f} 1 {66 * PANEL_SIZES[name][0]:.0f}px",
-            "max_width": f"{80 * PANEL_SIZES[name][0]:.0f}px",
+            "flex": f"{10 * width:.0f} 1 {66 * width:.0f}px",
+            "max_width": f"{80 * width:.0f}px",
         }
 
-    columns = [
-        VBox([view.images["prompt"], view.images["answers"], view.picture], layout=wide("prompt")),
-        VBox([view.images["losses"], view.images["accuracy"]], layout=wide("losses")),
-    ]
-    return VBox([*controls, HBox(columns, layout={"flex_flow": "row wrap"}), view.models])
+    def refresh(self, whole: bool = False) -> None:
+        "Show the numbers, and panels as far as there is time; `whole` brings all up to date."
+        stepper = self.stepper
+        if whole or self.controls.buttons["pause"].disabled == stepper.running:
+            self.controls.sync()
+        self.progress.max = stepper.training.total_steps
+        self.progress.value = len(stepper.learner.records)
+        self.numbers.value = numbers_html(stepper)
+        self.models.value = models_html(stepper.training)
+        self._draw_panels(whole)
 
-# %% ../../nbs/api/widgets/05_stepper_view.ipynb #0ed99954
-def _connect_callbacks(view: StepperView) -> None:
-    "Controls do something."
-    stepper = view.stepper
-    actions = {
-        "step": stepper.more,
-        "run": lambda: stepper.run(),
-        "pause": stepper.pause,
-        "reset": stepper.reset,
-    }
-    for name, button in view.buttons.items():
-        button.on_click(lambda _, act=actions[name]: view.do(act))
-
-    def listen(control, now: Callable[[], Any], act: Callable[[Any], None]):
-        def moved(event):
-            if view.following != get_ident():
-                view.do(lambda: event["new"] == now() or act(event["new"]))
-
-        control.observe(moved, "value")
-
-    for name, control in view.settings.items():
-        listen(
-            control,
-            lambda name=name: stepper.settings[name],
-            lambda value, name=name: stepper.set(**{name: value}),
-        )
-    listen(view.picture, lambda: stepper.picture, lambda value: setattr(stepper, "picture", value))
-
-# %% ../../nbs/api/widgets/05_stepper_view.ipynb #4be9744c
-def _sync_controls(view: StepperView) -> None:
-    "Controls show what the stepper is set to."
-    stepper = view.stepper
-    view.following = get_ident()
-    try:
-        for name, control in view.settings.items():
-            control.value = stepper.settings[name]
-        view.picture.max = stepper.training.pictures - 1
-        view.picture.value = stepper.picture
-        view.buttons["run"].disabled = stepper.running or stepper.status == "finished"
-        view.buttons["step"].disabled = stepper.status == "finished"
-        view.buttons["pause"].disabled = not stepper.running
-    finally:
-        view.following = None
-
-# %% ../../nbs/api/widgets/05_stepper_view.ipynb #06886e0d
-def _refresh_view(view: StepperView, whole: bool = False) -> None:
-    """Numbers always; all pictures that have changed, or one of them if drawing has not had its
-    third of the time; `whole` brings everything up to date."""
-    stepper = view.stepper
-    training = view.stepper.training
-    if whole or view.buttons["pause"].disabled == stepper.running:
-        _sync_controls(view)
-    view.progress.max = training.total
-    view.progress.value = len(training.learner.records)
-    view.numbers.value = numbers_html(stepper)
-    view.models.value = models_html(training)
-    what = training, stepper.picture, stepper.earlier
-    draw = panel_painters(*what)
-    versions = panel_cache_keys(*what)
-    # the oldest first
-    for name in sorted(
-        versions, key=lambda name: list(view.shown).index(name) if name in view.shown else -1
-    ):
-        begin = time.monotonic()
-        if view.shown.get(name) == versions[name] or not (whole or begin >= view.next_draw):
-            continue
-        view.images[name].value = render_png(draw[name], PANEL_SIZES[name])
-        view.shown.pop(name, None)
-        view.shown[name] = versions[name]
-        view.next_draw = time.monotonic() + 2 * (time.monotonic() - begin)
+    def _draw_panels(self, whole: bool) -> None:
+        "Draw the panels that have changed; not `whole`: while drawing has its third of the time."
+        stepper = self.stepper
+        shown = stepper.training, stepper.image_index, stepper.previous_runs
+        painters = panel_painters(*shown)
+        keys = panel_cache_keys(*shown)
+        ages = {name: age for age, name in enumerate(self._panel_keys)}
+        for name in sorted(keys, key=lambda name: ages.get(name, -1)):
+            begin = time.monotonic()
+            if self._panel_keys.get(name) == keys[name] or not (whole or begin >= self._next_draw):
+                continue
+            self.images[name].value = render_png(painters[name], PANEL_SIZES[name])
+            self._panel_keys.pop(name, None)
+            self._panel_keys[name] = keys[name]
+            self._next_draw = time.monotonic() + 2 * (time.monotonic() - begin)
