@@ -14,23 +14,27 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tvp.bench.run import machine_info
-from tvp.bench.models import count_flops
-from tvp.bench.timing import (
+from tvp._files import write_atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "speed"))
+
+from models import count_flops
+from run import machine_info
+from timing import (
     BenchmarkSetup,
-    time_interleaved,
     lower_bound_step,
     make_setup,
     paired_ratio,
     quartiles,
     step_variants,
+    time_interleaved,
     time_ranking,
 )
-from tvp._files import write_atomic
 
 READS = (
     "aten::_local_scalar_dense",

@@ -28,7 +28,7 @@ import yaml
 from browser import missing, stepper_in_browser
 from documented import undocumented
 from nbdev.config import get_config
-from pool import Job, quick, record, run_jobs, run_notebook, run_tutorial
+from pool import Job, quick, record, run_jobs, run_notebook, run_script, run_tutorial
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = get_config(path=ROOT)
@@ -648,13 +648,15 @@ def browser_works():
 
 
 def all_jobs(newest):
-    "What runs long: notebooks, tutorials, the code in README.md, the browser."
+    "What runs long: notebooks, tutorials, tests of scripts, the code in README.md, the browser."
     jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
     for path in notebooks():
         if path.parts[0] == TUTORIALS:
             jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
         else:
             jobs.append(Job(path.as_posix(), run_notebook, (ROOT / "nbs" / path,)))
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        jobs.append(Job(f"tests/{path.name}", run_script, (path,)))
     return jobs
 
 
