@@ -3,9 +3,11 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json     # on a card with 40 GB or more
     python benchmarks/gpu.py --tiny                                 # the same at a tiny scale on the processor: does it run?
 
-Ours with and without remembered clean tokens, the released algorithm and the bare arithmetic take turns in one process on one model. For each:
-seconds, pictures per second, peak memory over the weights, share of the card's matrix rate (measured just before, same dtype), and how often the
-processor waited for the card. The weights are drawn on the card. torch.compile of the model is tried last; if it fails, the reason is recorded.
+Ours with and without remembered clean tokens, the released algorithm and the bare arithmetic take
+turns in one process on one model. For each: seconds, pictures per second, peak memory over the
+weights, share of the card's matrix rate (measured just before, same dtype), and how often the
+processor waited for the card. The weights are drawn on the card. torch.compile of the model is
+tried last; if it fails, the reason is recorded.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Notebooks and scripts, each in a process of its own, two at a time, the longest first.
 
-A process is forked from one that has imported the libraries, where the system can do that: importing them anew for each
-notebook would take half of the time. No job fails for being slow: the limit only ends what hangs.
+A process is forked from one that has imported the libraries, where the system can do that:
+importing them anew for each notebook would take half of the time. No job fails for being slow: the
+limit only ends what hangs.
 """
 
 import asyncio

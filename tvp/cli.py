@@ -248,7 +248,7 @@ def _init_distributed() -> None:
 
     PartialState(cpu=not torch.cuda.is_available())
 
-# %% ../nbs/api/90_cli.ipynb #c3fc1497
+# %% ../nbs/api/90_cli.ipynb #0181eaf6
 def _spell_out(
     words: Sequence[str],  # as typed
     takes: Mapping[str, bool],  # option that needs a value -> may it have several?
@@ -310,7 +310,7 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
-# %% ../nbs/api/90_cli.ipynb #cdce9421
+# %% ../nbs/api/90_cli.ipynb #8efc56c2
 @click.group(
     "tvp",
     cls=_Commands,

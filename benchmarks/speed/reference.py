@@ -9,16 +9,19 @@ released code itself computed, and that our `Learner` and `rank` compute the sam
 
 What the released code does that costs time or memory, and what we left out in its favor:
 
-| | released code | here |
-|---|---|---|
-| encodes per step | three: for the language model's loss, for FCA with the prompt, for FCA without it; the first two with gradient | the same |
-| clean tokens | encoded anew in every epoch | the same |
-| CLIP | texts encoded in every step; its weights are not frozen, so gradients for them are computed and never used | texts in every step; frozen |
-| vocabulary | logits at every position, the instruction's labels masked; shifted by copying them | logits at every position; transformers' own loss, which does not copy |
-| text | tokenized in every step | tokenized once, by our adapter |
-| the prompt | one copy for each image, gradients averaged | the same |
-| images | padded and normalized; no processor | the same |
-| ranking | image and instruction once, with logits at every position; then one call of the language model for every candidate, behind the kept keys and values, for all images at once; half precision | the same; the model's own precision, nothing copied between calls |
+- Encodes per step: three, for the language model's loss, for FCA with the prompt, for FCA without
+  it; the first two with gradient. Here the same.
+- Clean tokens: encoded anew in every epoch. Here the same.
+- CLIP: texts encoded in every step; its weights are not frozen, so gradients for them are computed
+  and never used. Here texts in every step, weights frozen.
+- Vocabulary: logits at every position, the instruction's labels masked; shifted by copying them.
+  Here logits at every position; transformers' own loss, which does not copy.
+- Text: tokenized in every step. Here once, by our adapter.
+- The prompt: one copy for each image, gradients averaged. Here the same.
+- Images: padded and normalized; no processor. Here the same.
+- Ranking: image and instruction once, with logits at every position; then one call of the language
+  model for every candidate, behind the kept keys and values, for all images at once; half
+  precision. Here the same, in the model's own precision, and nothing copied between calls.
 """
 
 import inspect

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -370,6 +370,17 @@ def loading_rows(
     return [row, small]
 
 
+def on_model(
+    measure: Callable,  # takes a BenchmarkSetup first
+) -> Callable:  # takes a model's name first
+    "Let a measurement build its models."
+
+    def measured(name, *how):
+        return measure(make_setup(name), *how)
+
+    return measured
+
+
 def run_bench(
     quick: bool = True,  # a few minutes; else a quarter of an hour
     only: Sequence[str] | None = None,  # some of SECTIONS; None: all
@@ -394,13 +405,11 @@ def run_bench(
             rows.append(run(*job))
 
     if "step" in wanted:
-        section("step", lambda name, rounds: time_steps(make_setup(name), rounds), plan.steps)
+        section("step", on_model(time_steps), plan.steps)
     if "ranking" in wanted:
-        section("ranking", lambda name, *how: time_ranking(make_setup(name), *how), plan.rankings)
+        section("ranking", on_model(time_ranking), plan.rankings)
     if "shared" in wanted:
-        section(
-            "shared", lambda name, *how: time_repeated_images(make_setup(name), *how), plan.shared
-        )
+        section("shared", on_model(time_repeated_images), plan.shared)
     if "loading" in wanted:
         results["loading"] = loading_rows(plan, results.get("step", []))
     if "memory" in wanted:

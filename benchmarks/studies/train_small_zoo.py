@@ -265,12 +265,12 @@ def train_loop(
     "The loop of every training here: warm up, hold, decay to zero; resumes from its checkpoint."
     named = [(n, p) for n, p in modules.named_parameters() if p.requires_grad]
     optimizers = make_optimizers(named, lr)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            o, lambda s: min(1, (s + 1) / 100) * min(1, 2 * (1 - s / steps) + 0.01)
-        )
-        for o in optimizers
-    ]
+
+    def share(step: int) -> float:
+        "Share of the learning rate: up in 100 steps, down to nearly nothing in the second half."
+        return min(1, (step + 1) / 100) * min(1, 2 * (1 - step / steps) + 0.01)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, share) for o in optimizers]
     path = folder / f"{name}.checkpoint.pt"
     start = 0
     began = time.time()
@@ -540,11 +540,11 @@ def train_language(
         rng = random.Random(1_000_003 * seed + step)
         rows = torch.randint(NUM_VALIDATION_SCENES, len(pool), (batch_size,), generator=g)
         seen = []
-        hook = (
-            model.language_projection
-            if hasattr(model, "language_projection")
-            else model.model.multi_modal_projector
-        ).register_forward_hook(lambda m, i, o: seen.append(o))
+        if hasattr(model, "language_projection"):
+            projection = model.language_projection
+        else:
+            projection = model.model.multi_modal_projector
+        hook = projection.register_forward_hook(lambda module, inputs, output: seen.append(output))
         out = model(
             pixel_values=features[rows].float(),
             **texts.batch([sample_question(words[i], rng) for i in rows.tolist()]),
