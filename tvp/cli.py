@@ -28,7 +28,10 @@ class UsageError(click.ClickException):
 
     exit_code = 2
 
-    def show(self, file=None):
+    def show(
+        self,
+        file=None,  # unused: the line goes to stderr
+    ) -> None:
         "Print the line on stderr."
         _complain(self.message)
 
