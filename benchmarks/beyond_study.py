@@ -5,7 +5,8 @@
     python benchmarks/beyond_study.py corruptions --work DIR     # nineteen corruptions at three severities; needs imagecorruptions
     python benchmarks/beyond_study.py collect     --work DIR     # tables into benchmarks/results
 
-Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
+Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2`
+share a stage between two processes.
 """
 
 from dataclasses import replace

@@ -4,10 +4,12 @@
     python benchmarks/fuzz_readers.py --files 500    # for each reader
     python benchmarks/fuzz_readers.py --only checkpoint --seed 3
 
-Good files of every kind are changed at random (bytes, and values inside their JSON, metadata and pickles), with a fixed seed, and read. A reader
-may give a result that passes its check, or one line that names the file or the parameter (ValueError, TypeError, OSError). Anything else is a
-fault: another kind of error, several lines, a wrong result, more than `SECONDS` or `MEMORY`, or a crash. Each reader runs in a process of
-its own. Faults are kept in --keep FOLDER. Needs a system with fork. The result goes to benchmarks/results/fuzz.json.
+Good files of every kind are changed at random (bytes, and values inside their JSON, metadata and
+pickles), with a fixed seed, and read. A reader may give a result that passes its check, or one
+line that names the file or the parameter (ValueError, TypeError, OSError). Anything else is a
+fault: another kind of error, several lines, a wrong result, more than `SECONDS` or `MEMORY`, or a
+crash. Each reader runs in a process of its own. Faults are kept in --keep FOLDER. Needs a system
+with fork. The result goes to benchmarks/results/fuzz.json.
 """
 
 import argparse

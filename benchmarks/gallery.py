@@ -2,7 +2,8 @@
 
     python benchmarks/gallery.py            # into tvp/data/gallery; about five minutes on one core
 
-The recipe, its range and the seed are fixed beforehand; test pictures are looked at once, for the table on the card.
+The recipe, its range and the seed are fixed beforehand; test pictures are looked at once, for the
+table on the card.
 """
 
 import argparse

@@ -3,9 +3,11 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json     # on a card with 40 GB or more
     python benchmarks/gpu.py --tiny                                 # the same at a tiny scale on the processor: does it run?
 
-Ours with and without remembered clean tokens, the released algorithm and the bare arithmetic take turns in one process on one model. For each:
-seconds, pictures per second, peak memory over the weights, share of the card's matrix rate (measured just before, same dtype), and how often the
-processor waited for the card. The weights are drawn on the card. torch.compile of the model is tried last; if it fails, the reason is recorded.
+Ours with and without remembered clean tokens, the released algorithm and the bare arithmetic take
+turns in one process on one model. For each: seconds, pictures per second, peak memory over the
+weights, share of the card's matrix rate (measured just before, same dtype), and how often the
+processor waited for the card. The weights are drawn on the card. torch.compile of the model is
+tried last; if it fails, the reason is recorded.
 """
 
 import argparse
@@ -14,23 +16,27 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tvp.bench.run import machine_info
-from tvp.bench.models import count_flops
-from tvp.bench.timing import (
+from tvp._files import write_atomic
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "speed"))
+
+from models import count_flops
+from run import machine_info
+from timing import (
     BenchmarkSetup,
-    time_interleaved,
     lower_bound_step,
     make_setup,
     paired_ratio,
     quartiles,
     step_variants,
+    time_interleaved,
     time_ranking,
 )
-from tvp._files import write_atomic
 
 READS = (
     "aten::_local_scalar_dense",

@@ -4,10 +4,11 @@
     python benchmarks/kill_commands.py --kills 5     # fewer
     python benchmarks/kill_commands.py --only train evaluate
 
-A child process runs the command, small: two models of the small zoo, a slice of a task, recipes of one epoch. SIGKILL ends it at a random
-moment, or in the middle of writing; the same command is given again, until it is done. After each kill every file is read; when the command
-is done, its files are compared, bit for bit, with those of a command that was left alone (the report but for its times). Needs a system
-with fork. The result goes to benchmarks/results/kills.json.
+A child process runs the command, small: two models of the small zoo, a slice of a task, recipes of
+one epoch. SIGKILL ends it at a random moment, or in the middle of writing; the same command is
+given again, until it is done. After each kill every file is read; when the command is done, its
+files are compared, bit for bit, with those of a command that was left alone (the report but for
+its times). Needs a system with fork. The result goes to benchmarks/results/kills.json.
 """
 
 import argparse

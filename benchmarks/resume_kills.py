@@ -3,9 +3,10 @@
     python benchmarks/resume_kills.py                # 20 kills at random moments and 10 in the middle of writing, for each training
     python benchmarks/resume_kills.py --kills 5      # fewer
 
-A child process trains a prompt on the small zoo and writes a checkpoint after every update, until SIGKILL; the next child goes on.
-After each kill every checkpoint is read; after each training the prompt, the history and the provenance are compared, bit for bit,
-with those of a training that was left alone. Needs a system with fork. The result goes to benchmarks/results/resume_kills.json.
+A child process trains a prompt on the small zoo and writes a checkpoint after every update, until
+SIGKILL; the next child goes on. After each kill every checkpoint is read; after each training the
+prompt, the history and the provenance are compared, bit for bit, with those of a training that was
+left alone. Needs a system with fork. The result goes to benchmarks/results/resume_kills.json.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
 python benchmarks/threads.py [--seconds 4] [--rounds 3] [--json benchmarks/results/threads.json]
 
-`zoo` trains a prompt on a model of the small zoo, which `tvp.models.torch_settings` puts on one thread; `zoo as torch is set` is the
-same without it. `sizes` repeats forward and backward passes through transformers of growing width, which is where
-`tvp.models.torch_settings.SMALL` comes from. The settings take turns, round by round, and the median is kept; `load` is the load
-average beside each round, since whatever else runs on the machine changes the numbers.
+`zoo` trains a prompt on a model of the small zoo, which `tvp.models.torch_settings` puts on one
+thread; `zoo as torch is set` is the same without it. `sizes` repeats forward and backward passes
+through transformers of growing width, which is where `tvp.models.torch_settings.SMALL` comes from.
+The settings take turns, round by round, and the median is kept; `load` is the load average beside
+each round, since whatever else runs on the machine changes the numbers.
 """
 
 import argparse

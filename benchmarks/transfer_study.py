@@ -5,7 +5,8 @@
     python benchmarks/transfer_study.py evaluate --work DIR     # all models, test pictures
     python benchmarks/transfer_study.py collect  --work DIR     # tables into benchmarks/results
 
-Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2` share a stage between two processes.
+Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2`
+share a stage between two processes.
 """
 
 import argparse

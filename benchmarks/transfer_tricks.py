@@ -9,8 +9,10 @@
     python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features
     python benchmarks/transfer_tricks.py collect  --work DIR             # tables into benchmarks/transfer
 
-ZOO is `tiny`, the models that come along, or a folder that `tvp train-zoo --seed 100 --out FOLDER` has filled. Every stage skips what is
-there already, so it can be interrupted; `--shard 0/2` and `--shard 1/2` share a stage between two processes.
+ZOO is `tiny`, the models that come along, or a folder that `python
+benchmarks/studies/train_small_zoo.py --seed 100 --out FOLDER` has filled. Every stage skips what
+is there already, so it can be interrupted; `--shard 0/2` and `--shard 1/2` share a stage between
+two processes.
 """
 
 import argparse

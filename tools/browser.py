@@ -1,10 +1,11 @@
 """The widgets in a real JupyterLab in a real browser: `python tools/browser.py [folder for screenshots]`.
 
-Opens the tutorial, shows the live stepper, steps, runs, pauses, moves a slider, changes method and task, lets an update fail,
-then clicks on a cell of the transfer matrix; and looks at what the page shows. Needs playwright (from PyPI) and a Chromium or
-Chrome of the system (apt install chromium); where one of them is missing it says so and skips. `tools/checks.py` calls
-`stepper_in_browser`. Written for JupyterLab 4 with ipywidgets 8; it also passes on JupyterLab 3 with ipywidgets 7.7, which is
-what Colab has.
+Opens the tutorial, shows the live stepper, steps, runs, pauses, moves a slider, changes method and
+task, lets an update fail, then clicks on a cell of the transfer matrix; and looks at what the page
+shows. Needs playwright (from PyPI) and a Chromium or Chrome of the system (apt install chromium);
+where one of them is missing it says so and skips. `tools/checks.py` calls `stepper_in_browser`.
+Written for JupyterLab 4 with ipywidgets 8; it also passes on JupyterLab 3 with ipywidgets 7.7,
+which is what Colab has.
 """
 
 import contextlib

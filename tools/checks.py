@@ -1,10 +1,10 @@
 """The checks behind `python tools/dev.py test`, and README.md from nbs/index.ipynb.
 
-Runs inside .venv. Whatever would write (export, clean, docs, builds) works on a copy, so the tree stays as it is.
-Each check returns a list of problems; an empty list means that it passed. Notebooks run in tools/pool.py.
+Runs inside .venv. Whatever would write (export, clean, docs, builds) works on a copy, so the tree
+stays as it is. Each check returns a list of problems; an empty list means that it passed.
+Notebooks run in tools/pool.py.
 """
 
-import ast
 import contextlib
 import difflib
 import json
@@ -17,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,7 +27,7 @@ import yaml
 from browser import missing, stepper_in_browser
 from documented import undocumented
 from nbdev.config import get_config
-from pool import Job, quick, record, run_jobs, run_notebook, run_tutorial
+from pool import Job, quick, record, run_jobs, run_notebook, run_script, run_tutorial
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = get_config(path=ROOT)
@@ -446,12 +445,33 @@ def readme_in_step(pages):
     return difference("README.md", text(ROOT / "README.md"), readme_text(pages[INDEX]), hint)
 
 
+FEW_IMAGES = """
+from dataclasses import replace
+
+import tvp
+
+load_task = tvp.load_task
+
+
+def few_images(*args, **options):
+    task = load_task(*args, **options)
+    return replace(
+        task, train=task.train.select(range(16)), test=task.test.select(range(20))
+    )
+
+
+tvp.load_task = few_images
+"""
+
+
 def readme_runs():
-    "Run the Python code that README.md shows; returns problems and skips."
+    """Run the Python code that README.md shows, line by line as it stands, on few images: the
+    quickstart trains in full; returns problems and skips."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", text(ROOT / "README.md"), re.M | re.S))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder, "few_images.py").write_text(FEW_IMAGES, encoding="utf-8")
         script = Path(folder) / "readme.py"
-        script.write_text(code, encoding="utf-8")
+        script.write_text(f"import few_images\n\n{code}", encoding="utf-8")
         must_run(sys.executable, script, cwd=folder, MPLBACKEND="agg")
     return ([] if code else ["README.md shows no Python code"]), []
 
@@ -648,13 +668,15 @@ def browser_works():
 
 
 def all_jobs(newest):
-    "What runs long: notebooks, tutorials, the code in README.md, the browser."
+    "What runs long: notebooks, tutorials, tests of scripts, the code in README.md, the browser."
     jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
     for path in notebooks():
         if path.parts[0] == TUTORIALS:
             jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
         else:
             jobs.append(Job(path.as_posix(), run_notebook, (ROOT / "nbs" / path,)))
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        jobs.append(Job(f"tests/{path.name}", run_script, (path,)))
     return jobs
 
 

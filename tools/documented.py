@@ -1,9 +1,10 @@
 """Every public symbol of tvp says what it is, what it takes and what it gives: `python tools/documented.py` lists those that do not.
 
-Public is what a module lists in `__all__`, with the public methods of its classes. Each needs a docstring. Each parameter and field needs a
-comment on its line (nbdev's docments: meaning, shape or unit, range), and so does a result that has a shape, a unit or parts.
-What says enough by itself needs none: a class of ours (it has its own page), a folder, what the docstring speaks of. A docstring
-that says "see `this`" leaves the parameters to this.
+Public is what a module lists in `__all__`, with the public methods of its classes. Each needs a
+docstring. Each parameter and field needs a comment on its line (nbdev's docments: meaning, shape
+or unit, range), and so does a result that has a shape, a unit or parts. What says enough by itself
+needs none: a class of ours (it has its own page), a folder, what the docstring speaks of. A
+docstring that says "see `this`" leaves the parameters to this.
 """
 
 import ast

@@ -1,17 +1,20 @@
 """Notebooks and scripts, each in a process of its own, two at a time, the longest first.
 
-A process is forked from one that has imported the libraries, where the system can do that: importing them anew for each
-notebook would take half of the time. No job fails for being slow: the limit only ends what hangs.
+A process is forked from one that has imported the libraries, where the system can do that:
+importing them anew for each notebook would take half of the time. No job fails for being slow: the
+limit only ends what hangs.
 """
 
 import asyncio
 import contextlib
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import platform
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -56,16 +59,20 @@ class Shell(nbdev.test.CaptureShell):
         super().run_all(nb, **options)
 
 
+def skipped_lines(said):
+    "What an output says that was skipped: its lines like `skipped: why`."
+    return list(dict.fromkeys(re.findall(r"^skipped: (.+)", said, re.M)))
+
+
 def skips(cells):
-    "What a notebook says that it skipped: lines of its output like `skipped: why`."
+    "What a notebook says that it skipped."
     outputs = [
         output
         for cell in cells
         for output in cell.get("outputs", [])
         if output["output_type"] == "stream"
     ]
-    said = "\n".join("".join(output["text"]) for output in outputs)
-    return list(dict.fromkeys(re.findall(r"^skipped: (.+)", said, re.M)))
+    return skipped_lines("\n".join("".join(output["text"]) for output in outputs))
 
 
 def run_notebook(path):
@@ -73,6 +80,18 @@ def run_notebook(path):
     nbdev.test.CaptureShell = Shell
     passed, _ = nbdev.test.test_nb(path, skip_flags=SKIPPED, basepath=ROOT)
     return ([] if passed else ["does not run"]), skips(Shell.book.cells)
+
+
+def run_script(path):
+    """Run a script as `python` does, in this process; returns problems and skips, which are lines of
+    its output like `skipped: why`."""
+    said = io.StringIO()
+    with patch.object(sys, "argv", [str(path)]), contextlib.redirect_stdout(said):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            print(said.getvalue(), file=sys.__stdout__, flush=True)
+    return [], skipped_lines(said.getvalue())
 
 
 def serve(connection, folder, environ):

@@ -6,22 +6,42 @@
 __all__ = ['UsageError', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
-import argparse
+import difflib
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import click
+
+from . import __version__
 from ._signals import stop_signals
 
 # %% ../nbs/api/90_cli.ipynb #1313c2d9
-class UsageError(Exception):
+class UsageError(click.ClickException):
     "Something the user can mend: printed as one line, exit code 2."
+
+    exit_code = 2
+
+    def show(
+        self,
+        file=None,  # unused: the line goes to stderr
+    ) -> None:
+        "Print the line on stderr."
+        _complain(self.message)
+
+
+def _complain(
+    line: str,  # what the user is told
+) -> None:
+    "Say a line on stderr, if anybody listens there."
+    with suppress(OSError):
+        print(f"tvp: {line}", file=sys.stderr, flush=True)
 
 
 def _resolve_name(
@@ -29,19 +49,14 @@ def _resolve_name(
     name: str,  # as typed
     known: Iterable[str],  # what there is
 ) -> str:  # the name, if it is known
-    "A name that exists, or a list of those that do."
+    "Return a name that exists, or list those that do."
     known = list(known)
     if name in known:
         return name
-    import difflib
-
     lower = {other.lower(): other for other in known}
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=1)]
-    raise UsageError(
-        f"there is no {kind} {name!r}."
-        + (f" Did you mean {close[0]!r}?" if close else "")
-        + f" There are: {', '.join(known)}."
-    )
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UsageError(f"there is no {kind} {name!r}.{hint} There are: {', '.join(known)}.")
 
 # %% ../nbs/api/90_cli.ipynb #0f4c3cba
 def _try_writing(folder: Path) -> None:
@@ -108,87 +123,260 @@ def _output_file(
     return file
 
 # %% ../nbs/api/90_cli.ipynb #02ed464a
-@contextmanager
-def _alone(
-    args: argparse.Namespace,
-    check: Callable[..., Path],  # `_output_folder` or `_output_file`
-    *how: str,  # its parameters between path and force
-) -> Iterator[Path]:  # the output
-    "Hold the output of a run, and remember where its parts are kept, in case that it is stopped."
-    from tvp._checkpoint import OtherSettings, clear_parts
-    from tvp._files import RunLock, remove_partial_files
+class _Run:
+    "One run of a command: what was typed, and where its finished parts are kept."
 
-    output = check(args.out, *how, args.force)
-    args.kept = _parts_folder(output)
-    first = _launcher_rank()[0] == 0  # the first of several processes holds the output for all
-    with RunLock(output) if first else nullcontext():
-        if first:
-            check(args.out, *how, args.force)
-            remove_partial_files(output)
-            if args.force:
-                clear_parts(args.kept)
-        end = time.monotonic() + 60
-        # until the first process has removed them
-        while args.force and _has_parts(output) and time.monotonic() < end:
-            time.sleep(0.1)
+    def __init__(self, typed: Sequence[str]):
+        self.typed = list(typed)
+        self.kept: Path | None = None  # the folder of finished parts, once there is one
+        self.words: list[str] = []  # what the command needs besides, to go on
+
+    @contextmanager
+    def hold(
+        self,
+        path: str | Path,  # of the output, as typed
+        force: bool,  # may it be replaced?
+        suffix: str | None = None,  # that a file must have; None: a folder
+    ) -> Iterator[Path]:  # the output
+        "Hold the output, and remember where its parts are kept, in case that the run is stopped."
+        from tvp._checkpoint import OtherSettings, clear_parts
+        from tvp._files import RunLock, remove_partial_files
+
+        def check() -> Path:
+            if suffix is None:
+                return _output_folder(path, force)
+            return _output_file(path, suffix, force)
+
+        output = check()
+        self.kept = _parts_folder(output)
+        first = _launcher_rank()[0] == 0  # the first of several processes holds it for all
+        with RunLock(output) if first else nullcontext():
+            if first:
+                check()
+                remove_partial_files(output)
+                if force:
+                    clear_parts(self.kept)
+            end = time.monotonic() + 60
+            # until the first process has removed them
+            while force and _has_parts(output) and time.monotonic() < end:
+                time.sleep(0.1)
+            try:
+                yield output
+            except OtherSettings as error:
+                raise UsageError(str(error)) from None
+            finally:
+                with suppress(OSError):
+                    self.kept.rmdir()  # if nothing is kept
+
+    def hint(self) -> str:
+        "Say how the run goes on; nothing if nothing is kept."
+        if self.kept is None or not any(self.kept.glob("*.safetensors")):
+            return ""
+        words = [word for word in self.typed if word != "--force"]
+        words += [word for word in self.words if word not in words]
+        return (
+            f" What is finished is kept in {self.kept}; this goes on from there: "
+            f"{shlex.join(['tvp', *words])}"
+        )
+
+    def call(
+        self,
+        command: click.Command,  # reads what was typed
+    ) -> int:  # exit code
+        "Run the command, with all that can stop it."
         try:
-            yield output
-        except OtherSettings as error:
-            raise UsageError(str(error)) from None
-        finally:
+            with stop_signals():
+                with command.make_context("tvp", list(self.typed), obj=self) as context:
+                    code = command.invoke(context)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+                return code or 0
+        except click.exceptions.Exit as stop:  # --help and --version
+            return stop.exit_code
+        except click.ClickException as error:
             with suppress(OSError):
-                args.kept.rmdir()  # if nothing is kept
+                error.show()
+            return error.exit_code
+        except KeyboardInterrupt as stop:
+            with suppress(OSError):
+                print(file=sys.stderr)
+            _complain(f"stopped before it was done.{self.hint()}")
+            return 128 + getattr(stop, "kind", signal.SIGINT)
+        except OSError as error:
+            if error.errno is None and not isinstance(error, BlockingIOError):
+                raise  # not the system's
+            return self.stop(error)
+
+    def stop(
+        self,
+        error: OSError,  # that ended the command
+    ) -> int:  # exit code
+        "Say what the system refused, and how the run goes on."
+        if isinstance(error, BlockingIOError):  # another run is at work here
+            _complain(str(error.strerror))
+            return 2
+        hint = self.hint()
+        if isinstance(error, BrokenPipeError):  # `tvp tasks | head -1`: who reads has heard enough
+            _discard_output()
+            if hint:
+                _complain(f"nobody reads the output any more.{hint}")
+            return 141 if hint else 0  # as SIGPIPE would
+        said = str(error.strerror)
+        if error.filename is not None:
+            said = f"{error.filename}: {said}"
+        elif "cannot write" not in said:
+            said = f"cannot write to the standard output: {said}."
+            _discard_output()
+        _complain(said + hint)
+        return 2
 
 
-def _go_on(
-    args: argparse.Namespace,
-) -> str:  # a sentence, or nothing if nothing is kept
-    "How a stopped run goes on."
-    kept = getattr(args, "kept", None)
-    if kept is None or not any(kept.glob("*.safetensors")):
-        return ""
-    words = [word for word in args.typed if word != "--force"]
-    if getattr(args, "checkpoint", None) and "--resume" not in words:
-        words.append("--resume")
-    return (
-        f" What is finished is kept in {kept}; this goes on from there: "
-        f"{shlex.join(['tvp', *words])}"
+def _discard_output() -> None:
+    "Let what is still to be printed go nowhere, so that nothing fails once more when Python ends."
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+# %% ../nbs/api/90_cli.ipynb #ceb14595
+def _launcher_rank() -> tuple[int, int]:  # number of this process, and of all
+    "What the launcher said; (0, 1) without one."
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _init_distributed() -> None:
+    "Let the processes that were started together know of each other."
+    if _launcher_rank()[1] == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+
+# %% ../nbs/api/90_cli.ipynb #0181eaf6
+def _spell_out(
+    words: Sequence[str],  # as typed
+    takes: Mapping[str, bool],  # option that needs a value -> may it have several?
+) -> Iterator[str]:
+    "Repeat an option before each of its values."
+    option = None  # takes the next word, if that is a value
+    missing = False  # has it none yet?
+    for i, word in enumerate(words):
+        is_value = not word.startswith("-") or word == "-" or word[1:2].isdecimal()
+        if option is not None and is_value:
+            yield from (option, word)
+            missing = False
+            option = option if takes[option] else None
+            continue
+        if missing:
+            break
+        if word == "--":
+            yield from words[i:]
+            return
+        option = word if word in takes else None
+        missing = option is not None
+        if option is None:
+            yield word
+    if missing:
+        raise click.BadOptionUsage(option, f"Option {option!r} requires an argument.")
+
+
+class _Command(click.Command):
+    "A command whose options may take several values in a row."
+
+    def parse_args(self, ctx, args):
+        "Read the arguments, each row of values spelled out."
+        options = [one for one in self.params if isinstance(one, click.Option) and not one.is_flag]
+        takes = {name: option.multiple for option in options for name in option.opts}
+        try:
+            words = list(_spell_out(args, takes))
+        except click.UsageError as error:
+            error.ctx = ctx
+            raise
+        return super().parse_args(ctx, words)
+
+
+class _Commands(click.Group):
+    "Commands in the order in which they are met, each listed with its whole first sentence."
+
+    command_class = _Command
+    order = ("demo", "train", "evaluate", "apply", "reproduce", "models", "tasks", "check")
+
+    def list_commands(self, ctx):
+        "Name the commands in their order."
+        return list(self.order)
+
+    def format_commands(self, ctx, formatter):
+        "List the commands; click would cut what does not fit on a line."
+        rows = []
+        for name in self.order:
+            first, _, _ = self.commands[name].help.partition("\n\n")
+            rows.append((name, " ".join(first.split())))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+# %% ../nbs/api/90_cli.ipynb #8efc56c2
+@click.group(
+    "tvp",
+    cls=_Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.version_option(__version__, message="tvp %(version)s")
+def _commands() -> None:
+    """Transferable visual prompting: a frame of pixels, learned on one model, that helps the
+    others."""
+
+
+def _option_out(
+    default: str | None,  # place for the output
+    what: str,  # the output is
+):
+    "Make the option `--out`."
+    return click.option(
+        "--out", default=default, metavar="PATH", type=click.Path(path_type=Path), help=what
     )
+
+
+_option_task = click.option("--task", default="shapes", metavar="NAME", help="See `tvp tasks`.")
+_option_data = click.option(
+    "--data-dir",
+    metavar="FOLDER",
+    type=click.Path(),
+    help="Where the images of a public task (cifar10, ...) lie; the hub if not given.",
+)
+_option_force = click.option(
+    "--force",
+    is_flag=True,
+    help="Start anew, and replace the files of an earlier run; others are left alone.",
+)
 
 # %% ../nbs/api/90_cli.ipynb #2f714881
 def _format_columns(
     rows: Sequence[Sequence[str]],  # the first is the heading
 ) -> str:
-    "Rows as aligned text."
+    "Align rows as text."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
-def _command_tasks(args: argparse.Namespace) -> None:
+@_commands.command("tasks")
+def _command_tasks() -> None:
     "List the tasks that come with the package."
     from tvp.tasks.loading import load_task, task_names
 
-    tasks = [load_task(name) for name in task_names()]
-    print(
-        _format_columns(
-            [("task", "train/valid/test", "candidates", "what")]
-            + [
-                (
-                    task.name,
-                    "/".join(str(len(task.split(s))) for s in ("train", "valid", "test")),
-                    ", ".join(task.candidates),
-                    task.description,
-                )
-                for task in tasks
-            ]
-        )
-    )
+    rows = [("task", "train/valid/test", "candidates", "what")]
+    for name in task_names():
+        task = load_task(name)
+        sizes = "/".join(str(len(task.split(split))) for split in ("train", "valid", "test"))
+        rows.append((task.name, sizes, ", ".join(task.candidates), task.description))
+    print(_format_columns(rows))
 
 # %% ../nbs/api/90_cli.ipynb #53718a9e
 def _zoo(*names: str):
-    "The small zoo, once it is known to have all the named models."
+    "Load the small zoo, once it is known to have all the named models."
     from tvp.models.zoo import load_zoo
 
     zoo = load_zoo("tiny")
@@ -198,8 +386,8 @@ def _zoo(*names: str):
 
 
 def _task(name: str, data_dir: str | None = None, public: bool = False):
-    """A task by its name: one that comes with the package, or a public one, from a folder or the
-    hub."""
+    """Load a task by its name: one that comes with the package, or a public one, from a folder or
+    the hub."""
     from tvp.experiments.plan import USER_ERRORS, error_message
     from tvp.tasks.loading import load_task, task_names
     from tvp.tasks.paper_datasets import list_paper_tasks
@@ -213,74 +401,50 @@ def _task(name: str, data_dir: str | None = None, public: bool = False):
         raise UsageError(error_message(error)) from None
 
 # %% ../nbs/api/90_cli.ipynb #7f686b14
-def _command_models(args: argparse.Namespace) -> None:
+@_commands.command("models")
+def _command_models() -> None:
     "List the models that have a name: the small zoo, the registry, the paper's."
     from tvp.models.paper.specs import PAPER_MODELS
     from tvp.models.registry import format_registry
 
     zoo = _zoo()
-    print(
-        _format_columns(
-            [("model", "vision tower", "class of transformers", "parameters")]
-            + [
-                (
-                    name,
-                    zoo.tower(name),
-                    type(zoo[name].model).__name__,
-                    f"{sum(p.numel() for p in zoo[name].model.parameters()):,}",
-                )
-                for name in zoo
-            ]
-        )
-    )
+    rows = [("model", "vision tower", "class of transformers", "parameters")]
+    for name in zoo:
+        model = zoo[name].model
+        count = sum(parameter.numel() for parameter in model.parameters())
+        rows.append((name, zoo.tower(name), type(model).__name__, f"{count:,}"))
+    print(_format_columns(rows))
     print(
         "\nThe small zoo, above, ships with the package. The models below come from the hub: "
         "tvp.load_mllm(NAME), `tvp check NAME`.\n"
     )
+    print(format_registry())
     print(
-        format_registry(),
         "\nThe models of the paper, wrapped as its reference does: tvp.load_mllm(NAME, "
-        "weights=...) says which files it needs.\n",
-        sep="\n",
+        "weights=...) says which files it needs.\n"
     )
-    print(
-        _format_columns(
-            [("model", "what", "from the hub as a whole")]
-            + [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
-        )
-    )
+    rows = [("model", "what", "from the hub as a whole")]
+    rows += [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
+    print(_format_columns(rows))
 
 
-def _command_check(args: argparse.Namespace) -> int:
-    "Try whether a prompt can be trained through a model. Exit code 1: it cannot."
+@_commands.command("check")
+@click.argument("model")
+def _command_check(model: str) -> int:
+    """Try whether a prompt can be trained through a model. Exit code 1: it cannot.
+
+    MODEL is a name from `tvp models`, a folder, or owner/name on the hub.
+    """
     from tvp.models.zoo import load_mllm
 
     try:
-        mllm = load_mllm(args.model)
+        mllm = load_mllm(model)
     except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
-        raise UsageError(
-            f"cannot load {args.model}: {error.args[0] if isinstance(error, KeyError) else error}"
-        ) from None
+        said = error.args[0] if isinstance(error, KeyError) else error
+        raise UsageError(f"cannot load {model}: {said}") from None
     check = mllm.check()
     print(check)
     return 0 if check.ok else 1
-
-# %% ../nbs/api/90_cli.ipynb #8f7ddb49
-def _command_bench(args: argparse.Namespace) -> None:
-    """Measure speed and memory beside the released code's loop and the bare arithmetic: a quarter
-    of an hour, with --quick some minutes."""
-    from tvp.bench.run import SECTIONS, bench
-
-    only = args.only and [_resolve_name("section", name, SECTIONS) for name in args.only.split(",")]
-    file = None if args.json is None else Path(args.json)
-    try:
-        if file is not None:
-            _try_writing(file.parent)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--out", "--json")) from None
-    if file is not None and file.is_dir():
-        raise UsageError(f"{file} is a folder. Name a file with --json.")
-    bench(args.quick, file, only)
 
 # %% ../nbs/api/90_cli.ipynb #6e063535
 def _resolve_checkpoint_path(
@@ -347,35 +511,82 @@ def _fit_here(
         raise UsageError(f"{told} Start anew with --force.") from None
 
 # %% ../nbs/api/90_cli.ipynb #2acbf4c3
-def _command_train(args: argparse.Namespace) -> None:
+@_commands.command("train")
+@click.option(
+    "--task",
+    default="shapes",
+    metavar="NAME",
+    help="See `tvp tasks`, or a public one: cifar10, svhn, ...",
+)
+@_option_data
+@click.option(
+    "--source",
+    multiple=True,
+    default=["tiny-minigpt4"],
+    metavar="NAME...",
+    help="Model to train on, or several: one prompt for all of them; see `tvp models`.",
+)
+@click.option("--method", default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the prompt.")
+@click.option(
+    "--range",
+    "pixel_range",
+    type=click.Choice(["free", "unit", "uint8"]),
+    help="Of the prompt's pixels: any number, [0, 1], or 8-bit levels, which a PNG holds exactly; "
+    "the recipe's if not given.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Passes over the training images; the recipe's if not given, the checkpoint's with "
+    "--resume.",
+)
+@click.option(
+    "--checkpoint",
+    metavar="FOLDER",
+    type=click.Path(),
+    help="Keep the training there, every 100 updates and when it is stopped; beside the output, "
+    "until it is written, if not given.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from --checkpoint, if there is one: the same prompt as if nothing had happened.",
+)
+@_option_out("prompt.safetensors", "File for the prompt.")
+@_option_force
+@click.pass_obj
+def _command_train(
+    run, task, data_dir, source, method, seed, pixel_range, epochs, checkpoint, resume, out, force
+) -> None:
     "Train one prompt and save it."
     from tvp._checkpoint import clear_parts
     from tvp._files import write_all
     from tvp.training.recipes import RECIPES, make_learner
 
-    _resolve_name("method", args.method, RECIPES["tiny"])
-    task = _task(args.task, args.data_dir, public=True)
-    zoo = _zoo(*args.source)
-    changes = {
-        name: value for name, value in (("range", args.range), ("epochs", args.epochs)) if value
-    }
-    own_place = _resolve_checkpoint_path(args.checkpoint, args.resume)
-    with _alone(args, _output_file, ".safetensors") as file:
+    _resolve_name("method", method, RECIPES["tiny"])
+    task = _task(task, data_dir, public=True)
+    zoo = _zoo(*source)
+    changes = {"range": pixel_range, "epochs": epochs}
+    changes = {name: value for name, value in changes.items() if value}
+    own_place = _resolve_checkpoint_path(checkpoint, resume)
+    with run.hold(out, force, ".safetensors") as file:
         try:
-            learner = make_learner(args.method, zoo, args.source, task, args.seed, **changes)
+            learner = make_learner(method, zoo, list(source), task, seed, **changes)
         except ValueError as error:
             raise UsageError(str(error)) from None
         if own_place is None:
-            done = _fit_here(learner, args.kept / "checkpoint.safetensors")
+            done = _fit_here(learner, run.kept / "checkpoint.safetensors")
         else:
-            args.kept = own_place.parent
-            done = _run_training(learner, args.epochs, own_place, args.resume)
+            run.kept = own_place.parent
+            run.words = ["--resume"]
+            done = _run_training(learner, epochs, own_place, resume)
         earlier = f", {done} of them made earlier" if done else ""
+        losses = learner.history.task
         print(
-            f"{args.method} on {' + '.join(args.source)}, {task.name}: {len(learner.history)} "
-            f"steps{earlier}, task loss "
-            f"{learner.history.task.iloc[0]:.3f} at first, "
-            f"{learner.history.task.iloc[-10:].mean():.3f} at last.",
+            f"{method} on {' + '.join(source)}, {task.name}: {len(losses)} steps{earlier}, "
+            f"task loss {losses.iloc[0]:.3f} at first, {losses.iloc[-10:].mean():.3f} at last.",
             flush=True,
         )
         if learner.accelerator.is_main_process:
@@ -388,7 +599,7 @@ def _load_prompt_or_fail(
     # the prompt
     path: str,  # as typed
 ):
-    "A saved prompt, or a line that says why not."
+    "Load a saved prompt, or say why not."
     from tvp.prompts.hub import load_prompt
 
     try:
@@ -397,37 +608,52 @@ def _load_prompt_or_fail(
         raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
 
 # %% ../nbs/api/90_cli.ipynb #11994132
-def _command_apply(args: argparse.Namespace) -> None:
-    "Make prompted pictures, for any other program to look at."
-    prompt = _load_prompt_or_fail(args.prompt)
+@_commands.command("apply")
+@click.argument("prompt")
+@click.argument("images", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "letterbox"]),
+    help="How images that are not square are fitted.",
+)
+@_option_force
+def _command_apply(prompt: str, images: str, out: str, fit: str | None, force: bool) -> None:
+    """Make prompted images, for any other program to look at.
+
+    PROMPT is a name of the gallery (shapes-tvp), a file or a folder; IMAGES an image, or a folder
+    of them; OUT a folder for the prompted ones.
+    """
+    prompt = _load_prompt_or_fail(prompt)
     try:
-        written = prompt.apply(args.pictures, args.out, fit=args.fit, overwrite=args.force)
+        written = prompt.apply(images, out, fit=fit, overwrite=force)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(str(error)) from None
-    print(f"{len(written)} prompted in {args.out}")
+    print(f"{len(written)} prompted in {out}")
 
 # %% ../nbs/api/90_cli.ipynb #421774fb
 def _parse_corruption(
     # a Corruption
     text: str,  # NAME or NAME:SEVERITY
 ):
-    "What happens to the pictures, as it is typed."
+    "Read what happens to the images, as it is typed."
     from tvp.tasks.corruptions import CORRUPTIONS, SEVERITIES, Corruption
 
     name, colon, severity = text.partition(":")
     _resolve_name("corruption", name, CORRUPTIONS)
     if not colon:
         return Corruption(name)
-    if severity not in map(str, SEVERITIES):
+    known = [str(one) for one in SEVERITIES]
+    if severity not in known:
         raise UsageError(
-            f"the severity of a corruption must be one of {', '.join(map(str, SEVERITIES))}, got "
-            f"{text!r}. Try {name}:3."
+            f"the severity of a corruption must be one of {', '.join(known)}, got {text!r}. Try "
+            f"{name}:3."
         )
     return Corruption(name, int(severity))
 
 # %% ../nbs/api/90_cli.ipynb #2f75b30b
 def _evaluate(prompt, task, zoo, **how):
-    "The results of `evaluate_transfer`, by all processes together, or a line that says why not."
+    "Let all processes evaluate together, or say why not."
     from tvp.evaluation.transfer import evaluate_transfer
 
     _init_distributed()
@@ -437,40 +663,59 @@ def _evaluate(prompt, task, zoo, **how):
         raise UsageError(str(error)) from None
 
 
-def _command_evaluate(args: argparse.Namespace) -> None:
-    "Evaluate a saved prompt on every model, with and without it."
-    prompt = _load_prompt_or_fail(args.prompt)
-    name = args.task or prompt.provenance.get("task")
+@_commands.command("evaluate")
+@click.argument("prompt")
+@click.option("--task", metavar="NAME", help="The one it was trained for if not given.")
+@_option_data
+@click.option("--models", multiple=True, metavar="NAME...", help="All if not given.")
+@click.option(
+    "--corruption",
+    multiple=True,
+    metavar="NAME[:SEVERITY]...",
+    help="Evaluate on images with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if "
+    "not given.",
+)
+@_option_out(None, "File for the results, .csv.")
+@_option_force
+@click.pass_obj
+def _command_evaluate(run, prompt, task, data_dir, models, corruption, out, force) -> None:
+    """Evaluate a saved prompt on every model, with and without it.
+
+    PROMPT is a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the reference's
+    .pth.
+    """
+    prompt = _load_prompt_or_fail(prompt)
+    name = task or prompt.provenance.get("task")
     if not name:
         raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
-    corruption = [_parse_corruption(text) for text in args.corruption or []]
-    task = _task(name, args.data_dir, public=True)
-    zoo = _zoo(*args.models or [])
-    asked = dict(
-        targets=args.models, seed=prompt.provenance.get("seed", 0), corruption=corruption or None
-    )
-    if args.out is None:
+    models = list(models) or None
+    corruption = list(corruption) or None
+    asked = {
+        "targets": models,
+        "seed": prompt.provenance.get("seed", 0),
+        "corruption": corruption and [_parse_corruption(text) for text in corruption],
+    }
+    task = _task(name, data_dir, public=True)
+    zoo = _zoo(*models or [])
+    if out is None:
         print(_evaluate(prompt, task, zoo, **asked).table())
         return
     from tvp._checkpoint import Parts, checksum
     from tvp._files import write_all
     from tvp.training.resume import task_settings
 
-    pixels = checksum(
-        {name: value.detach() for name, value in prompt.state_dict().items()},
-        str(prompt.provenance),
-    )
+    pixels = {name: value.detach() for name, value in prompt.state_dict().items()}
     settings = {
         "task": task_settings(task),
-        "data_dir": args.data_dir,
-        "prompt": pixels,
-        "models": args.models or list(zoo),
-        "corruption": args.corruption,
+        "data_dir": data_dir,
+        "prompt": checksum(pixels, str(prompt.provenance)),
+        "models": models or list(zoo),
+        "corruption": corruption,
     }
-    with _alone(args, _output_file, ".csv") as file:
-        parts = Parts(args.kept, settings)
+    with run.hold(out, force, ".csv") as file:
+        parts = Parts(run.kept, settings)
         if names := parts.names():
-            print(f"taken over from {args.kept}: {', '.join(names)}", flush=True)
+            print(f"taken over from {run.kept}: {', '.join(names)}", flush=True)
         results = _evaluate(prompt, task, zoo, parts=parts, **asked)
         print(results.table(), flush=True)
         if _launcher_rank()[0]:
@@ -480,84 +725,157 @@ def _command_evaluate(args: argparse.Namespace) -> None:
         print(f"\nsaved as {file}")
 
 # %% ../nbs/api/90_cli.ipynb #a665ea01
-def _peak_memory() -> str | None:  # in GB, or None where the system does not say
-    "The most memory this process has held."
+def _report_metadata(
+    command: str,  # as it is typed
+) -> dict[str, str]:  # for the report
+    "Say how a report was made, and with how much memory where the system tells."
     try:
         import resource
     except ImportError:
-        return None  # Windows
+        return {"command": command}  # Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GB"
-
-
-def _command_demo(args: argparse.Namespace) -> None:
-    """Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a
-    report."""
-    task = _task(args.task)
-    zoo = _zoo(args.source)
-    from tvp._formatting import format_duration
-    from tvp.experiments.demo import run_demo, save_demo
-    from tvp.experiments.report import summary_sentences
-
-    command = f"tvp demo --task {task.name} --source {args.source} --seeds {args.seeds}"
-    with _alone(args, _output_folder) as folder:
-        print(f"{task.name}: {task.description}")
-        demo = run_demo(zoo, task, args.source, seeds=range(args.seeds), say=_say, parts=args.kept)
-        print("", demo.results.table(), "", *summary_sentences(demo.results), "", sep="\n", flush=True)
-        facts = {"command": command} | ({"peak memory": peak} if (peak := _peak_memory()) else {})
-        files = save_demo(demo, folder, facts)
-        print(
-            f"{format_duration(demo.seconds['all together'])}. Written to {folder}: "
-            f"{', '.join(file.name for file in files)}"
-        )
-        print(f"Open {files[-1]} in a browser.")
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return {"command": command, "peak memory": f"{peak / unit:.1f} GB"}
 
 
 def _say(line: str) -> None:
     "Tell what happens."
     print("-", line, flush=True)
 
+
+@_commands.command("demo")
+@_option_task
+@click.option(
+    "--source",
+    default="tiny-minigpt4",
+    metavar="NAME",
+    help="Model to train on, see `tvp models`.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Prompts of each method.",
+)
+@_option_out("tvp-demo", "Folder for the results.")
+@_option_force
+@click.pass_obj
+def _command_demo(run, task: str, source: str, seeds: int, out: Path, force: bool) -> None:
+    """Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a
+    report."""
+    task = _task(task)
+    zoo = _zoo(source)
+    from tvp._formatting import format_duration
+    from tvp.experiments.demo import run_demo, save_demo
+    from tvp.experiments.report import summary_sentences
+
+    command = f"tvp demo --task {task.name} --source {source} --seeds {seeds}"
+    with run.hold(out, force) as folder:
+        print(f"{task.name}: {task.description}")
+        demo = run_demo(zoo, task, source, seeds=range(seeds), say=_say, parts=run.kept)
+        sentences = summary_sentences(demo.results)
+        print("", demo.results.table(), "", *sentences, "", sep="\n", flush=True)
+        files = save_demo(demo, folder, _report_metadata(command))
+        print(
+            f"{format_duration(demo.seconds['all together'])}. Written to {folder}: "
+            f"{', '.join(file.name for file in files)}"
+        )
+        print(f"Open {files[-1]} in a browser.")
+
 # %% ../nbs/api/90_cli.ipynb #bf45c6f5
 def _parse_model(
     text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
 ) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
-    "A model as it is typed."
+    "Read a model as it is typed."
     from tvp.models.paper.specs import PAPER_MODELS
 
     name, _, place = text.partition("=")
     if not name:
         raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
-    parts = {"model", *(part.name for part in PAPER_MODELS[name].parts)} if name in PAPER_MODELS else set()
-    if place.partition("=")[0] not in parts or "=" not in place:
+    known = set()
+    if name in PAPER_MODELS:
+        known = {"model", *(part.name for part in PAPER_MODELS[name].parts)}
+    if place.partition("=")[0] not in known or "=" not in place:
         return name, place or None
     pairs = [item.partition("=") for item in place.split(",")]
-    if wrong := [part for part, _, where in pairs if part not in parts or not where]:
+    if wrong := [part for part, _, where in pairs if part not in known or not where]:
         raise UsageError(
-            f"the parts of {name} are {', '.join(sorted(parts))}, each as PART=PLACE; got "
+            f"the parts of {name} are {', '.join(sorted(known))}, each as PART=PLACE; got "
             f"{', '.join(map(repr, wrong))}."
         )
     return name, {part: where for part, _, where in pairs}
 
 # %% ../nbs/api/90_cli.ipynb #916456ae
-def _command_reproduce(args: argparse.Namespace) -> None:
+@_commands.command("reproduce")
+@click.argument("task")
+@click.option("--source", default="minigpt4-7b", metavar="NAME", help="Model to train on.")
+@click.option(
+    "--models",
+    multiple=True,
+    metavar="NAME=PLACE...",
+    help="Models to ask, each with its folder, hub id or parts (NAME=PART=PLACE,PART=PLACE); the "
+    "paper's six if not given.",
+)
+@click.option(
+    "--clip",
+    default="openai/clip-vit-base-patch32",
+    metavar="PLACE",
+    help="Folder or hub id of the CLIP.",
+)
+@_option_data
+@click.option("--method", default="TVP", metavar="NAME", help="VP, EVP, TVP, or all.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Passes over the training images; the recipe's if not given.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Test images at most; all if not given.",
+)
+@click.option(
+    "--seed",
+    multiple=True,
+    type=int,
+    metavar="N...",
+    help="Of the prompts, one prompt for each; 42 if not given, as in the paper.",
+)
+@click.option("--prompt", metavar="FILE", help="A ready prompt: nothing is trained.")
+@_option_out(
+    "tvp-reproduce",
+    "Folder for prompts, results and report; a run that was stopped goes on there.",
+)
+@_option_force
+@click.pass_obj
+def _command_reproduce(
+    run, task, source, models, clip, data_dir, method, epochs, limit, seed, prompt, out, force
+) -> None:
     """Repeat the paper's experiment: train a prompt on one model, ask all, put the published
-    numbers beside it."""
+    numbers beside it.
+
+    TASK is cifar10, cifar100, svhn, pets, clevr, pope, ...; see `tvp tasks` for those that need no
+    download.
+    """
     from tvp._checkpoint import OtherSettings
     from tvp.experiments.plan import USER_ERRORS, error_message, plan_reproduction
     from tvp.experiments.reproduction import run_plan
 
-    models = dict(_parse_model(text) for text in args.models) if args.models else None
-    how = dict(
-        clip=args.clip,
-        data_dir=args.data_dir,
-        epochs=args.epochs,
-        limit=args.limit,
-        seeds=args.seed or 42,
-        prompt=args.prompt,
-    )
-    with _alone(args, _output_folder) as folder:
+    places = dict(_parse_model(text) for text in models) or None
+    how = {
+        "clip": clip,
+        "data_dir": data_dir,
+        "epochs": epochs,
+        "limit": limit,
+        "seeds": list(seed) or 42,
+        "prompt": prompt,
+    }
+    with run.hold(out, force) as folder:
         try:
-            plan = plan_reproduction(args.task, args.source, args.method, models, say=_say, **how)
+            plan = plan_reproduction(task, source, method, places, say=_say, **how)
         except USER_ERRORS as error:
             raise UsageError(error_message(error)) from None
         print(plan)
@@ -566,382 +884,23 @@ def _command_reproduce(args: argparse.Namespace) -> None:
         except OtherSettings:
             raise
         except ValueError as error:
-            raise UsageError(f"{error} What is done so far is in {args.kept}.") from None
+            raise UsageError(f"{error} What is done so far is in {run.kept}.") from None
         print("", reproduction.table(), "", sep="\n", flush=True)
-        facts = {"command": shlex.join(["tvp", *args.typed])} | (
-            {"peak memory": peak} if (peak := _peak_memory()) else {}
-        )
-        files = reproduction.save(folder, facts)
-        print(
-            f"Written to {folder}: {', '.join(file.name for file in files)}\nOpen {files[-1]} in "
-            "a browser."
-        )
-
-# %% ../nbs/api/90_cli.ipynb #dfb4b855
-def _command_train_zoo(args: argparse.Namespace) -> None:
-    "Train the small zoo from nothing: hours, but it can be interrupted and goes on where it was."
-    import logging
-
-    from tvp.bench.train_small_zoo import LANGUAGE_MODEL_SCHEDULES, TOWER_SCHEDULES, train_zoo
-
-    for name in args.parts or []:
-        _resolve_name("part", name, [*TOWER_SCHEDULES, *LANGUAGE_MODEL_SCHEDULES])
-    folder = _output_folder(args.out, force=True)  # what is finished there is kept
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    args.kept = folder
-    try:
-        train_zoo(folder, args.parts, args.seed)
-    except ValueError as error:
-        raise UsageError(str(error).replace("`seed`", "--seed")) from None
-
-# %% ../nbs/api/90_cli.ipynb #9898db5f
-def _positive_int(
-    text: str,  # as typed
-) -> int:
-    "A whole number of at least 1."
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
-    return int(text)
-
-
-def _non_negative_int(
-    text: str,  # as typed
-) -> int:
-    "A whole number of at least 0."
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
-    return int(text)
-
-
-def _add_command(commands, run, arguments: dict[str, dict]) -> None:
-    "A subcommand from its function: name and help text come from there."
-    name = run.__name__.removeprefix("command_").replace("_", "-")
-    parser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-    for flag, options in arguments.items():
-        default = options.get("default")
-        told = (
-            ""
-            if default is None
-            else f" (default: {' '.join(default) if isinstance(default, list) else default})"
-        )
-        parser.add_argument(flag, **options | dict(help=options["help"] + told))
-    parser.set_defaults(run=run)
-
-# %% ../nbs/api/90_cli.ipynb #b9181ab9
-def _add_reproduce(commands, output: dict[str, dict]) -> None:
-    "The arguments of `tvp reproduce`."
-    _add_command(
-        commands,
-        _command_reproduce,
-        {
-            "task": dict(
-                metavar="TASK",
-                help="cifar10, cifar100, svhn, pets, clevr, pope, "
-                "...; see `tvp tasks` for those that "
-                "need no download",
-            ),
-            "--source": dict(default="minigpt4-7b", metavar="NAME", help="model to train on"),
-            "--models": dict(
-                nargs="+",
-                metavar="NAME=PLACE",
-                help="models to ask, each with its folder, hub id or parts "
-                "(NAME=PART=PLACE,PART=PLACE); the paper's six if not given",
-            ),
-            "--clip": dict(
-                default="openai/clip-vit-base-patch32",
-                metavar="PLACE",
-                help="folder or hub id of the CLIP",
-            ),
-            "--data-dir": dict(metavar="DIR", help="where the pictures lie; the hub if not given"),
-            "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP, or all"),
-            "--epochs": dict(
-                type=_positive_int,
-                metavar="N",
-                help="passes over the training pictures; the recipe's if not given",
-            ),
-            "--limit": dict(
-                type=_positive_int, metavar="N", help="test pictures at most; all if not given"
-            ),
-            "--seed": dict(
-                nargs="+",
-                type=int,
-                metavar="N",
-                help="of the prompts, one prompt for each; 42 if not given, as in the paper",
-            ),
-            "--prompt": dict(metavar="FILE", help="a ready prompt: nothing is trained"),
-        }
-        | output,
-    )
-
-# %% ../nbs/api/90_cli.ipynb #d9e4d0f2
-def _add_train_and_evaluate(commands, out, force: dict[str, dict]) -> None:
-    "The arguments of `tvp train` and `tvp evaluate`."
-    data = {
-        "--data-dir": dict(
-            metavar="FOLDER",
-            help="where the pictures of a public task (cifar10, ...) lie; the hub if not given",
-        )
-    }
-    source = {
-        "--source": dict(
-            nargs="+",
-            default=["tiny-minigpt4"],
-            metavar="NAME",
-            help="model to train on, or several: one prompt for all of them; see `tvp models`",
-        )
-    }
-    _add_command(
-        commands,
-        _command_train,
-        {
-            "--task": dict(
-                default="shapes",
-                metavar="NAME",
-                help="see `tvp tasks`, or a public one: cifar10, svhn, ...",
-            )
-        }
-        | data
-        | source
-        | {
-            "--method": dict(default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens"),
-            "--seed": dict(type=int, default=0, metavar="N", help="of the prompt"),
-            "--range": dict(
-                choices=("free", "unit", "uint8"),
-                help="of the prompt's pixels: any number, [0, 1], or "
-                "8-bit levels, which a PNG holds "
-                "exactly; the recipe's if not given",
-            ),
-            "--epochs": dict(
-                type=_positive_int,
-                metavar="N",
-                help="passes over the training pictures; the "
-                "recipe's if not given, the checkpoint's "
-                "with --resume",
-            ),
-            "--checkpoint": dict(
-                metavar="FOLDER",
-                help="keep the training there, every 100 updates "
-                "and when it is stopped; beside the "
-                "output, until it is written, if not given",
-            ),
-            "--resume": dict(
-                action="store_true",
-                help="go on from --checkpoint, if there is one: the "
-                "same prompt as if nothing had happened",
-            ),
-        }
-        | out("prompt.safetensors", "file for the prompt")
-        | force,
-    )
-    _add_command(
-        commands,
-        _command_evaluate,
-        {
-            "prompt": dict(
-                metavar="PROMPT",
-                help="a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the "
-                "reference's .pth",
-            )
-        }
-        | {"--task": dict(metavar="NAME", help="the one it was trained for if not given")}
-        | data
-        | {
-            "--models": dict(nargs="+", metavar="NAME", help="all if not given"),
-            "--corruption": dict(
-                nargs="+",
-                metavar="NAME[:SEVERITY]",
-                help="evaluate on pictures with fog, motion_blur, "
-                "jpeg_compression, ...; severity 1 "
-                "to 5, 3 if not given",
-            ),
-        }
-        | out(None, "file for the results, .csv")
-        | force,
-    )
-
-# %% ../nbs/api/90_cli.ipynb #270b1e31
-def _build_parser() -> argparse.ArgumentParser:
-    "All commands and their arguments."
-    from tvp import __version__
-
-    top = argparse.ArgumentParser(
-        "tvp",
-        description="Transferable visual prompting: a frame of pixels, "
-        "learned on one model, that helps the others.",
-    )
-    top.add_argument("--version", action="version", version=f"tvp {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    task = {"--task": dict(default="shapes", metavar="NAME", help="see `tvp tasks`")}
-    source = {
-        "--source": dict(
-            default="tiny-minigpt4", metavar="NAME", help="model to train on, see `tvp models`"
-        )
-    }
-    force = {
-        "--force": dict(
-            action="store_true",
-            help="start anew, and replace the files of an earlier run; others are left alone",
-        )
-    }
-
-    def out(default, text):
-        return {"--out": dict(default=default, metavar="PATH", help=text)}
-
-    _add_command(
-        commands,
-        _command_demo,
-        task
-        | source
-        | {"--seeds": dict(type=_positive_int, default=1, metavar="N", help="prompts of each method")}
-        | out("tvp-demo", "folder for the results")
-        | force,
-    )
-    _add_train_and_evaluate(commands, out, force)
-    _add_command(
-        commands,
-        _command_apply,
-        {
-            "prompt": dict(
-                metavar="PROMPT", help="a name of the gallery (shapes-tvp), a file or a folder"
-            ),
-            "pictures": dict(metavar="PICTURES", help="a picture, or a folder of them"),
-            "out": dict(metavar="OUT", help="folder for the prompted ones"),
-            "--fit": dict(
-                choices=("crop", "letterbox"), help="how pictures that are not square are fitted"
-            ),
-        }
-        | force,
-    )
-    _add_reproduce(
-        commands,
-        out(
-            "tvp-reproduce",
-            "folder for prompts, results and report; a run that was stopped goes on there",
-        )
-        | force,
-    )
-    for run in (_command_models, _command_tasks):
-        _add_command(commands, run, {})
-    _add_command(
-        commands,
-        _command_check,
-        {
-            "model": dict(
-                metavar="MODEL", help="a name from `tvp models`, a folder, or owner/name on the hub"
-            )
-        },
-    )
-    _add_command(
-        commands,
-        _command_train_zoo,
-        out("tvp-zoo", "folder for scenes, checkpoints and weights")
-        | {
-            "--parts": dict(
-                nargs="+",
-                metavar="NAME",
-                help="only these towers and models; all that are missing if not given",
-            ),
-            "--seed": dict(
-                type=_non_negative_int,
-                default=0,
-                metavar="N",
-                help="added to every seed: another zoo of the same make",
-            ),
-        },
-    )
-    _add_command(
-        commands,
-        _command_bench,
-        {
-            "--quick": dict(action="store_true", help="fewer models and rounds"),
-            "--json": dict(metavar="FILE", help="where to write everything that was measured"),
-            "--only": dict(
-                metavar="NAMES",
-                help="some of step,ranking,shared,loading,memory,variants; all if not given",
-            ),
-        },
-    )
-    return top
-
-# %% ../nbs/api/90_cli.ipynb #ceb14595
-def _launcher_rank() -> tuple[int, int]:  # number of this process, and of all
-    "What the launcher said; (0, 1) without one."
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _init_distributed() -> None:
-    "Let the processes that were started together know of each other."
-    if _launcher_rank()[1] == 1:
-        return
-    import torch
-    from accelerate import PartialState
-
-    PartialState(cpu=not torch.cuda.is_available())
-
-# %% ../nbs/api/90_cli.ipynb #76d7cc56
-def _complain(
-    line: str,  # what the user is told
-) -> None:
-    "Say a line on stderr, if anybody listens there."
-    with suppress(OSError):
-        print(f"tvp: {line}", file=sys.stderr, flush=True)
-
-
-def _nobody_reads() -> None:
-    "Let what is still to be printed go nowhere, so that nothing fails once more when Python ends."
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(
-    args: argparse.Namespace,
-) -> int:  # exit code
-    "A command, with all that can stop it."
-    try:
-        with stop_signals():
-            code = args.run(args) or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            return code
-    except UsageError as error:
-        _complain(str(error))
-        return 2
-    except KeyboardInterrupt as stop:
-        with suppress(OSError):
-            print(file=sys.stderr)
-        _complain(f"stopped before it was done.{_go_on(args)}")
-        return 128 + getattr(stop, "kind", signal.SIGINT)
-    except BrokenPipeError:  # `tvp tasks | head -1`: who reads us has heard enough
-        _nobody_reads()
-        if hint := _go_on(args):
-            _complain(f"nobody reads the output any more.{hint}")
-        return 141 if hint else 0  # as SIGPIPE would
-    except BlockingIOError as error:  # another run is at work here
-        _complain(str(error.strerror))
-        return 2
-    except OSError as error:
-        if error.errno is None:
-            raise  # not the system's
-        told = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-        if error.filename is None and "cannot write" not in told:
-            told = f"cannot write to the standard output: {told}."
-            _nobody_reads()
-        _complain(told + _go_on(args))
-        return 2
+        files = reproduction.save(folder, _report_metadata(shlex.join(["tvp", *run.typed])))
+        print(f"Written to {folder}: {', '.join(file.name for file in files)}")
+        print(f"Open {files[-1]} in a browser.")
 
 # %% ../nbs/api/90_cli.ipynb #3cb774c8
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
-    "The command `tvp`."
+    "Run the command `tvp`."
     # a terminal without arrows still gets its table
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     if _launcher_rank()[0]:
         sys.stdout = open(os.devnull, "w")
-    args = _build_parser().parse_args(argv)
-    args.typed = list(sys.argv[1:] if argv is None else argv)
-    return _run(args)
+    return _Run(sys.argv[1:] if argv is None else argv).call(_commands)
 
 # %% ../nbs/api/90_cli.ipynb #b8f7e8d8
 # python -m tvp.cli, but not in this notebook

@@ -226,8 +226,8 @@ PAPER_SIX = (
 def tiny_zoo(
     folder: Path = WEIGHTS_DIR,  # where weights lie; the default ships with the package
 ) -> Zoo:  # the same for the same folder, so that no model is loaded twice
-    """The small zoo, or another from a folder that `tvp train-zoo` has filled: the models whose
-    weights are there."""
+    """The small zoo, or another from a folder that `benchmarks/studies/train_small_zoo.py` has
+    filled: the models whose weights are there."""
 
     def is_here(part):
         return Path(folder, f"{part}.safetensors").is_file()
@@ -237,7 +237,8 @@ def tiny_zoo(
         raise FileNotFoundError(
             "`folder` must hold a model of the small zoo and its vision tower, such as "
             "tiny-llava.safetensors and clip.safetensors; "
-            f"there is none in {str(folder)!r}. Train some: tvp train-zoo --out FOLDER."
+            f"there is none in {str(folder)!r}. Train some: "
+            "python benchmarks/studies/train_small_zoo.py --out FOLDER."
         )
     return Zoo(
         {n: (lambda n=n: load_tiny(n, Path(folder))) for n in towers},
