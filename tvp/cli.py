@@ -389,7 +389,7 @@ def _load_prompt_or_fail(
     path: str,  # as typed
 ):
     "A saved prompt, or a line that says why not."
-    from tvp.prompts.hub import load_prompt
+    from tvp.prompts.loading import load_prompt
 
     try:
         return load_prompt(path)

@@ -25,7 +25,7 @@ from tvp.models.adapters import (
 from ..models.inputs import collate_answers, collate_instructions
 from ..models.ranking import token_log_probs
 from ..models.transformers_compat import cache_argument, output_cache
-from ..prompts.visual_prompt import border_mask
+from ..prompts.pixel_ops import border_mask
 from ..tasks.task import Batch
 
 # %% ../../nbs/api/bench/02_reference.ipynb #d86fcc72

@@ -22,7 +22,7 @@ from ..evaluation.metrics import compute_metric
 from ..evaluation.runs import TransferRun, target_group
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
-from ..prompts.visual_prompt import VisualPrompt, adjustment_values, render_delta
+from ..prompts.visual_prompt import VisualPrompt
 from ..training.learner import Learner, StepRecord
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #4e208465
@@ -274,7 +274,7 @@ def adjustment_labels(
     "What a prompt does to the picture itself by now; no -0.00."
     return [
         f"{name} {', '.join(f'{round(value, 2) + 0:.2f}' for value in values)}"
-        for name, values in adjustment_values(prompt).items()
+        for name, values in prompt.adjustment_values().items()
     ]
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #fd13c317
@@ -284,7 +284,7 @@ def prompt_spectrum(
     # cycle per canvas
 ) -> Tensor:
     "Power spectrum of what the prompt adds, averaged over the colours."
-    shown = render_delta(prompt).detach().float().cpu()
+    shown = prompt.render_delta().detach().float().cpu()
     return torch.fft.fftshift(torch.fft.fft2(shown, norm="ortho").abs().square().mean(0))
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #6d2af795
