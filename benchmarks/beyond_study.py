@@ -41,7 +41,7 @@ from tvp.tasks.drawing import (
     place_glyphs,
     jitter_colors,
 )
-from tvp._images import _integers
+from tvp._images import random_integers
 from tvp.models.zoo import load_zoo
 
 SOURCE = "tiny-minigpt4"
@@ -66,8 +66,8 @@ def photographed(images: torch.Tensor, camera: str, g: Generator) -> torch.Tenso
 
 def draw_shapes(n: int, camera: str, g: Generator) -> Split:
     "The task `shapes`, through another camera."
-    shape = _integers((n, 1), len(SHAPES), g)
-    color = _integers((n, 1), len(COLORS), g)
+    shape = random_integers((n, 1), len(SHAPES), g)
+    color = random_integers((n, 1), len(COLORS), g)
     images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
     draw_objects(
         images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g
@@ -93,19 +93,19 @@ def draw_counting(n: int, camera: str, g: Generator) -> Split:
 
 def draw_printed(n: int, g: Generator) -> Split:
     "Printed digits, through the camera of the task `digits`, which has handwriting."
-    label = _integers((n,), 10, g)
+    label = random_integers((n,), 10, g)
     bank = load_glyphs()[0]
     images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
     middle = torch.full((n,), IMAGE_SIZE / 2)
     mask = place_glyphs(
-        bank[label, _integers((n,), bank.shape[1], g)],
+        bank[label, random_integers((n,), bank.shape[1], g)],
         _uniform((n,), 22, 30, g),
         middle,
         middle,
         IMAGE_SIZE,
         g,
     )
-    alpha_blend(images, torch.arange(n), mask, jitter_colors(_integers((n,), len(COLORS), g), g))
+    alpha_blend(images, torch.arange(n), mask, jitter_colors(random_integers((n,), len(COLORS), g), g))
     return Split(
         degrade_images(images, 0.5, 0.03, g), [CLASSIFICATION_INSTRUCTION] * n, label.tolist(), [DIGITS[i] for i in label]
     )

@@ -15,7 +15,7 @@ import torch
 from range_study import make as make_learner
 
 from tvp.training.recipes import get_recipe
-from tvp.prompts.hub import GALLERY_DIR
+from tvp.prompts.loading import GALLERY_DIR
 from tvp.tasks.loading import load_task, task_names
 from tvp.evaluation.transfer import evaluate_transfer
 from tvp.models.zoo import load_zoo

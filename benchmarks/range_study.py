@@ -20,7 +20,7 @@ from transfer_study import TUNE_SEED, TUNE_SOURCE, TUNE_TARGETS, save_run, run_s
 from tvp.evaluation.compression import compressed_variants
 from tvp.training.learner import Learner
 from tvp.training.losses import tvp_losses
-from tvp.prompts.visual_prompt import VisualPrompt, clipping_stats
+from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.training.recipes import get_recipe, make_optimizer
 from tvp.tasks.loading import load_task, task_names
 from tvp.evaluation.transfer import TransferResults, evaluate_transfer
@@ -192,7 +192,7 @@ def collect(work: Path, mine) -> None:
                     task=prompt.provenance["task"],
                     source=prompt.provenance["source"],
                     seed=prompt.provenance["seed"],
-                    **dict(zip(("outside", "kept"), clipping_stats(prompt))),
+                    **dict(zip(("outside", "kept"), prompt.clipping_stats())),
                 )
             )
     write(RESULTS / "ranges_clipping.csv", pd.DataFrame(rows).round(4).to_csv(index=False))

@@ -33,7 +33,8 @@ from tvp.training.gradient_filters import BlurParametrizationFilter, DCTLowPassF
 from tvp.training.gradient_estimators import CWAGradient, SAMGradient, SPSAGradient
 from tvp.training.learner import Learner
 from tvp.training.losses import FeatureConsistency, LayerConsistency, TaskLoss, TaskSemantics
-from tvp.prompts.visual_prompt import IMAGE_ADJUSTMENTS, VisualPrompt
+from tvp.prompts.pixel_ops import IMAGE_ADJUSTMENTS
+from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.training.recipes import get_recipe, make_learner
 from tvp.evaluation.studies import evaluate_retention
 from tvp.tasks.loading import load_task, task_names

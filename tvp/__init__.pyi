@@ -12,8 +12,8 @@ from .models.adapters import Mllm as Mllm
 from .prompts.visual_prompt import VisualPrompt as VisualPrompt
 from .training.recipes import RECIPES as RECIPES
 from .training.recipes import make_learner as make_learner
-from .prompts.hub import load_prompt as load_prompt
-from .prompts.hub import prompt_names as prompt_names
+from .prompts.loading import load_prompt as load_prompt
+from .prompts.loading import prompt_names as prompt_names
 from .tasks.task import Split as Split
 from .tasks.task import Task as Task
 from .tasks.loading import load_task as load_task

@@ -88,7 +88,7 @@ def checksum(
     tensors: dict[str, Tensor],  # on the CPU
     text: str,  # what else there is
 ) -> str:  # SHA-256
-    "A number that changes when anything in a checkpoint does."
+    "Compute a number that changes when anything in a checkpoint does."
     sha = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -107,7 +107,12 @@ def write_checkpoint(
         path,
         save(
             tensors,
-            {"format": _FORMAT, "version": _VERSION, "state": text, "sha256": checksum(tensors, text)},
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "state": text,
+                "sha256": checksum(tensors, text),
+            },
         ),
     )
 
@@ -135,7 +140,7 @@ def read_checkpoint(
 def checkpoint_path(
     place: str | Path,  # a file that ends in .safetensors, or a folder
 ) -> Path:
-    "The file of a checkpoint."
+    "Name the file of a checkpoint."
     if not isinstance(place, (str, Path)) or not str(place).strip() or "\0" in str(place):
         raise TypeError(
             "`checkpoint` must be a folder or a file that ends in .safetensors, as str or "
@@ -171,7 +176,7 @@ def diff_configs(
 
 # %% ../nbs/api/08_checkpoint.ipynb #fe02467e
 def get_rng_states() -> dict:  # generator -> its state
-    "The states of the random generators of Python, numpy and torch."
+    "Return the states of the random generators of Python, numpy and torch."
     (version, numbers, gauss) = random.getstate()
     (name, keys, *rest) = np.random.get_state()
     return {
@@ -185,7 +190,7 @@ def get_rng_states() -> dict:  # generator -> its state
 def set_rng_states(
     states: dict,  # made by `get_rng_states`
 ) -> None:
-    "Put the random generators back."
+    "Restore the random generators."
     (version, numbers, gauss) = states["python"]
     (name, keys, *rest) = states["numpy"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
@@ -203,7 +208,7 @@ class OtherSettings(ValueError):
 
 
 class Parts:
-    "The finished parts of a run, by name; what `write_checkpoint` can hold."
+    "Store the finished parts of a run, by name; what `write_checkpoint` can hold."
 
     def __init__(
         self,

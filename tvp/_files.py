@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_atomic', 'check_path', 'require_suffix', 'remove_partial_files', 'write_folder', 'write_all', 'RunLock',
-           'read_tensors']
+           'check_file', 'read_tensors']
 
 # %% ../nbs/api/01_files.ipynb #3c7d5ee3
 import errno
@@ -378,18 +378,18 @@ class RunLock:
         self._stream = None
 
 # %% ../nbs/api/01_files.ipynb #0148d02a
-def _check_file(
-    path: str | Path,  # as handed in
+def check_file(
+    path: str | Path,
     limit: int,  # bytes
+    what: str = "file",  # what messages call it
 ) -> Path:  # of a file that is there
-    "A file that exists and is not absurdly large."
+    "Refuse a file that is not there, is no file, or is far too large."
     path = _check_path(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    if path.stat().st_size > limit:
+        raise FileNotFoundError(f"there is no {what} at {str(path)!r}.")
+    if (size := path.stat().st_size) > limit:
         raise ValueError(
-            f"{path.name!r} has {path.stat().st_size:,} bytes; what it should hold never has "
-            f"more than {limit:,}."
+            f"{path.name!r} is too large for a {what}: {size:,} bytes, at most {limit:,} are read."
         )
     return path
 
@@ -401,7 +401,7 @@ def read_tensors(
     limit: int = 2**32,  # the largest file to look into, bytes
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors by name, on the CPU; metadata
     "Read a safetensors file of ours, once it is known to be one."
-    path = _check_file(path, limit)
+    path = check_file(path, limit)
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}

@@ -16,14 +16,14 @@ def join_names(
     names: Sequence[str],
     most: int = 12,  # names that are spelled out
 ) -> str:
-    "A few names, and how many more there are."
+    "Join the first names, and say how many more there are."
     return ", ".join(str(name) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )
 
 # %% ../nbs/api/05_formatting.ipynb #8f71fccd
 def package_versions() -> dict[str, str]:  # package -> version
-    "The software behind a result."
+    "List the versions of the software behind a result."
     found = {"python": platform.python_version()}
     for package in ["tvp", "torch", "transformers", "scikit-learn"]:
         try:
@@ -36,6 +36,6 @@ def package_versions() -> dict[str, str]:  # package -> version
 def format_duration(
     seconds: float,
 ) -> str:
-    "Seconds as people say them."
+    "Format seconds as people say them."
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

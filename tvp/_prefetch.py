@@ -36,6 +36,6 @@ def prefetch(
 def pin_memory(
     batch: Any,  # a `Batch` on the CPU
 ) -> Any:  # the same with its pictures in pinned memory
-    "Ready for a graphics card."
+    "Pin the memory of tensors, ready for a graphics card."
     batch.images = batch.images.pin_memory()
     return batch

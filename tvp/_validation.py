@@ -19,7 +19,7 @@ def check_int(
     high: int | None = None,  # the most; None: no limit
     hint: str = "",  # what to do
 ) -> int:
-    "A whole number within its limits. 2.0 and True are none."
+    "Check a whole number within its limits; 2.0 and True are none."
     if (
         isinstance(value, Integral)
         and not isinstance(value, bool)
@@ -40,7 +40,7 @@ def check_float(
     above: bool = False,  # must it be more than `low`?
     hint: str = "",  # what to do
 ) -> float:  # the value
-    "A finite number that is large enough."
+    "Check a finite number that is large enough."
     fine = (
         isinstance(value, Real)
         and not isinstance(value, bool)
@@ -61,7 +61,7 @@ def check_choice(
     allowed: Iterable[str],  # what may come
     error: type[Exception] = ValueError,  # KeyError for the names of things
 ) -> str:
-    "One of a few names."
+    "Check one of a few names."
     allowed = list(allowed)
     if isinstance(value, str) and value in allowed:
         return value
@@ -74,7 +74,7 @@ def check_type(
     kinds: type | tuple[type, ...],  # what it must be an instance of
     hint: str = "",  # what to do
 ) -> Any:  # the same
-    "An object of the right kind."
+    "Check an object's type."
     if isinstance(value, kinds):
         return value
     wanted = " or ".join(
@@ -92,7 +92,7 @@ def check_str_list(
     value: Any,  # what came
     count: int | None = None,  # how many there must be; None: at least one
 ) -> list[str]:
-    "A list of texts. One text is no list of its letters."
+    "Check a list of texts; one text is no list of its letters."
     fine = (
         isinstance(value, Sequence)
         and not isinstance(value, (str, bytes))
@@ -109,7 +109,7 @@ def check_str_list(
 def parse_source_names(
     source: str | Sequence[str] | None,  # "a", "a + b", or ["a", "b"]
 ) -> list[str]:  # none where the source is not known
-    "The models that a prompt is trained on, by name."
+    "Parse the names of the models that a prompt is trained on."
     return (
         [name.strip() for name in source.split(" + ")]
         if isinstance(source, str) and source

@@ -600,7 +600,7 @@ def _load_prompt_or_fail(
     path: str,  # as typed
 ):
     "Load a saved prompt, or say why not."
-    from tvp.prompts.hub import load_prompt
+    from tvp.prompts.loading import load_prompt
 
     try:
         return load_prompt(path)

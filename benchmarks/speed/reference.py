@@ -43,7 +43,7 @@ from tvp.models.adapters import (
 from tvp.models.inputs import collate_answers, collate_instructions
 from tvp.models.ranking import token_log_probs
 from tvp.models.transformers_compat import cache_argument, output_cache
-from tvp.prompts.visual_prompt import border_mask
+from tvp.prompts.pixel_ops import border_mask
 from tvp.tasks.task import Batch
 
 # --- A step --------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from torch import Tensor
 from .._validation import check_int, check_sequence, check_type
 from .transfer import TransferResults, evaluate_transfer
 from ..models.adapters import Mllm
-from ..prompts.visual_prompt import VisualPrompt, to_pil_image
+from ..prompts.pixel_ops import to_pil_image
+from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
 
 # %% ../../nbs/api/evaluation/06_compression.ipynb #8b6db09a

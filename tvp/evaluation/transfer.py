@@ -215,6 +215,21 @@ class TransferResults:
         "The rows of `mean` whose whole interval is below 0."
         return self.mean().query("high < 0").reset_index(drop=True)
 
+    def caveats(self) -> list[str]:
+        "Say what these results cannot tell."
+        seeds = len({run.seed for run in self.runs})
+        seed = f"Means over {seeds} prompt seeds; the intervals are over pictures, not over seeds."
+        if seeds == 1:
+            seed = (
+                "One prompt seed: another seed gives another prompt, and the intervals do not cover "
+                "that."
+            )
+        return [
+            seed,
+            "Each model was trained once, with one seed of its own: a difference below two points "
+            "means little, whatever its interval.",
+        ]
+
     def details(self) -> pd.DataFrame:
         "Every number that the metrics give, not only the headline."
         return self._frame("details", lambda: metric_details(self.runs))

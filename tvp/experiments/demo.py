@@ -24,7 +24,7 @@ from ..evaluation.runs import target_group
 from ..evaluation.transfer import TransferResults, evaluate_transfer
 from .report import figure_to_png, report_html
 from ..models.adapters import Mllm
-from ..prompts.visual_prompt import VisualPrompt, adjustment_values
+from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
 from ..training.learner import Learner
 from ..training.recipes import RECIPES, make_learner
@@ -189,7 +189,7 @@ def _demo_metadata(
     for method, prompt in next(iter(demo.prompts.values())).items():
         lens = {
             f"learned {name}": "/".join(f"{value:.2f}" for value in values)
-            for name, values in adjustment_values(prompt).items()
+            for name, values in prompt.adjustment_values().items()
         }
         facts[method] = _format_facts(
             {name: value for name, value in prompt.provenance.items() if name not in hidden} | lens

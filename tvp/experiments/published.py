@@ -14,7 +14,7 @@ import pandas as pd
 
 from .._validation import parse_source_names
 from ..evaluation.transfer import TransferResults
-from ..prompts.visual_prompt import VisualPrompt, clipping_stats, render_delta
+from ..prompts.visual_prompt import VisualPrompt
 
 # %% ../../nbs/api/experiments/02_published.ipynb #8f065c42
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def prompt_statistics(
     prompt: VisualPrompt,
 ) -> dict[str, float]:  # names and numbers, in units of the picture's range
     "Size and range of a prompt, and what is left of it when it is clipped to a picture."
-    values = render_delta(prompt).detach().double().cpu()
-    outside, kept = clipping_stats(prompt)
+    values = prompt.render_delta().detach().double().cpu()
+    outside, kept = prompt.clipping_stats()
     norm = values.norm().item()
     count = int(3 * prompt.mask.sum()) if prompt.kind != "random-patch" else prompt.delta.numel()
     count += sum(getattr(prompt, name).numel() for name in prompt.adjust)

@@ -16,7 +16,7 @@ import torch
 
 from .._validation import check_choice, check_int, check_type, parse_source_names
 from ..models.adapters import Mllm
-from ..prompts.visual_prompt import VisualPrompt, adjustment_values, render_delta
+from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task, check_task_like
 
 # %% ../../nbs/api/plotting/01_figures.ipynb #e20e08b1
@@ -467,7 +467,7 @@ def _color_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
     "The 99th percentile of the sizes of all trainable values: what is drawn as a full colour."
-    shown = render_delta(prompt).detach().float().abs()
+    shown = prompt.render_delta().detach().float().abs()
     return shown[prompt.mask.bool().expand_as(shown)].quantile(0.99).item()
 
 
@@ -477,7 +477,7 @@ def _prompt_title(
     """Method, source and task, as far as the prompt knows them; size and range; range of the
     colours; contrast, brightness, sharpness and scale of the picture."""
     known = prompt.provenance
-    delta = render_delta(prompt).detach()
+    delta = prompt.render_delta().detach()
     scale = _color_scale(prompt)
     what = str(known.get("method", f"{prompt.kind} prompt"))
     if known.get("source"):
@@ -486,7 +486,7 @@ def _prompt_title(
         what += f", {known['task']}"
     own = "".join(
         f"\n{name} of the picture {', '.join(f'{value:.2f}' for value in values)}"
-        for name, values in adjustment_values(prompt).items()
+        for name, values in prompt.adjustment_values().items()
     )
     return (
         f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to "
@@ -507,7 +507,7 @@ def plot_prompt(
     check_type("prompt", prompt, VisualPrompt)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.4, 3.95), layout="constrained")
-    delta = render_delta(prompt).detach().float().cpu()
+    delta = prompt.render_delta().detach().float().cpu()
     pixels = (
         (0.5 + 0.5 * delta / max(_color_scale(prompt), 1e-12)).clamp(0, 1).permute(1, 2, 0).numpy()
     )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .._images import _integers
+from .._images import random_integers
 from tvp.tasks.drawing import (
     AGREEMENT_TEMPLATE,
     CLASSIFICATION_INSTRUCTION,
@@ -67,15 +67,18 @@ def _draw_shapes_task(
     g: Generator,  # random state
 ) -> Split:
     "One shape per picture."
-    shape = _integers((n, 1), len(SHAPES), g)
-    color = _integers((n, 1), len(COLORS), g)
+    shape = random_integers((n, 1), len(SHAPES), g)
+    color = random_integers((n, 1), len(COLORS), g)
     images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
     draw_objects(
         images, torch.ones(n, dtype=torch.long), shape, color, _uniform((n, 1), 9, 17, g), g
     )
     labels = shape[:, 0].tolist()
     return Split(
-        degrade_images(images, 0.5, 0.055, g), [CLASSIFICATION_INSTRUCTION] * n, labels, [SHAPES[i] for i in labels]
+        degrade_images(images, 0.5, 0.055, g),
+        [CLASSIFICATION_INSTRUCTION] * n,
+        labels,
+        [SHAPES[i] for i in labels],
     )
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #4eb61c55
@@ -86,9 +89,9 @@ def _draw_groups(
     # pictures around [0, 1]; (colour, shape) of the objects in each
 ) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     "Up to four small objects per picture."
-    count = fewest + _integers((n,), MAX_OBJECTS + 1 - fewest, g)
-    shape = _integers((n, MAX_OBJECTS), len(SHAPES), g)
-    color = _integers((n, MAX_OBJECTS), len(COLORS), g)
+    count = fewest + random_integers((n,), MAX_OBJECTS + 1 - fewest, g)
+    shape = random_integers((n, MAX_OBJECTS), len(SHAPES), g)
+    color = random_integers((n, MAX_OBJECTS), len(COLORS), g)
     images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
     draw_objects(images, count, shape, color, _uniform((n, MAX_OBJECTS), 4.5, 6.7, g), g)
     return images, [
@@ -117,7 +120,7 @@ def _draw_presence(
 ) -> Split:
     "Two to four objects and a question about one that is there, or that is not."
     images, objects = _draw_groups(n, 2, g)
-    rng = random.Random(int(_integers((), 2**31, g)))
+    rng = random.Random(int(random_integers((), 2**31, g)))
     labels = [i % 2 for i in range(n)]
     asked = [
         rng.choice(there) if label else sample_absent_object(there, rng)
@@ -137,14 +140,16 @@ def _draw_agreement(
     g: Generator,  # random state
 ) -> Split:
     "A coloured letter; half of them have the colour that begins with it."
-    letter = _integers((n,), len(LETTERS), g)
+    letter = random_integers((n,), len(LETTERS), g)
     label = torch.arange(n) % 2
-    color = (letter + (1 - label) * (1 + _integers((n,), len(COLORS) - 1, g))) % len(COLORS)
+    color = (letter + (1 - label) * (1 + random_integers((n,), len(COLORS) - 1, g))) % len(COLORS)
     (images, _) = draw_backgrounds(n, IMAGE_SIZE, g)
     height = _uniform((n,), 21, 43, g)
     bank = load_glyphs()[1]
     x, y = (height / 2 + torch.rand(n, generator=g) * (IMAGE_SIZE - height) for _ in "xy")
-    mask = place_glyphs(bank[letter, _integers((n,), bank.shape[1], g)], height, x, y, IMAGE_SIZE, g)
+    mask = place_glyphs(
+        bank[letter, random_integers((n,), bank.shape[1], g)], height, x, y, IMAGE_SIZE, g
+    )
     alpha_blend(images, torch.arange(n), mask, jitter_colors(color, g))
     semantics = [
         f"{COLORS[c]} letter {LETTERS[i]}" for c, i in zip(color.tolist(), letter.tolist())
@@ -192,11 +197,16 @@ def _digits_splits() -> list[Split]:  # train, valid, test
         n = len(rows)
         images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
         mask = F.pad(strokes[rows], [(IMAGE_SIZE - 26) // 2] * 4)[:, 0]
-        alpha_blend(images, torch.arange(n), mask, jitter_colors(_integers((n,), len(COLORS), g), g))
+        alpha_blend(
+            images, torch.arange(n), mask, jitter_colors(random_integers((n,), len(COLORS), g), g)
+        )
         labels = data.target[rows].tolist()
         splits.append(
             Split(
-                degrade_images(images, 0.5, 0.03, g), [CLASSIFICATION_INSTRUCTION] * n, labels, [DIGITS[i] for i in labels]
+                degrade_images(images, 0.5, 0.03, g),
+                [CLASSIFICATION_INSTRUCTION] * n,
+                labels,
+                [DIGITS[i] for i in labels],
             )
         )
     return splits
@@ -230,7 +240,7 @@ _TASKS = dict(  # name: (how a split is drawn, candidates, metric, description)
 def load_bundled_task(
     name: str,  # one of `task_names()`
 ) -> Task:  # 800 train, 400 valid and 1,000 test pictures (digits: 500, 250 and 1,047)
-    "A task that comes with the package. The same pictures every time."
+    "Load a task that comes with the package, with the same images every time."
     if name not in _TASKS:
         raise KeyError(f"`name` must be one of {', '.join(_TASKS)}; got {name!r}.")
     draw, candidates, metric, description = _TASKS[name]

@@ -48,10 +48,11 @@ def _pkg_resources():
     if missing:
         from importlib.resources import files
 
+        def resource_filename(module: str, path: str) -> str:
+            return str(files(module.rpartition(".")[0]) / path)
+
         sys.modules["pkg_resources"] = ModuleType("pkg_resources")
-        sys.modules["pkg_resources"].resource_filename = lambda module, path: str(
-            files(module.rpartition(".")[0]) / path
-        )
+        sys.modules["pkg_resources"].resource_filename = resource_filename
     try:
         yield
     finally:
@@ -75,13 +76,14 @@ def _library() -> ModuleType:  # imagecorruptions.corruptions
     from skimage.util import random_noise
 
     corruptions.np = _Numpy()
-    corruptions.gaussian = lambda image, sigma, multichannel=False, **how: gaussian(
-        image, sigma, channel_axis=-1 if multichannel else None, **how
-    )
+
+    def blur(image, sigma, multichannel=False, **options):
+        return gaussian(image, sigma, channel_axis=-1 if multichannel else None, **options)
 
     def seeded(image, **how):
         return random_noise(image, rng=corruptions.np.random.randint(2**31), **how)
 
+    corruptions.gaussian = blur
     corruptions.sk = SimpleNamespace(color=color, util=SimpleNamespace(random_noise=seeded))
     return corruptions
 
@@ -115,7 +117,7 @@ def corrupt(
     severity: int = 3,  # 1 to 5
     seed: int | Sequence[int] = 0,  # of everything that is random
 ) -> Image.Image | Tensor:  # of the same kind; its shorter side is 224 pixels at most
-    "A corrupted picture (Hendrycks & Dietterich 2019, by imagecorruptions)."
+    "Corrupt an image (Hendrycks & Dietterich 2019, by imagecorruptions)."
     _check(name, severity), check_type("image", image, (Image.Image, Tensor))
     for number in seed if isinstance(seed, (list, tuple)) else [seed]:
         check_int("seed", number, 0)
@@ -133,7 +135,8 @@ def corrupt(
         )
     if side > _MAX_SHORT_SIDE:
         image = image.resize(
-            [round(length * _MAX_SHORT_SIDE / side) for length in image.size], Image.Resampling.BICUBIC
+            [round(length * _MAX_SHORT_SIDE / side) for length in image.size],
+            Image.Resampling.BICUBIC,
         )
     library = _library()
     library.np.random = np.random.RandomState(np.random.SeedSequence(seed).generate_state(1))
@@ -142,7 +145,7 @@ def corrupt(
 
 # %% ../../nbs/api/tasks/11_corruptions.ipynb #0a9805dc
 class CorruptedImages(Sequence):
-    "Pictures that are corrupted when asked for, each in its own way, always the same."
+    "Corrupt images when they are asked for, each in its own way, always the same."
 
     def __init__(
         self,
@@ -266,7 +269,8 @@ class Corruption:
         clean = task.split(split)
         if self.files is not None:
             bad = shuffle_split(
-                _load_cifar10_c(self.files, self.name, self.severity, clean, task.candidates), self.seed
+                _load_cifar10_c(self.files, self.name, self.severity, clean, task.candidates),
+                self.seed,
             )
         else:
             bad = replace(
@@ -284,7 +288,7 @@ def all_corruptions(
     severities: Iterable[int] = SEVERITIES,  # 1 (faint) to 5
     **more: Any,  # other fields of Corruption: seed, files
 ) -> list[Corruption]:
-    "Several corruptions at several severities."
+    "List corruptions at several severities."
     names = (
         CORRUPTION_GROUPS.get(names, (names,))
         if isinstance(names, str)

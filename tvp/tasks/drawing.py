@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Generator, Tensor
 
-from .._images import _integers
+from .._images import random_integers
 
 # %% ../../nbs/api/tasks/01_drawing.ipynb #966c93bc
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "star", "crescent")
@@ -158,7 +158,7 @@ def _segment_glyph(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #5b444784
 @lru_cache(maxsize=1)
 def load_glyphs() -> tuple[Tensor, Tensor]:  # digits (10, styles, 64, 64), letters (6, styles, 64, 64)
-    "Every digit and letter in every style."
+    "Load every digit and letter in every style."
     import matplotlib
 
     folder = f"{matplotlib.get_data_path()}/fonts/ttf"
@@ -183,7 +183,7 @@ def place_glyphs(
     g: Generator,  # random state for rotation, shear and bending
     bend: float = 0.03,  # elastic bending, as a share of the picture's half side
 ) -> Tensor:  # (n, size, size) coverage in [0, 1]
-    "Glyphs at their places, slightly rotated, sheared and bent."
+    "Place glyphs on images, slightly rotated, sheared and bent."
     n = len(glyph)
     angle = _uniform((n,), -0.25, 0.25, g)
     shear = _uniform((n,), -0.25, 0.25, g)
@@ -209,7 +209,7 @@ def draw_backgrounds(
     size: int,  # side, pixels
     g: Generator,  # random state
 ) -> tuple[Tensor, Tensor]:  # (n, 3, size, size) around [0, 1]; (n,) True where dark
-    "Dark or light backgrounds with a slight tint and gradient."
+    "Draw dark or light backgrounds with a slight tint and gradient."
     dark = torch.rand(n, generator=g) < 0.55
     depth = _uniform((n,), 0, 0.28, g)
     base = torch.where(dark, depth, 1 - depth)[:, None] + _uniform((n, 3), -0.06, 0.06, g)
@@ -223,7 +223,7 @@ def jitter_colors(
     color: Tensor,  # (...) indices into COLORS
     g: Generator,  # random state
 ) -> Tensor:  # (..., 3) in [0, 1]
-    "A shade of each colour."
+    "Draw a shade of each color."
     shade = _COLOR_VALUES[color] + torch.randn(*color.shape, 3, generator=g) * 0.04
     return (shade * _uniform((*color.shape, 1), 0.75, 1, g)).clamp(0, 1)
 
@@ -257,7 +257,7 @@ def alpha_blend(
     mask: Tensor,  # (m, size, size) coverage
     rgb: Tensor,  # (m, 3) colour
 ) -> None:
-    "Lay a colour over pictures where a mask covers them."
+    "Blend a color over images where a mask covers them."
     images[rows] = torch.lerp(
         images[rows], rgb[:, :, None, None].expand_as(images[rows]), mask[:, None]
     )
@@ -286,7 +286,7 @@ def draw_objects(
     g: Generator,  # random state
     patches: Tensor | None = None,  # (n, 2, size / 8, size / 8), changed in place
 ) -> None:
-    "The first `count` objects of each row, at random places and angles."
+    "Draw the first `count` objects of each row, at random positions and angles."
     size = images.shape[-1]
     x, y = _sample_positions(radius, size, g)
     angle = _uniform(shape.shape, -0.25, 0.25, g)
@@ -303,7 +303,7 @@ def draw_objects(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #5995b7a0
 @dataclass
 class Scenes:
-    "Pictures of the small world and what is in them."
+    "Hold images of the small world and what is in them."
 
     images: Tensor  # (n, 3, size, size) uint8
     kind: Tensor  # (n,) OBJECTS, DIGIT or LETTER
@@ -330,7 +330,7 @@ def _draw_glyphs(
     dark: Tensor,  # (n,) True where the background is dark
     g: Generator,  # random state
 ) -> None:
-    "The digit or letter of each scene that has one."
+    "Draw the digit or letter of each scene that has one."
     size = images.shape[-1]
     (digits, letters) = load_glyphs()
     for kind, bank, index, first in (
@@ -339,13 +339,15 @@ def _draw_glyphs(
     ):
         rows = (scenes["kind"] == kind).nonzero()[:, 0]
         n = len(rows)
-        glyph = bank[index[rows], _integers((n,), bank.shape[1], g)]
+        glyph = bank[index[rows], random_integers((n,), bank.shape[1], g)]
         height = _uniform((n,), 0.36 * size, 0.95 * size, g)
         x, y = (height / 2 + torch.rand(n, generator=g) * (size - height) for _ in "xy")
         mask = place_glyphs(glyph, height, x, y, size, g)
         plain = dark[rows, None].float().expand(-1, 3)
         named = jitter_colors(scenes["glyph_color"][rows].clamp(min=0), g)
-        alpha_blend(images, rows, mask, torch.where(scenes["glyph_color"][rows, None] < 0, plain, named))
+        alpha_blend(
+            images, rows, mask, torch.where(scenes["glyph_color"][rows, None] < 0, plain, named)
+        )
         _label_patches(
             scenes["patches"], rows, mask, first + index[rows], 1 + scenes["glyph_color"][rows]
         )
@@ -369,17 +371,17 @@ def draw_scenes(
     size: int = 48,  # side of the pictures, pixels
     seed: int = 0,  # the same seed draws the same scenes
 ) -> Scenes:  # n scenes
-    "Scenes of the small world: half objects, a quarter digits, a quarter letters."
+    "Draw scenes of the small world: half objects, a quarter digits, a quarter letters."
     g = Generator().manual_seed(seed)
     kind = torch.multinomial(torch.tensor([0.5, 0.25, 0.25]), n, True, generator=g)
     count = torch.where(
-        torch.rand(n, generator=g) < 0.3, 1, 1 + _integers((n,), MAX_OBJECTS, g)
+        torch.rand(n, generator=g) < 0.3, 1, 1 + random_integers((n,), MAX_OBJECTS, g)
     ) * (kind == OBJECTS)
-    shape = _integers((n, MAX_OBJECTS), len(SHAPES), g)
-    color = _integers((n, MAX_OBJECTS), len(COLORS), g)
-    digit = _integers((n,), 10, g)
-    letter = _integers((n,), len(LETTERS), g)
-    glyph_color = _integers((n,), len(COLORS), g)
+    shape = random_integers((n, MAX_OBJECTS), len(SHAPES), g)
+    color = random_integers((n, MAX_OBJECTS), len(COLORS), g)
+    digit = random_integers((n,), 10, g)
+    letter = random_integers((n,), len(LETTERS), g)
+    glyph_color = random_integers((n,), len(COLORS), g)
     glyph_color = torch.where(
         (kind == LETTER) & (torch.rand(n, generator=g) < 0.4), letter, glyph_color
     )
@@ -416,7 +418,7 @@ def describe_scene(
     scenes: Scenes,  # a batch of scenes
     i: int,  # which
 ) -> tuple:  # (kind, [(colour, shape), ...], digit, letter, glyph colour or None), in words
-    "One scene in words."
+    "Describe one scene in words."
     objects = [
         (COLORS[c], SHAPES[s])
         for c, s in zip(
@@ -437,7 +439,8 @@ def sample_absent_object(
     objects: list[tuple[str, str]],  # (colour, shape) of what is there
     rng: random.Random,  # random state
 ) -> tuple[str, str]:  # (colour, shape)
-    "An object that is not there; half of the time it shares a colour or a shape with one that is."
+    """Sample an object that is not there; half of the time it shares a color or shape with one that
+    is."""
     while True:
         color = rng.choice(COLORS)
         shape = rng.choice(SHAPES)
@@ -455,7 +458,7 @@ def _ask_objects(
     objects: list[tuple[str, str]],  # (colour, shape) of what is there
     rng: random.Random,  # random state
 ) -> tuple[str, str]:  # instruction, answer
-    "A question about objects."
+    "Sample a question about objects."
     u = rng.random()
     (color, shape) = rng.choice(objects)
     shapes = [s for _, s in objects]
@@ -486,7 +489,7 @@ def sample_question(
     scene: tuple,  # from `describe_scene`
     rng: random.Random,  # random state
 ) -> tuple[str, str]:  # instruction, answer
-    "Something one can ask about a scene, and the true answer."
+    "Sample a question about a scene, and the true answer."
     kind, objects, digit, letter, color = scene
     if kind == OBJECTS:
         return _ask_objects(objects, rng)
@@ -513,7 +516,7 @@ def sample_caption(
     scene: tuple,  # from `describe_scene`
     rng: random.Random,  # random state
 ) -> str:  # a noun phrase: what is in the picture
-    "What a scene shows, as one would write it under a photograph of a ..."
+    "Sample a caption of a scene, as it would stand after *a photo of a*."
     kind, objects, digit, letter, color = scene
     if kind == DIGIT:
         return f"{color} {digit}" if color and rng.random() < 0.3 else digit
@@ -529,7 +532,7 @@ def sample_caption(
 def count_phrase(
     count: int,  # how many objects
 ) -> str:  # a noun phrase
-    "A number of objects, in words that fit after *a photo of a*."
+    "Format a number of objects in words that fit after *a photo of a*."
     return "single object" if count == 1 else f"group of {count} objects"
 
 # %% ../../nbs/api/tasks/01_drawing.ipynb #644e535c
@@ -569,15 +572,16 @@ def add_random_frames(
     g: Generator,  # random state
     share: float = 0.5,  # of the pictures that get a frame
 ) -> Tensor:  # (n, 3, size, size) in [0, 1]; the framed ones come first
-    "Shrink a share of the pictures and put them into frames of many kinds."
+    "Shrink a share of the images and put them into frames of many kinds."
     n = int(len(images) * share)
     size = images.shape[-1]
     out = images.clone()
     out[:n] = _sample_frames(images[:n], g)
     for rows in torch.arange(n).chunk(4):
-        inner = int(_integers((), size * 5 // 16, g)) + size * 5 // 8  # 5/8 of the side and more
+        # 5/8 of the side and more
+        inner = int(random_integers((), size * 5 // 16, g)) + size * 5 // 8
         small = F.interpolate(images[rows], size=(inner, inner), mode="bilinear", antialias=True)
-        top, left = (int(v) for v in _integers((2,), size - inner + 1, g))
+        top, left = (int(v) for v in random_integers((2,), size - inner + 1, g))
         if torch.rand((), generator=g) < 0.5:
             top = left = (size - inner) // 2
         out[rows, :, top : top + inner, left : left + inner] = small

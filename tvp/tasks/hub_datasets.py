@@ -20,7 +20,7 @@ from .._images import LazyImages, is_hidden
 # %% ../../nbs/api/tasks/06_hub_datasets.ipynb #9cc657fc
 @dataclass(frozen=True)
 class HubDatasetSpec:
-    "Where a data set lies on the hub and what it holds there."
+    "Describe where a data set is on the hub and what it holds there."
 
     hub: str  # id of the data set
     files: Mapping[str, str]  # split -> pattern of its parquet files
@@ -34,7 +34,7 @@ class HubDatasetSpec:
 def feature_kind(
     feature: Any,  # of a `datasets.Features`
 ) -> str:  # "image", "class 10", "string", "int", "list", or the feature itself as text
-    "A column's kind, in the words of `Source.columns`."
+    "Name a column's kind, in the words of `HubDatasetSpec.columns`."
     from datasets import ClassLabel, Image, List, Value
 
     if isinstance(feature, Image):
@@ -67,11 +67,13 @@ def _check_datasets(
         rows = len(tables[split])
         features = tables[split].features
         if rows == 0 or rows > expected or (whole and rows != expected):
+            advice = "Point `data_dir` to one variant"
+            if whole:
+                advice = "Delete it to fetch it again, or name another `revision`"
             raise ValueError(
                 f"{where}: the split {split!r} must have {expected:,} rows, got {rows:,}. This "
-                "is another version of the data set, a part of it, or "
-                "several of its variants in one. "
-                f"{'Delete it to fetch it again, or name another `revision`' if whole else 'Point `data_dir` to one variant'}."
+                "is another version of the data set, a part of it, or several of its variants in "
+                f"one. {advice}."
             )
         for column, kind in source.columns.items():
             if column not in features:
@@ -229,8 +231,9 @@ def load_from_sources(
     task: str,  # for messages
     sources: Sequence[HubDatasetSpec],  # tried in turn where the hub does not have one
     data_dir: str | Path | None = None,  # a local copy; None: the hub
-) -> tuple[dict[str, Any], HubDatasetSpec, str]:  # split -> Dataset; the source it is; where it comes from
-    "A public data set, checked."
+    # split -> Dataset; the source it is; where it comes from
+) -> tuple[dict[str, Any], HubDatasetSpec, str]:
+    "Load a public data set, checked."
     if data_dir is not None:
         return _load_local_copy(task, sources, data_dir)
     missing = []
@@ -311,7 +314,7 @@ def load_first_rows(
     data_dir: str | Path | None = None,  # a local copy; None: the hub
     # split -> Dataset of encoded pictures; the source; where it comes from
 ) -> tuple[dict[str, Any], HubDatasetSpec, str]:
-    "The first rows of each split, without the rest."
+    "Load the first rows of each split, without the rest."
     from datasets import Dataset, Image, load_dataset
 
     if data_dir is None and (reason := _hub_unavailable_reason(task, source)):
@@ -385,7 +388,7 @@ def label_column(
     column: str,  # its classes
     where: str,  # for messages
 ) -> tuple[list[str], dict[str, list[int]]]:  # names of the classes; split -> label of each row
-    "A column of classes: their names, and a number for each row."
+    "Read a column of classes: their names, and an index for each row."
     features = {split: table.features[column] for split, table in tables.items()}
     values = {split: list(table.with_format(None)[column]) for split, table in tables.items()}
     kinds = {feature_kind(feature).split()[0] for feature in features.values()}

@@ -10,6 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .bundled import load_bundled_task
+from .custom import load_custom_task
+from .paper_datasets import list_paper_tasks, load_paper_task
 from .task import Task
 
 # %% ../../nbs/api/tasks/10_loading.ipynb #7481a7fb
@@ -17,8 +20,8 @@ _BUNDLED_TASKS = ("shapes", "digits", "counting", "presence", "agreement")
 
 
 def task_names() -> list[str]:
-    """Tasks that come with the package. `tvp.tasks.paper_datasets.list_paper_tasks()` are those whose
-    pictures come from elsewhere."""
+    """List the tasks that come with the package; `tvp.tasks.paper_datasets.list_paper_tasks()` lists
+    those whose images come from elsewhere."""
     return list(_BUNDLED_TASKS)
 
 # %% ../../nbs/api/tasks/10_loading.ipynb #8a65ca7b
@@ -28,17 +31,16 @@ def load_task(
     name: Any,
     /,
     data_dir: str | Path | None = None,  # where a public data set lies; None: the Hugging Face hub
-    **options,  # passed on to `tvp.tasks.paper_datasets.load_paper_task` or `tvp.tasks.custom.load_custom_task`
+    # passed on to `tvp.tasks.paper_datasets.load_paper_task` or `tvp.tasks.custom.load_custom_task`
+    **options,
 ) -> Task:
-    "A task by its name, or from your own pictures."
+    "Load a task by its name, or from your own images."
     if isinstance(name, str) and name in task_names():
         if options or data_dir:
             raise TypeError(
                 f"the task {name!r} comes with the package and takes no "
                 f"{', '.join([*options] + ['data_dir'] * bool(data_dir))}."
             )
-        from tvp.tasks.bundled import load_bundled_task
-
         return load_bundled_task(name)
     if not isinstance(name, str):
         if data_dir:
@@ -46,11 +48,7 @@ def load_task(
                 "`data_dir` belongs to a public data set; your own data comes as a Path or a "
                 "Dataset alone."
             )
-        from tvp.tasks.custom import load_custom_task
-
         return load_custom_task(name, **options)
-    from tvp.tasks.paper_datasets import list_paper_tasks, load_paper_task
-
     # "pope-random" is one of three in "pope"
     if name.partition("-")[0] in list_paper_tasks():
         return load_paper_task(name, data_dir, **options)

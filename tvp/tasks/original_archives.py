@@ -27,7 +27,7 @@ from .task import Split
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #ac4065fa
 @dataclass(frozen=True)
 class RawTask:
-    "Pictures with questions and answers, before validation pictures are set aside."
+    "Hold images with questions and answers, before validation images are set aside."
 
     candidates: Sequence[str]  # the possible answers
     train: Split  # to learn from and to validate with
@@ -41,7 +41,7 @@ def images_from_files(
     paths: Sequence[Path],  # of pictures
     name: str,  # of the list they come from, for messages
 ) -> LazyImages:
-    "Pictures in files, all of which exist."
+    "Make a sequence of image files, all of which exist."
     folders = {path.parent for path in paths}
     there = {
         folder: set(os.listdir(folder)) if os.path.isdir(folder) else set() for folder in folders
@@ -61,8 +61,13 @@ def classification_split(
     labels: Sequence[int],  # one for each picture
     names: Sequence[str],  # of the classes
 ) -> Split:
-    "A recognition task's pictures with the paper's instruction; TSE is told the class."
-    return Split(pictures, [CLASSIFICATION_INSTRUCTION] * len(labels), list(labels), [names[i] for i in labels])
+    "Make a split of a recognition task, with the paper's instruction; TSE gets the class."
+    return Split(
+        pictures,
+        [CLASSIFICATION_INSTRUCTION] * len(labels),
+        list(labels),
+        [names[i] for i in labels],
+    )
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #fe79b16b
 def _read_clevr_scenes(
@@ -84,7 +89,7 @@ def counting_split(
     counts: Sequence[int],  # objects in each picture
     candidates: Sequence[int],  # the numbers that are possible
 ) -> Split:
-    "Questions for the number of objects, answered by one of the candidates."
+    "Make a split of questions for the number of objects."
     wrong = [(row, n) for row, n in enumerate(counts) if n not in candidates]
     if wrong:
         raise ValueError(
@@ -106,7 +111,7 @@ def load_clevr_archive(
     counts: Iterable[int] = range(3, 11),  # the numbers that are possible
     test: str = "val",  # split to test on
 ) -> RawTask:
-    "CLEVR counting from the official archive."
+    "Load CLEVR counting from the official archive."
     folder = Path(folder).expanduser()
     candidates = list(counts)
     if not (folder / "scenes").is_dir() and (folder / "CLEVR_v1.0").is_dir():
@@ -114,7 +119,9 @@ def load_clevr_archive(
     splits = []
     for split in ("train", test):
         paths, numbers = _read_clevr_scenes(folder, split)
-        splits.append(counting_split(images_from_files(paths, f"CLEVR {split}"), numbers, candidates))
+        splits.append(
+            counting_split(images_from_files(paths, f"CLEVR {split}"), numbers, candidates)
+        )
     return RawTask([str(n) for n in candidates], *splits, f"CLEVR_v1.0, tested on {test}")
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #8f5f138b
@@ -192,7 +199,7 @@ def parse_yes_no_labels(
     answers: Sequence[Any],  # "yes" or "no", or 1 or 0
     name: str,  # of the list, for messages
 ) -> list[int]:  # 1 for yes
-    "Labels of yes/no answers; anything else is named by its row."
+    "Parse yes/no answers; anything else is named by its row."
     numbers = {"yes": 1, "no": 0, "1": 1, "0": 0}
     labels = [numbers.get(str(answer).strip().lower().removesuffix(".0")) for answer in answers]
     wrong = [row for row, label in enumerate(labels) if label is None]
@@ -210,7 +217,7 @@ def yes_no_split(
     questions: Sequence[str],
     labels: Sequence[int],  # 1 for yes
 ) -> Split:
-    "Questions for objects, as a split."
+    "Make a split of yes/no questions."
     there = _objects_by_image(images, questions, labels)
     return Split(pictures, list(questions), list(labels), [there[image] for image in images])
 
@@ -220,7 +227,7 @@ def group_split_indices(
     share: float,  # of the pictures that go into the second part
     seed: int,  # of the draw
 ) -> tuple[list[int], list[int]]:  # rows of the first and of the second part
-    "Divide rows so that no picture is in both parts."
+    "Divide rows so that no image is in both parts."
     names = sorted(set(images))
     chosen = set(
         np.random.default_rng(seed).permutation(names)[: round(share * len(names))].tolist()
@@ -242,7 +249,7 @@ def split_by_image(
     place: str,  # where they come from
     seed: int,  # of the division
 ) -> RawTask:
-    "Yes/no questions: half of the pictures to learn from, the other half to test on."
+    "Divide yes/no questions: half of the images to learn from, the other half to test on."
     rows = group_split_indices(images, 0.5, seed)
     return RawTask(
         ("no", "yes"),
@@ -276,7 +283,7 @@ def load_pope_archive(
     train_file: str | Path | None = None,
     seed: int = 0,  # of the division
 ) -> RawTask:
-    "POPE from the official question files and a folder of COCO pictures."
+    "Load POPE from the official question files and a folder of COCO images."
     folder = Path(folder).expanduser()
     coco = (
         Path(coco_dir).expanduser()
@@ -319,7 +326,7 @@ def load_hateful_memes_archive(
     folder: str | Path,  # holds train.jsonl, the test file and img
     test_file: str | None = None,  # None: the first of test_seen.jsonl, dev_seen.jsonl, dev.jsonl
 ) -> RawTask:
-    "Hateful Memes from the official folder."
+    "Load Hateful Memes from the official folder."
     folder = Path(folder).expanduser()
     known = [test_file] if test_file else ["test_seen.jsonl", "dev_seen.jsonl", "dev.jsonl"]
     known = [os.path.expanduser(name) for name in known]
@@ -410,7 +417,7 @@ def load_listed_archive(
     task: str,  # a key of LISTS, or "imagenette"
     folder: str | Path,  # the unpacked archive
 ) -> RawTask | None:  # None: the folder has another layout
-    "A recognition task from the authors' archive."
+    "Load a recognition task from the authors' archive."
     parts = _read_file_lists(task, Path(folder).expanduser())
     if parts is None:
         return None

@@ -163,7 +163,7 @@ DATASET_SPECS |= {
 # %% ../../nbs/api/tasks/08_paper_datasets.ipynb #4eb4e98b
 @dataclass(frozen=True)
 class PaperTaskSpec:
-    "How one of the ten data sets becomes a task."
+    "Describe how one of the ten data sets becomes a task."
 
     # (name, data_dir, sources, seed, **options) -> candidates, pictures to learn from, pictures to
     # test on
@@ -322,11 +322,17 @@ def _load_hateful_memes(
 
 # %% ../../nbs/api/tasks/08_paper_datasets.ipynb #2aab8d02
 PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
-    "cifar10": PaperTaskSpec(_load_classification, "Ten kinds of things, 32 x 32 pixels.", flip=True),
-    "cifar100": PaperTaskSpec(_load_classification, "A hundred kinds of things, 32 x 32 pixels.", flip=True),
+    "cifar10": PaperTaskSpec(
+        _load_classification, "Ten kinds of things, 32 x 32 pixels.", flip=True
+    ),
+    "cifar100": PaperTaskSpec(
+        _load_classification, "A hundred kinds of things, 32 x 32 pixels.", flip=True
+    ),
     "svhn": PaperTaskSpec(_load_classification, "House numbers: which digit is in the middle?"),
     "imagenette": PaperTaskSpec(
-        _load_classification, "Ten easy classes of ImageNet, 320 pixels on the shorter side.", flip=True
+        _load_classification,
+        "Ten easy classes of ImageNet, 320 pixels on the shorter side.",
+        flip=True,
     ),
     "pets": PaperTaskSpec(_load_classification, "Thirty-seven breeds of cats and dogs.", flip=True),
     "aircraft": PaperTaskSpec(
@@ -351,12 +357,12 @@ PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
 
 
 def list_paper_tasks() -> list[str]:
-    "Tasks whose pictures come from the hub or from `data_dir`."
+    "List the tasks whose images come from the hub or from `data_dir`."
     return list(PUBLIC_TASKS)
 
 # %% ../../nbs/api/tasks/08_paper_datasets.ipynb #b160052d
 def paper_tasks_frame() -> pd.DataFrame:  # task, hub, revision, rows, columns, metric, fit, flip
-    "Everything that is known of the ten, a row for each place that has one."
+    "Tabulate the ten data sets, a row for each place that has one."
     rows = [
         dict(
             task=name,
@@ -369,7 +375,9 @@ def paper_tasks_frame() -> pd.DataFrame:  # task, hub, revision, rows, columns, 
             flip=task.flip,
         )
         for name, task in PUBLIC_TASKS.items()
-        for source in DATASET_SPECS.get(name, [HubDatasetSpec("(official folder only)", {}, {}, {})])
+        for source in DATASET_SPECS.get(
+            name, [HubDatasetSpec("(official folder only)", {}, {}, {})]
+        )
     ]
     return pd.DataFrame(rows).set_index("task")
 
@@ -379,7 +387,11 @@ def _overridden(
     options: dict[str, Any],  # of `load_paper_task`; fields of Source are taken out
 ) -> Sequence[HubDatasetSpec]:
     "The table's sources, or the first one with other values."
-    own = {field.name: options.pop(field.name) for field in fields(HubDatasetSpec) if field.name in options}
+    own = {
+        field.name: options.pop(field.name)
+        for field in fields(HubDatasetSpec)
+        if field.name in options
+    }
     sources = DATASET_SPECS.get(name, ())
     if own and not sources:
         raise TypeError(f"{name} has no data set on the hub, so it takes no {', '.join(own)}.")
@@ -405,11 +417,12 @@ def load_paper_task(
     data_dir: str | Path | None = None,  # a folder with the same data; None: the hub
     valid: float = 0.1,  # part of the training pictures that becomes the validation split
     seed: int = 0,  # of all draws: validation pictures, order
-    # fields of `HubDatasetSpec`: hub, revision, files, ...; and options of the task's reader: subset,
+    # fields of `HubDatasetSpec`: hub, revision, files, ...; and options of the task's reader:
+    # subset,
     # stream, counts, ...
     **options,
 ) -> Task:
-    "One of the paper's ten data sets as a task."
+    "Load one of the paper's ten data sets as a task."
     if name.startswith("pope-"):
         name, options["subset"] = "pope", name.removeprefix("pope-")
     if name not in PUBLIC_TASKS:

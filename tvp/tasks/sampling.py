@@ -51,7 +51,7 @@ def make_few_shot_task(
     take: int | float,
     seed: int = 0,  # of the draw
 ) -> Task:  # with fewer training pictures; validation and test are untouched
-    "The same task with a stratified sample of its training pictures."
+    "Make the same task with a stratified sample of its training images."
     rows = _stratified_indices(task.train.labels, take, seed)
     what = (
         f"{take} training pictures of each class"
@@ -70,7 +70,7 @@ def holdout_indices(
     share: float,  # of each class that is set aside, in (0, 1)
     seed: int = 0,  # of the draw
 ) -> list[int]:  # row numbers, sorted
-    "Which rows to set aside, stratified; of a class with a single row none."
+    "Choose rows to set aside, stratified; of a class with a single row none."
     if not 0 < share < 1:
         raise ValueError(f"`share` must be in (0, 1), got {share!r}. Try 0.1.")
     labels = np.asarray(labels)
@@ -102,5 +102,5 @@ def shuffle_split(
     split: Split,
     seed: int = 0,  # of the order
 ) -> Split:
-    "The same rows in a fixed random order, so that any first part is a fair sample."
+    "Shuffle the rows in a fixed order, so that any first part is a fair sample."
     return split.select(np.random.default_rng(seed).permutation(len(split)).tolist())

@@ -34,7 +34,7 @@ from .._validation import check_int, check_type
 from ..models.adapters import Mllm
 from ..models.torch_settings import torch_settings
 from ..prompts.serialization import MAX_ADJUSTMENT
-from ..prompts.visual_prompt import VisualPrompt, compose_on_canvas
+from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Batch, Task
 from .ensembles import ensemble_weights
 from tvp.training.guards import (
@@ -269,7 +269,7 @@ def compute_losses(
 ) -> tuple[Tensor, Tensor]:
     "Compose, encode, weigh."
     clean = learner.prompt.canvas(batch.images).to(learner.device, non_blocking=True)
-    prompted = compose_on_canvas(learner.prompt, clean)
+    prompted = learner.prompt.compose(clean)
     if view is not None:
         clean, prompted = _transform_pair(view, learner.prompt.generator, clean, prompted)
     # the one encode with gradient

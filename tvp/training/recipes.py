@@ -32,7 +32,7 @@ class Recipe:
     "How one method trains a prompt."
 
     name: str  # VP, EVP, TVP or TVP-lens
-    kind: str  # of the prompt: "border", "overlay", ...; see tvp.prompts.visual_prompt.PROMPT_KINDS
+    kind: str  # of the prompt: "border", "overlay", ...; see tvp.prompts.pixel_ops.PROMPT_KINDS
     lr: float  # learning rate: for a normalised gradient the length of a step
     epochs: int  # passes over the train split
     batch_size: int = 16  # pictures per update
@@ -42,8 +42,8 @@ class Recipe:
     fca: float = 0.0  # weight of Feature Consistency Alignment
     tse: float = 0.0  # weight of Task Semantics Enrichment
     augment: bool = False  # random crops and flips, as far as the task allows
-    range: str = "free"  # of the prompt's pixels: "free", "unit" or "uint8"; see tvp.prompts.visual_prompt.PIXEL_RANGES
-    # what of the picture itself is learned, too; see tvp.prompts.visual_prompt.IMAGE_ADJUSTMENTS
+    range: str = "free"  # of the prompt's pixels: "free", "unit" or "uint8"; see tvp.prompts.pixel_ops.PIXEL_RANGES
+    # what of the picture itself is learned, too; see tvp.prompts.pixel_ops.IMAGE_ADJUSTMENTS
     adjust: tuple[str, ...] = ()
     # learning rate of that: the length of its common step where the gradient is normalised
     adjust_lr: float = 0.02

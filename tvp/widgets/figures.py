@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from ..plotting.figures import METHOD_COLORS, method_style, plot_prompt
-from ..prompts.visual_prompt import render_delta
 from ..training.learner import history_frame
 from tvp.widgets.monitor import (
     TrainingMonitor,
@@ -76,7 +75,7 @@ def _draw_prompt(
     "Draw the prompt so far, and its power spectrum."
     prompt = training.prompt
     (left, right) = figure.subplots(1, 2, gridspec_kw=_AXES_LAYOUT["prompt"])
-    shown = render_delta(prompt).detach()
+    shown = prompt.render_delta().detach()
     words = "\n".join(text.replace(" ", "\n", 1) for text in adjustment_labels(prompt))
     plot_prompt(prompt, left)
     left.set_title(f"prompt, values {shown.min():.2f} to {shown.max():.2f}", loc="left", fontsize=9)

@@ -22,7 +22,7 @@ from ..evaluation.runs import TransferRun, target_group
 from ..evaluation.scoring import CachedTask
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
-from ..prompts.visual_prompt import VisualPrompt, adjustment_values, render_delta
+from ..prompts.visual_prompt import VisualPrompt
 from ..training.learner import Learner, StepRecord
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #4e208465
@@ -262,7 +262,7 @@ def adjustment_labels(
     "Say what a prompt does to the image itself by now; no -0.00."
     return [
         f"{name} {', '.join(f'{round(value, 2) + 0:.2f}' for value in values)}"
-        for name, values in adjustment_values(prompt).items()
+        for name, values in prompt.adjustment_values().items()
     ]
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #fd13c317
@@ -271,5 +271,5 @@ def prompt_spectrum(
     # one entry is one cycle per canvas; frequency zero is at [size // 2, size // 2]
 ) -> Tensor:  # (size, size) power, >= 0
     "Compute the power spectrum of what the prompt adds, averaged over the colors."
-    shown = render_delta(prompt).detach().float().cpu()
+    shown = prompt.render_delta().detach().float().cpu()
     return torch.fft.fftshift(torch.fft.fft2(shown, norm="ortho").abs().square().mean(0))
