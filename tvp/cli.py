@@ -496,16 +496,15 @@ def _command_demo(args: argparse.Namespace) -> None:
     task = _task(args.task)
     zoo = _zoo(args.source)
     from tvp._formatting import format_duration
-    from tvp.experiments.demo import run_demo, save_demo
-    from tvp.experiments.report import summary_sentences
+    from tvp.experiments.demo import run_demo
 
     command = f"tvp demo --task {task.name} --source {args.source} --seeds {args.seeds}"
     with _alone(args, _output_folder) as folder:
         print(f"{task.name}: {task.description}")
         demo = run_demo(zoo, task, args.source, seeds=range(args.seeds), say=_say, parts=args.kept)
-        print("", demo.results.table(), "", *summary_sentences(demo.results), "", sep="\n", flush=True)
+        print("", demo.results.table(), "", *demo.results.sentences(), "", sep="\n", flush=True)
         facts = {"command": command} | ({"peak memory": peak} if (peak := _peak_memory()) else {})
-        files = save_demo(demo, folder, facts)
+        files = demo.save(folder, facts)
         print(
             f"{format_duration(demo.seconds['all together'])}. Written to {folder}: "
             f"{', '.join(file.name for file in files)}"

@@ -32,8 +32,7 @@ from .._files import check_path, write_atomic
 from .._formatting import format_duration, package_versions
 from .._loading import check_fields, parse_json
 from .._markup import Markdown, markdown_code, render, visible
-from ..evaluation.transfer import TransferResults
-from ..experiments.report import caveats
+from ..evaluation.results import TransferResults
 from .png import save_png
 from tvp.prompts.serialization import (
     MAX_METADATA_CHARS,
@@ -182,7 +181,7 @@ def _limitations(
         else []
     )
     said = [picture[prompt.range], *own] + (
-        caveats(results)
+        results.caveats()
         if results
         else ["It comes without measurements: whom it helps and whom it harms is not known."]
     )

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from ..plotting.figures import METHOD_COLORS, method_style, plot_prompt
+from ..plotting.style import METHOD_COLORS, method_style
+from ..plotting.prompts import plot_prompt
 from ..prompts.visual_prompt import render_delta
 from ..training.learner import history_frame
 from tvp.widgets.monitor import (

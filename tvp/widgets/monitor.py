@@ -19,7 +19,7 @@ from torch import Tensor
 from .._images import resize_images
 from .._validation import check_sequence, parse_source_names
 from ..evaluation.metrics import compute_metric
-from ..evaluation.runs import TransferRun, target_group
+from ..evaluation.runs import TransferRun
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt, adjustment_values, render_delta
@@ -196,16 +196,14 @@ def _evaluate_model(
 def _model_group(
     training: TrainingMonitor,
     name: str,  # of a model
-) -> str:  # one of tvp.plotting.figures.TARGET_GROUPS
+) -> str:  # one of tvp.plotting.style.TARGET_GROUPS
     "A source, an unseen model on its tower, or one on another tower."
     tower = getattr(training.zoo, "tower", lambda name: None)
     towers = {model: tower(model) for model in (name, *parse_source_names(training.source))}
-    return target_group(
-        TransferRun(
-            training.task.name, training.source, 0, training.task.metric, np.zeros(0), {}, towers
-        ),
-        name,
+    run = TransferRun(
+        training.task.name, training.source, 0, training.task.metric, np.zeros(0), {}, towers
     )
+    return run.target_group(name)
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #57dee395
 def _scores_frame(
