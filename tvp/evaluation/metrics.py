@@ -21,7 +21,7 @@ def _as_array(
     name: str,  # of the parameter
     values: Any,  # tensor, array or list of numbers
 ) -> np.ndarray:  # of the same shape, on the CPU
-    "Numbers as an array."
+    "Return numbers as an array."
     if hasattr(values, "detach"):
         values = (
             (values.detach().double() if values.is_floating_point() else values.detach())
@@ -42,7 +42,7 @@ def _as_array(
 def as_scores(
     scores: Any,  # (n, N) tensor or array, mean log-likelihood of each candidate
 ) -> np.ndarray:  # (n, N) float64
-    "`scores` as a checked float array on the CPU."
+    "Check `scores`, and return them as a float array on the CPU."
     scores = _as_array("scores", scores).astype(np.float64, copy=False)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(
@@ -63,7 +63,7 @@ def as_labels(
     labels: Any,  # (n,) tensor, array or list of candidate numbers
     scores: np.ndarray,  # (n, N), to check against
 ) -> np.ndarray:  # (n,) int64
-    "`labels` as whole numbers that fit `scores`."
+    "Check that `labels` are whole numbers that fit `scores`, and return them."
     labels = _as_array("labels", labels)
     if labels.shape != scores.shape[:1]:
         raise ValueError(
@@ -81,7 +81,7 @@ def as_labels(
 def predictions(
     scores: Any,  # (n, N) mean log-likelihoods
 ) -> np.ndarray:  # (n,) number of the best candidate; of tied ones the first
-    "The answer a model gives by ranking: the candidate with the highest score."
+    "Return the answer a model gives by ranking: the candidate with the highest score."
     return as_scores(scores).argmax(1)
 
 # %% ../../nbs/api/evaluation/01_metrics.ipynb #4a16f05e
@@ -89,7 +89,7 @@ def is_correct(
     scores: Any,  # (n, N) mean log-likelihoods
     labels: Any,  # (n,) number of the right candidate
 ) -> np.ndarray:  # (n,) bool
-    "Which pictures are answered correctly."
+    "Tell which images are answered correctly."
     scores = as_scores(scores)
     return predictions(scores) == as_labels(labels, scores)
 
@@ -98,7 +98,7 @@ def accuracy(
     scores: Any,  # (n, N) mean log-likelihoods
     labels: Any,  # (n,) number of the right candidate
 ) -> float:  # share of correct answers, 0 to 1
-    "Top-1 accuracy by ranking (Zhang et al. 2024)."
+    "Compute top-1 accuracy by ranking (Zhang et al. 2024)."
     return float(is_correct(scores, labels).mean())
 
 # %% ../../nbs/api/evaluation/01_metrics.ipynb #4b5a7b8d
@@ -107,7 +107,7 @@ def top_k_accuracy(
     labels: Any,  # (n,) number of the right candidate
     k: int = 5,  # how near the top, 1 to N
 ) -> float:  # share of pictures whose right candidate is among the k best, 0 to 1
-    "Top-k accuracy by ranking."
+    "Compute top-k accuracy by ranking."
     scores = as_scores(scores)
     labels = as_labels(labels, scores)
     check_int("k", k, 1, scores.shape[1], "There are no more candidates.")
@@ -162,7 +162,7 @@ def binary_metrics_from_scores(
     scores: Any,  # (n, 2) mean log-likelihoods of "no" and "yes", in this order
     labels: Any,  # (n,) 1 for yes, 0 for no
 ) -> dict[str, float]:  # accuracy, precision, recall, f1, yes_ratio
-    "POPE's numbers by ranking `['no', 'yes']`."
+    "Compute POPE's metrics by ranking `['no', 'yes']`."
     scores = as_scores(scores)
     labels = as_labels(labels, scores)
     return _yes_no_metrics(scores, labels)
@@ -182,7 +182,7 @@ def _yes_no_margin(
     # (n, 2) mean log-likelihoods of "no" and "yes"; or (n,) any score that grows with "yes"
     scores: Any,
 ) -> np.ndarray:  # (n,) larger means "yes"
-    "By how much each picture is more `yes` than `no`."
+    "Compute by how much each image is more `yes` than `no`."
     scores = _as_array("scores", scores).astype(np.float64)
     if scores.ndim == 1:
         scores = np.stack([np.zeros_like(scores), scores], 1)
@@ -202,7 +202,7 @@ def auroc(
     scores: Any,  # (n, 2) mean log-likelihoods of "no" and "yes"; or (n,) margins
     labels: Any,  # (n,) 1 for yes, 0 for no, both present
 ) -> float:  # 0 to 1, 0.5 by chance
-    "Area under the ROC curve, the metric of Hateful Memes (Kiela et al. 2020)."
+    "Compute the area under the ROC curve, Hateful Memes' metric (Kiela et al. 2020)."
     margin = _yes_no_margin(scores)
     return _auroc(margin, as_labels(labels, np.zeros((len(margin), 2))))
 
@@ -273,7 +273,7 @@ def bootstrap_interval(
     seed: int = 0,  # of the draws
     level: float = 0.95,  # share of the draws inside the interval
 ) -> tuple[float, float, float]:  # gain, low, high
-    "Paired bootstrap of the gain, over pictures (Efron & Tibshirani 1993, percentile interval)."
+    "Bootstrap the gain, paired over images (Efron & Tibshirani 1993, percentile interval)."
     _check_bootstrap_options(n, seed, level)
     clean = _as_array("clean", clean).astype(np.float64)
     prompted = _as_array("prompted", prompted).astype(np.float64)
@@ -341,12 +341,11 @@ def bootstrap_gain(
     labels: Any,  # (n,) number of the right candidate
     seed: int = 0,  # of the draws
 ) -> tuple[float, float, float]:  # gain (mean over the k), low, high: 95 % interval
-    "Gain in the headline number with its paired bootstrap interval."
+    "Compute the gain in the headline metric with its paired bootstrap interval."
     if check_choice("metric", metric, METRICS) == "auroc":
         clean = [as_scores(scores) for scores in clean]
         prompted = [as_scores(scores) for scores in prompted]
         return bootstrap_auroc(clean, prompted, as_labels(labels, clean[0]), seed=seed)
-    clean, prompted = (
-        np.mean([is_correct(s, labels) for s in group], axis=0) for group in (clean, prompted)
-    )
+    clean = np.mean([is_correct(scores, labels) for scores in clean], axis=0)
+    prompted = np.mean([is_correct(scores, labels) for scores in prompted], axis=0)
     return bootstrap_interval(clean, prompted, seed=seed)

@@ -213,9 +213,7 @@ class TransferResults:
 
     @cached_property
     def _target_rows(self) -> list[list[dict[str, Any]]]:
-        return [
-            runs[0].rows if len(runs) == 1 else rows_by_target(runs) for runs in self._blocks
-        ]
+        return [runs[0].rows if len(runs) == 1 else rows_by_target(runs) for runs in self._blocks]
 
     @cached_property
     def _group_rows(self) -> list[list[dict[str, Any]]]:
@@ -279,7 +277,8 @@ class TransferResults:
         if len(tasks) > 1:
             raise ValueError(
                 f"`results` must be of one task to be drawn, got {', '.join(sorted(tasks))}. Draw "
-                "rows of your choice: tvp.plotting.transfer.plot_transfer(results.mean().query(...))."
+                "rows of your choice: "
+                "tvp.plotting.transfer.plot_transfer(results.mean().query(...))."
             )
         sources = {run.source for run in self.runs}
         return (plot_transfer if len(sources) == 1 else plot_matrix)(self.mean(), ax=ax)

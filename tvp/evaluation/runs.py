@@ -199,7 +199,7 @@ def _counted_gains(
     most: int,  # right answers there can be: runs times targets
     seed: int,  # of the draws
 ) -> list[dict[str, float]]:  # clean, prompted, gain, low, high
-    "Gains in accuracy, all rows at once."
+    "Compute gains in accuracy, all rows at once."
     rows, n = clean.shape
     width = 2 * most + 1
     changes = prompted - clean + most + width * np.arange(rows)[:, None]
@@ -270,7 +270,7 @@ def _auroc_gain(
 def group_runs(
     runs: Iterable[TransferRun],
 ) -> list[list[TransferRun]]:  # one list for each task and source
-    "Runs that differ in nothing but the seed, side by side."
+    "Group runs that differ in nothing but the seed."
     together: dict[tuple, list[TransferRun]] = {}
     for run in runs:
         together.setdefault((run.task, run.source, *run.conditions.items()), []).append(run)
@@ -294,7 +294,7 @@ def group_runs(
 def rows_by_target(
     runs: Sequence[TransferRun],  # of one task and source; their mean if they are several
 ) -> list[dict[str, Any]]:  # a row for each method and target, without the seed
-    "The tidy rows of one run, or of the mean over some."
+    "Compute the tidy rows of one run, or of the mean over several."
     first = runs[0]
     rows = []
     for method in dict.fromkeys(method for run in runs for method in run.methods):
@@ -322,7 +322,7 @@ def rows_by_group(
     baseline: str = "none",  # what each method is compared with
     methods: Sequence[str] | None = None,  # None: all
 ) -> list[dict[str, Any]]:  # a row for each method and group that has models
-    "Mean gains over the source, over unseen models on its tower, and over those on other towers."
+    "Average gains over the source, unseen models on its tower, and those on other towers."
     first = runs[0]
     rows = []
     for method in methods or dict.fromkeys(method for run in runs for method in run.methods):
@@ -383,7 +383,7 @@ def _table_lines(
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #ae94330a
 def _heading(runs: Sequence[TransferRun]) -> str:
-    "What one block of the table is about."
+    "Say what one block of the table is about."
     first = runs[0]
     seeds = [run.seed for run in runs]
     over = f"mean of {len(seeds)} prompt seeds" if len(seeds) > 1 else f"prompt seed {seeds[0]}"
@@ -395,7 +395,7 @@ def _heading(runs: Sequence[TransferRun]) -> str:
 
 
 def _gain_text(cell: Mapping[str, float] | None) -> str:
-    "A gain as it stands in the table; an arrow marks negative transfer."
+    "Write a gain as it stands in the table; an arrow marks negative transfer."
     if cell is None:
         return ""
     gain, low, high = (100 * cell[name] + 0.0 for name in ("gain", "low", "high"))
@@ -486,7 +486,7 @@ def merge_runs(
 def results_frame(
     runs: Iterable[TransferRun],
 ) -> pd.DataFrame:  # TIDY_COLUMNS, `tower`, `group`, and those of CONDITIONS that some run has
-    "A row for each run, method and target."
+    "Make a row for each run, method and target."
     rows = [row | dict(seed=run.seed) for run in runs for row in run.rows]
     more = [name for name in _CONDITION_COLUMNS if any(name in row for row in rows)]
     return rows_frame(rows)[[*TIDY_COLUMNS, "tower", "group", *more]]
@@ -503,7 +503,7 @@ def rows_frame(
 def describe_runs(
     runs: Sequence[TransferRun],
 ) -> str:  # one line
-    "What there is, in a few words."
+    "Say what runs there are, in a few words."
 
     def names(values):
         return ", ".join(dict.fromkeys(str(value) for value in values))
@@ -518,7 +518,7 @@ def describe_runs(
 def metric_details(
     runs: Iterable[TransferRun],
 ) -> pd.DataFrame:  # task, method, source, target, seed, and a column for each number of the metric
-    """All numbers of the task's metric, not only the headline: POPE's recall and yes ratio, for
+    """List all values of the task's metric, not only the headline: POPE's recall and yes ratio, for
     example."""
     return pd.DataFrame(
         [

@@ -76,13 +76,23 @@ def named_zoo(
         for name, place in models.items()
     }
     towers = {name: "eva-clip-g" if name in PAPER_MODELS else name for name in models}
-    usual = {name: PAPER_MODELS[name].whole or name if name in PAPER_MODELS else name for name in models}
+    usual = {
+        name: PAPER_MODELS[name].whole or name if name in PAPER_MODELS else name for name in models
+    }
     places = (
         {}
         if "revision" in options
         else {name: usual[name] if place is None else place for name, place in models.items()}
     )
-    return Zoo(load, towers, PAPER_CANVAS_SIZE, _PAPER_BORDER_WIDTH, lambda: load_clip(clip), keep=1, places=places)
+    return Zoo(
+        load,
+        towers,
+        PAPER_CANVAS_SIZE,
+        _PAPER_BORDER_WIDTH,
+        lambda: load_clip(clip),
+        keep=1,
+        places=places,
+    )
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #171cb60a
 # what a wrong name, place or file raises
@@ -339,10 +349,13 @@ def resolve_recipes(
     epochs: int | None,  # None: the recipe's
 ) -> dict[str, Recipe]:
     "The paper's recipes by method."
-    names = PAPER_METHODS if method == "all" else [method] if isinstance(method, str) else list(method)
+    names = (
+        PAPER_METHODS if method == "all" else [method] if isinstance(method, str) else list(method)
+    )
     if not names:
         raise ValueError(
-            f"`method` must be one of {', '.join(PAPER_METHODS)}, several of them, or 'all'; got none."
+            f"`method` must be one of {', '.join(PAPER_METHODS)}, "
+            "several of them, or 'all'; got none."
         )
     changes = {} if epochs is None else {"epochs": check_int("epochs", epochs)}
     return {name: get_recipe(name, "paper", **changes) for name in names}
@@ -404,7 +417,8 @@ def plan_reproduction(
     if ready is not None:
         _check_pretrained_prompt(ready, task.name, source)
     if hasattr(models, "clip"):
-        zoo, places = models, {}
+        zoo = models
+        places = {}
     else:
         judged = ready is None and any(recipe.tse for recipe in recipes.values())
         _check_models(models, clip if judged else None, options, say)
@@ -433,7 +447,8 @@ class _TaskWithProgress:
 
     # text stands before the bar
     def __init__(self, task: Task, text: str):
-        self.task, self.text = task, text
+        self.task = task
+        self.text = text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)

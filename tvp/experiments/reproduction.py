@@ -51,7 +51,11 @@ def _model_deviations(
 ) -> list[str]:
     "Which of the paper's models were not there, or were others."
     lines = []
-    small = [f"{name} ({n:,} parameters)" for name, n in about.parameters.items() if n < _MIN_PAPER_PARAMETERS]
+    small = [
+        f"{name} ({n:,} parameters)"
+        for name, n in about.parameters.items()
+        if n < _MIN_PAPER_PARAMETERS
+    ]
     missing = [name for name in PAPER_SIX if name not in about.index]
     others = [name for name in about.index if name not in PAPER_MODELS]
     if small:
@@ -89,7 +93,11 @@ def _data_deviations(
     test = len(plan.task.test)
     lines = []
     # unknown for Hateful Memes; POPE has a name for each part
-    rows = list(DATASET_SPECS[plan.task.name][0].rows.values()) if plan.task.name in DATASET_SPECS else None
+    rows = (
+        list(DATASET_SPECS[plan.task.name][0].rows.values())
+        if plan.task.name in DATASET_SPECS
+        else None
+    )
     if plan.task.name.partition("-")[0] not in PUBLISHED_SCORES:
         lines.append(f"{plan.task.name} is none of the paper's data sets.")
     if rows and not plan.ready:
@@ -161,7 +169,9 @@ def _training_deviations(
     if plan.recipes and plan.seeds != (42,):
         lines.append(f"Seed {', '.join(map(str, plan.seeds))}; the reference's is 42.")
     if plan.size != PAPER_CANVAS_SIZE:
-        lines.append(f"The canvas has {plan.size} pixels on a side, the paper's {PAPER_CANVAS_SIZE}.")
+        lines.append(
+            f"The canvas has {plan.size} pixels on a side, the paper's {PAPER_CANVAS_SIZE}."
+        )
     if plan.recipes:
         lines.append(_RNG_DEVIATION)
     return lines
@@ -229,9 +239,7 @@ class Reproduction:
         )
         differences = [f"- {line}" for line in self.differences]
         note = self._published_note()
-        return "\n".join(
-            [heading, "", *lines, "", note, "", "Not as in the paper:", *differences]
-        )
+        return "\n".join([heading, "", *lines, "", note, "", "Not as in the paper:", *differences])
 
     def _metadata(self) -> dict[str, str]:  # what -> in words
         "Tell what was run, for the report."

@@ -70,7 +70,7 @@ def _running_mean(
 def plot_history(
     history: pd.DataFrame | Mapping[str, pd.DataFrame],  # `learner.history`, or method -> history
 ) -> np.ndarray:  # of Axes, one for each panel
-    "Losses and gradient norm over the steps of training."
+    "Draw losses and gradient norm over the steps of training."
     import matplotlib.pyplot as plt
 
     histories = _histories(history)

@@ -21,7 +21,7 @@ from ..tasks.task import Task, check_task_like
 def _color_scale(
     prompt: VisualPrompt,
 ) -> float:  # > 0 unless the prompt is empty
-    "The 99th percentile of the sizes of all trainable values: what is drawn as a full colour."
+    "Return the 99th percentile of the sizes of all trainable values: drawn as a full color."
     shown = render_delta(prompt).detach().float().abs()
     return shown[prompt.mask.bool().expand_as(shown)].quantile(0.99).item()
 
@@ -55,8 +55,8 @@ def plot_prompt(
     # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
 ):
-    """The prompt in its own range: mid grey is 0, a full colour the 99th percentile of its values'
-    sizes."""
+    """Draw the prompt in its own range: mid grey is 0, a full color the 99th percentile of its
+    values' sizes."""
     import matplotlib.pyplot as plt
 
     check_type("prompt", prompt, VisualPrompt)
@@ -89,13 +89,11 @@ def _paired_batches(
     # -> two batches of the same n pictures: for the whole canvas, and for the prompt
     seed: int,  # of the shuffling
 ):
-    "The same pictures, once without and once with room for the prompt."
-    (
-        check_int("n", n),
-        check_int("seed", seed, 0),
-        check_type("prompt", prompt, VisualPrompt),
-        check_task_like("task", task),
-    )
+    "Draw the same images twice: without, and with room for the prompt."
+    check_int("n", n)
+    check_int("seed", seed, 0)
+    check_type("prompt", prompt, VisualPrompt)
+    check_task_like("task", task)
 
     def draw(size):
         return next(
@@ -113,7 +111,7 @@ def _paired_batches(
 
 
 def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> None:
-    "One picture and the model's answer below it."
+    "Draw one image and the model's answer below it."
     ax.imshow(
         image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest"
     )
@@ -150,7 +148,7 @@ def plot_samples(
     split: str = "test",  # "train", "valid" or "test"
     seed: int = 0,  # which pictures
 ) -> np.ndarray:  # of Axes, (2, n): without and with the prompt
-    "Pictures without and with the prompt, and the model's answers."
+    "Draw images without and with the prompt, and the model's answers."
     import matplotlib.pyplot as plt
 
     if not hasattr(mllm, "rank") and mllm is not None:

@@ -34,7 +34,7 @@ def _task_title(df: pd.DataFrame) -> str:
 def _check_rows(
     df: pd.DataFrame,  # rows of `TransferResults.df` or `.mean()`
 ) -> pd.DataFrame:  # the same with `group`
-    "Rows that fit into one transfer picture, or an error that says why not."
+    "Return rows that fit into one transfer figure, or raise an error that says why not."
     check_type("df", df, pd.DataFrame, "Try results.mean().")
     if missing := {
         "task",
@@ -79,7 +79,7 @@ def _check_rows(
 def _x_positions(
     df: pd.DataFrame,  # with `group`
 ) -> dict[str, float]:  # target -> x position; a gap between groups
-    "Where each model stands."
+    "Place each model on the x axis."
     targets = df.drop_duplicates("target").sort_values(
         "group", key=lambda g: g.map(TARGET_GROUPS.index), kind="stable"
     )
@@ -90,8 +90,8 @@ def _x_positions(
 
 
 def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[str, dict]) -> None:
-    """Stems, whiskers and points of all methods; triangles where a learned prompt's whole interval
-    is below 0."""
+    """Draw stems, whiskers and points of all methods; triangles where a learned prompt's whole
+    interval is below 0."""
     for i, (method, style) in enumerate(styles.items()):
         rows = df[df.method == method]
         at = rows.target.map(x) + 0.72 * ((i + 0.5) / len(styles) - 0.5)
@@ -124,7 +124,7 @@ def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #bdf16166
 def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
-    "Model names below, the name of each group above, a line between groups."
+    "Write model names below, the name of each group above, and a line between groups."
     ax.set_xticks(
         list(x.values()),
         [
@@ -152,7 +152,7 @@ def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
 
 
 def _add_title(ax, title: str, more: str) -> None:
-    """Title and, below it and above the names of the groups, what else must be known: on two lines,
+    """Write the title and, below it and above the names of the groups, what else must be known: on two lines,
     so that they never meet."""
     ax.set_title(title, loc="left", pad=50, fontsize=12, fontweight="bold")
     ax.annotate(
@@ -171,8 +171,8 @@ def plot_transfer(
     # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
 ):
-    """Score of each model without and with each prompt, with 95 % intervals of the gain; triangles
-    mark negative transfer."""
+    """Draw the score of each model without and with each prompt, with 95 % intervals of the gain;
+    triangles mark negative transfer."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -227,7 +227,7 @@ def transfer_matrix(
     method: str = "TVP",  # which prompts
     # gain in points and high end of its interval, sources x targets
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Gains of one method as a matrix."
+    "Arrange the gains of one method as a matrix."
     check_type("df", df, pd.DataFrame, "Try results.mean().")
     rows = df[df.method == check_choice("method", method, df.method.unique())]
     if rows.task.nunique() > 1:
@@ -254,7 +254,7 @@ def transfer_matrix(
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #472e0fc8
 def _frame_matrix(ax, gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
-    "Frames around what each prompt was trained on, lines between towers."
+    "Draw frames around what each prompt was trained on, and lines between towers."
     import matplotlib.pyplot as plt
 
     for i, source in enumerate(gain.index):
@@ -281,7 +281,7 @@ def plot_matrix(
     # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
 ):
-    "Gain from each source (row) to each target (column), in points."
+    "Draw the gain from each source (row) to each target (column), in points."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
