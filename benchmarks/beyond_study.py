@@ -24,7 +24,8 @@ from tvp.training.recipes import PAPER_METHODS, get_recipe
 from tvp.evaluation.studies import evaluate_generalization, evaluate_retention
 from tvp.tasks.task import Split, Task
 from tvp.tasks.loading import load_task, task_names
-from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.results import TransferResults
+from tvp.evaluation.transfer import evaluate_transfer
 from tvp.evaluation.runs import TransferRun
 from tvp.tasks.drawing import (
     COLORS,

@@ -23,7 +23,8 @@ from tvp.training.losses import tvp_losses
 from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.training.recipes import get_recipe, make_optimizer
 from tvp.tasks.loading import load_task, task_names
-from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.results import TransferResults
+from tvp.evaluation.transfer import evaluate_transfer
 from tvp.evaluation.runs import TransferRun
 from tvp.models.zoo import load_zoo
 

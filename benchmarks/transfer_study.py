@@ -23,7 +23,8 @@ from tvp._files import write_atomic as write  # the other studies take it from h
 from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.training.recipes import PAPER_METHODS, get_recipe, make_learner
 from tvp.tasks.loading import load_task, task_names
-from tvp.evaluation.transfer import TransferResults, evaluate_transfer
+from tvp.evaluation.results import TransferResults
+from tvp.evaluation.transfer import evaluate_transfer
 from tvp.evaluation.runs import TransferRun
 from tvp.models.zoo import load_zoo
 
@@ -219,7 +220,7 @@ def collect(work: Path, mine) -> None:
             test.compare(method, baseline).round(4).to_csv(index=False),
         )
     write(RESULTS / "transfer_lengths.csv", valid.summary().round(4).to_csv(index=False))
-    from tvp.plotting.figures import plot_transfer
+    from tvp.plotting.transfer import plot_transfer
 
     picture = RESULTS.parent.parent / "nbs" / "images" / "transfer.png"
     picture.parent.mkdir(exist_ok=True)

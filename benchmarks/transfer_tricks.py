@@ -194,11 +194,9 @@ def tried(work: Path, name: str, setting: Setting, task: str, source: str) -> pd
 
 def grouped(results) -> pd.DataFrame:
     "The rows of a result with a prompt, and to which group each model belongs."
-    from tvp.evaluation.runs import target_group
-
     run = results.only_run()
     df = results.df.query("method != 'none'")
-    return df.assign(group=[target_group(run, target) for target in df.target])[
+    return df.assign(group=[run.target_group(target) for target in df.target])[
         ["task", "method", "source", "target", "group", "clean", "prompted", "gain", "n", "seed"]
     ]
 
@@ -407,7 +405,7 @@ def evaluate(work: Path, mine, zoo: str) -> None:
 def outcomes(place: Path) -> list[dict]:
     """One entry for each prompt and model of a comparison: who, in which group, and per picture
     what was right without and with the prompt."""
-    from tvp.evaluation.runs import TransferRun, target_group
+    from tvp.evaluation.runs import TransferRun
 
     found = []
     for path in sorted(place.glob("*.safetensors")):
@@ -433,7 +431,7 @@ def outcomes(place: Path) -> list[dict]:
                     target=target,
                     seed=int(seed),
                     metric=facts["metric"],
-                    group=target_group(run, target),
+                    group=run.target_group(target),
                     clean=right[f"none|{target}"],
                     prompted=prompted,
                 )
@@ -715,7 +713,7 @@ def drift(work: Path, mine, **_) -> None:
     """How far prompts of both recipes move the features of every model, and whether they move them
     like those of the source (`alike`)."""
     from tvp.evaluation.feature_shift import measure_feature_shift, shift_similarity
-    from tvp.evaluation.runs import TransferRun, target_group
+    from tvp.evaluation.runs import TransferRun
 
     zoo = tiny_zoo()
     found = []
@@ -736,7 +734,7 @@ def drift(work: Path, mine, **_) -> None:
             moved.assign(
                 task=name,
                 source=source,
-                group=[target_group(run, target) for target in moved.target],
+                group=[run.target_group(target) for target in moved.target],
             )
         )
     RESULTS.mkdir(exist_ok=True)

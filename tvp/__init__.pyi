@@ -18,7 +18,7 @@ from .tasks.task import Split as Split
 from .tasks.task import Task as Task
 from .tasks.loading import load_task as load_task
 from .tasks.loading import task_names as task_names
-from .evaluation.transfer import TransferResults as TransferResults
+from .evaluation.results import TransferResults as TransferResults
 from .evaluation.transfer import evaluate_transfer as evaluate_transfer
 from .training.optimizers import NormalizedGradient as NormalizedGradient
 from .widgets.stepper_view import TrainingStepper as TrainingStepper

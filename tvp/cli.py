@@ -767,16 +767,14 @@ def _command_demo(run, task: str, source: str, seeds: int, out: Path, force: boo
     task = _task(task)
     zoo = _zoo(source)
     from tvp._formatting import format_duration
-    from tvp.experiments.demo import run_demo, save_demo
-    from tvp.experiments.report import summary_sentences
+    from tvp.experiments.demo import run_demo
 
     command = f"tvp demo --task {task.name} --source {source} --seeds {seeds}"
     with run.hold(out, force) as folder:
         print(f"{task.name}: {task.description}")
         demo = run_demo(zoo, task, source, seeds=range(seeds), say=_say, parts=run.kept)
-        sentences = summary_sentences(demo.results)
-        print("", demo.results.table(), "", *sentences, "", sep="\n", flush=True)
-        files = save_demo(demo, folder, _report_metadata(command))
+        print("", demo.results.table(), "", *demo.results.sentences(), "", sep="\n", flush=True)
+        files = demo.save(folder, _report_metadata(command))
         print(
             f"{format_duration(demo.seconds['all together'])}. Written to {folder}: "
             f"{', '.join(file.name for file in files)}"

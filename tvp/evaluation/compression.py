@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from .._validation import check_int, check_sequence, check_type
-from .transfer import TransferResults, evaluate_transfer
+from .results import TransferResults
+from .transfer import evaluate_transfer
 from ..models.adapters import Mllm
 from ..prompts.pixel_ops import to_pil_image
 from ..prompts.visual_prompt import VisualPrompt
@@ -27,25 +28,25 @@ def encode_decode(
     images: Tensor,  # (B, 3, H, W), any range: clipped to [0, 1]
     quality: int | None = None,  # of a JPEG, 1 to 95; None: a PNG, which only rounds and clips
 ) -> Tensor:  # (B, 3, H, W), multiples of 1 / 255
-    """What is left of pictures that were saved and opened again; a JPEG with Pillow's settings
-    (colour at half the resolution)."""
+    """Save images and open them again; a JPEG with Pillow's settings (color at half the
+    resolution)."""
     if quality is not None and not (type(quality) is int and 1 <= quality <= 95):
         raise ValueError(
             f"`quality` must be a whole number in [1, 95] or None, got {quality!r}. Try 95."
         )
     opened = []
     for image in images:
-        picture = to_pil_image(image)
-        file = io.BytesIO()
+        pil_image = to_pil_image(image)
         if quality is not None:
-            picture.save(file, "JPEG", quality=quality)
-            picture = Image.open(file)
-        opened.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+            file = io.BytesIO()
+            pil_image.save(file, "JPEG", quality=quality)
+            pil_image = Image.open(file)
+        opened.append(torch.from_numpy(np.array(pil_image.convert("RGB"))).permute(2, 0, 1))
     return (torch.stack(opened) / 255).to(images)
 
 # %% ../../nbs/api/evaluation/06_compression.ipynb #ef91a02a
 class CompressedPrompt:
-    "A prompt whose pictures are saved and opened again before a model sees them."
+    "Wrap a prompt so that its images are saved and opened again before a model sees them."
 
     def __init__(
         self,
@@ -63,22 +64,26 @@ class CompressedPrompt:
         return encode_decode(self.prompt(images), self.quality)
 
     def __repr__(self) -> str:
-        return f"Sent({self.prompt}, {'PNG' if self.quality is None else f'JPEG {self.quality}'})"
+        form = "PNG" if self.quality is None else f"JPEG {self.quality}"
+        return f"CompressedPrompt({self.prompt}, {form})"
 
 # %% ../../nbs/api/evaluation/06_compression.ipynb #fe4a59bf
 def compressed_variants(
     prompt: VisualPrompt,
     qualities: Sequence[int] = (95, 85, 75),  # of the JPEGs
 ) -> dict[str, CompressedPrompt]:  # name for a table -> what to evaluate
-    "A prompt, and no prompt, as files of falling quality."
+    "Make variants of a prompt, and of no prompt, that go through files of falling quality."
     check_type("prompt", prompt, VisualPrompt)
     for quality in check_sequence("qualities", qualities):
         check_int("qualities", quality, 1, 95)
     nothing = VisualPrompt(
         prompt.size, prompt.width, "whole", provenance={"source": prompt.provenance.get("source")}
     ).to(prompt.delta)
-    sent = {"prompt, PNG": CompressedPrompt(prompt)} | {f"prompt, JPEG {q}": CompressedPrompt(prompt, q) for q in qualities}
-    return sent | {f"no prompt, JPEG {q}": CompressedPrompt(nothing, q) for q in qualities}
+    variants = {"prompt, PNG": CompressedPrompt(prompt)}
+    for name, each in (("prompt", prompt), ("no prompt", nothing)):
+        for quality in qualities:
+            variants[f"{name}, JPEG {quality}"] = CompressedPrompt(each, quality)
+    return variants
 
 # %% ../../nbs/api/evaluation/06_compression.ipynb #4b5fdb40
 def evaluate_compression(
@@ -86,7 +91,7 @@ def evaluate_compression(
     task: Task,
     zoo: Mapping[str, Mllm],  # name -> model
     qualities: Sequence[int] = (95, 85, 75),  # of the JPEGs
-    **how,  # passed on to evaluate_transfer: source, split, limit, targets, ...
+    **kwargs,  # passed on to evaluate_transfer: source, split, limit, targets, mode, ...
 ) -> TransferResults:
-    "What a prompt gains when its pictures are sent as PNG and as JPEG."
-    return evaluate_transfer(compressed_variants(prompt, qualities), task, zoo, **how)
+    "Measure what a prompt gains when its images are sent as PNG and as JPEG."
+    return evaluate_transfer(compressed_variants(prompt, qualities), task, zoo, **kwargs)

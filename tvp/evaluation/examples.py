@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .._images import resize_images
 from .._validation import check_type
-from .metrics import is_correct, predictions
 from .runs import TransferRun
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
@@ -30,23 +29,24 @@ def changed_answers(
     # a row for each picture whose answer became right or wrong: row (in the split), right, before,
     # after, change
 ) -> pd.DataFrame:
-    "The pictures that a prompt fixed and broke for one model."
+    "List the images that a prompt fixed and broke for one model."
     for name, value, known in (("method", method, run.methods), ("target", target, run.targets)):
         if value not in known:
             raise KeyError(f"`{name}` must be one of {', '.join(known)}; got {value!r}.")
     clean = run.scores["none", target]
     prompted = run.scores[method, target]
-    was = is_correct(clean, run.labels)
-    now = is_correct(prompted, run.labels)
+    was = clean.argmax(1) == run.labels
+    now = prompted.argmax(1) == run.labels
     at = np.flatnonzero(was != now)
-    words = np.asarray(candidates, dtype=object)
+    # of generated answers the last column is for those that name no candidate
+    words = np.asarray([*candidates, "(no candidate)"], dtype=object)
     rows = at if run.index is None else np.asarray(run.index)[at]
     return pd.DataFrame(
         {
             "row": rows,
             "right": words[run.labels[at]],
-            "before": words[predictions(clean)[at]],
-            "after": words[predictions(prompted)[at]],
+            "before": words[clean.argmax(1)[at]],
+            "after": words[prompted.argmax(1)[at]],
             "change": np.where(now[at], "fixed", "broken"),
         }
     )

@@ -26,13 +26,11 @@ def _feature_shift(
     instructions: list[str],  # one per picture
     # clean visual tokens (B, T, D), and what the prompt adds to them (B, T, D); float32
 ) -> tuple[Tensor, Tensor]:
-    """How a prompt moves the visual tokens of a model: what FCA keeps small on the source (Zhang et
-    al. 2024, sec. 3)."""
+    """Compute how a prompt moves the visual tokens of a model: what FCA keeps small on the source
+    (Zhang et al. 2024, sec. 3)."""
     images = images.to(prompt.delta.device)
-    clean, prompted = (
-        mllm.visual_tokens(x.to(mllm.device), instructions).float()
-        for x in (prompt.canvas(images), prompt(images))
-    )
+    clean = mllm.visual_tokens(prompt.canvas(images).to(mllm.device), instructions).float()
+    prompted = mllm.visual_tokens(prompt(images).to(mllm.device), instructions).float()
     return clean, prompted - clean
 
 # %% ../../nbs/api/evaluation/08_feature_shift.ipynb #e9a297e9
@@ -43,7 +41,7 @@ def measure_feature_shift(
     # method, target, distance (mean length of the shift: FCA), length (of clean tokens), relative
     # (their ratio)
 ) -> pd.DataFrame:
-    "How far each prompt moves the visual tokens of each model."
+    "Measure how far each prompt moves the visual tokens of each model."
     if not prompts:
         raise ValueError("`prompts` must hold at least one prompt, got none. Try {'TVP': prompt}.")
     rows = []
@@ -71,7 +69,7 @@ def _map_shift(
     other: Tensor,  # (n, Q) features of the second, of the same pictures
     ridge: float = 0.01,  # times the mean squared length of the centred features, > 0
 ) -> Tensor:  # (m, Q) where the second model should move if it moved like the first
-    "A shift in the words of another model: ridge regression on clean pictures, in its dual form."
+    "Map a shift to another model's features: ridge regression on clean images, in its dual form."
     if len(clean) != len(other):
         raise ValueError(
             f"`clean` and `other` must be of the same pictures, got {len(clean)} and "
@@ -91,31 +89,22 @@ def shift_similarity(
     zoo: Mapping[str, Mllm],  # name -> model
     # from (rows) x to (columns): mean cosine of the translated and the real shift, in [-1, 1]
 ) -> pd.DataFrame:
-    "Whether a prompt moves two models alike."
+    "Measure whether a prompt moves two models alike."
     clean = {}
     shift = {}
     for name in zoo:
         mllm = zoo[name]
         with torch.no_grad():
-            clean[name] = (
-                mllm.visual_tokens(
-                    prompt.canvas(learn.images.to(prompt.delta.device)).to(mllm.device),
-                    learn.instructions,
-                )
-                .float()
-                .flatten(1)
-                .cpu()
-            )
-        shift[name] = (
-            _feature_shift(prompt, mllm, batch.images, batch.instructions)[1].flatten(1).cpu()
-        )
-    rows = {
-        a: {
-            b: F.cosine_similarity(_map_shift(shift[a], clean[a], clean[b]), shift[b]).mean().item()
-            for b in clean
-        }
-        for a in clean
-    }
+            images = prompt.canvas(learn.images.to(prompt.delta.device)).to(mllm.device)
+            tokens = mllm.visual_tokens(images, learn.instructions)
+        clean[name] = tokens.float().flatten(1).cpu()
+        _, moved = _feature_shift(prompt, mllm, batch.images, batch.instructions)
+        shift[name] = moved.flatten(1).cpu()
+    rows = {name: {} for name in clean}
+    for first, row in rows.items():
+        for second in clean:
+            mapped = _map_shift(shift[first], clean[first], clean[second])
+            row[second] = F.cosine_similarity(mapped, shift[second]).mean().item()
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/api/evaluation/08_feature_shift.ipynb #75f1208f
@@ -124,7 +113,7 @@ def _input_gradient(
     mllm: Mllm,
     batch: Batch,  # pictures of side `prompt.inner`, with their answers
 ) -> Tensor:  # (3, size, size), 0 where the prompt has no pixels
-    "Gradient of a model's task loss with respect to the pixels of a prompt, summed over pictures."
+    "Compute the gradient of a model's task loss in the pixels of a prompt, summed over images."
     if prompt.kind == "random-patch":
         raise ValueError(
             "`prompt` must have a fixed place, got kind 'random-patch', which moves each time."
@@ -141,11 +130,10 @@ def gradient_similarity(
     second: Batch,  # ... so that the diagonal says how much the choice of pictures blurs
     zoo: Mapping[str, Mllm],  # name -> model
 ) -> pd.DataFrame:  # model x model, symmetric: cosine of their gradients, in [-1, 1]
-    "Whether two models want the pixels of a prompt to move the same way."
-    a, b = (
-        F.normalize(
-            torch.stack([_input_gradient(prompt, zoo[name], batch).flatten() for name in zoo]), dim=1
-        )
-        for batch in (first, second)
-    )
+    "Measure whether two models want the pixels of a prompt to move the same way."
+    directions = []
+    for batch in (first, second):
+        gradients = [_input_gradient(prompt, zoo[name], batch).flatten() for name in zoo]
+        directions.append(F.normalize(torch.stack(gradients), dim=1))
+    a, b = directions
     return pd.DataFrame(((a @ b.T + b @ a.T) / 2).numpy(), list(zoo), list(zoo))

@@ -19,30 +19,31 @@ from ..tasks.task import Batch, Task
 
 # %% ../../nbs/api/evaluation/03_scoring.ipynb #8abf6cb1
 class CachedTask:
-    "A task that fits each picture once for a size and remembers it."
+    "Wrap a task so that each image is resized once for a size, and kept."
 
     def __init__(
         self,
         task: Task,
-        room: int = 2**30,  # bytes to keep at most
+        max_bytes: int = 2**30,  # of images that are kept
     ):
         self.task = task
-        self.room = room
-        self.kept = {}
+        self.max_bytes = max_bytes
+        self.free_bytes = max_bytes
+        self.cache: dict[tuple, list[Batch]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
 
-    def batches(self, split: str, size: int, batch_size: int = 100, **how) -> Iterator[Batch]:
+    def batches(self, split: str, size: int, batch_size: int = 100, **kwargs) -> Iterator[Batch]:
         "As the task's own, see `Task.batches`; not for a random order."
-        key = (split, size, batch_size, *sorted(how.items()))
-        if key in self.kept:
-            return iter(self.kept[key])
-        return self._keep(key, self.task.batches(split, size, batch_size, **how))
+        key = (split, size, batch_size, *sorted(kwargs.items()))
+        if key in self.cache:
+            return iter(self.cache[key])
+        return self._keep(key, self.task.batches(split, size, batch_size, **kwargs))
 
     def _keep(self, key: tuple, batches: Iterator[Batch]) -> Iterator[Batch]:
         seen = []
-        free = self.room
+        free = self.free_bytes
         for batch in batches:
             free -= batch.images.nbytes
             if free >= 0:
@@ -51,11 +52,12 @@ class CachedTask:
                 seen.clear()
             yield batch
         if free >= 0:
-            self.kept[key], self.room = seen, free
+            self.cache[key] = seen
+            self.free_bytes = free
 
 # %% ../../nbs/api/evaluation/03_scoring.ipynb #3c8fcf48
 def _available_memory() -> int:  # bytes
-    "Memory that this machine can give without swapping; what it keeps of files counts as free."
+    "Return the memory that can be given without swapping; what is kept of files counts as free."
     from psutil import virtual_memory  # comes with accelerate
 
     return virtual_memory().available
@@ -70,10 +72,10 @@ def _warm_page_cache(
     with suppress(OSError, ImportError):  # whoever loads the files will say what is wrong with them
         if 2 * sum(file.stat().st_size for file in files) > _available_memory():
             return
-        piece = bytearray(2**24)
+        chunk = bytearray(2**24)
         for file in files:
             with open(file, "rb", buffering=0) as stream:
-                while not stop.is_set() and stream.readinto(piece):
+                while not stop.is_set() and stream.readinto(chunk):
                     pass
             if stop.is_set():
                 return
@@ -85,10 +87,12 @@ def prefetch_files(
     # yields a list that receives the files as they are read
     files: Sequence[Path],  # of the next model; none: nothing happens
 ):
-    "While the block runs, a thread reads files; it ends with the block."
+    "Read files in a thread while the block runs."
     done = []
     stop = Event()
-    thread = Thread(target=_warm_page_cache, args=(files, done, stop), name="tvp-read-ahead", daemon=True)
+    thread = Thread(
+        target=_warm_page_cache, args=(files, done, stop), name="tvp-read-ahead", daemon=True
+    )
     if files:
         thread.start()
     try:
@@ -100,7 +104,7 @@ def prefetch_files(
 
 # %% ../../nbs/api/evaluation/03_scoring.ipynb #8d58cf6c
 def rank_and_world_size() -> tuple[int, int]:  # number of this one, and of all
-    "Of the running program; (0, 1) unless it was started as several and they know of each other."
+    "Return (0, 1) unless the program was started as several processes that know of each other."
     from torch import distributed
 
     several = distributed.is_available() and distributed.is_initialized()
@@ -113,7 +117,7 @@ def partition_models(
     count: int,  # processes
     # the models of this process, and which part of the pictures
 ) -> tuple[list[str], tuple[int, int]]:
-    "Who does what."
+    "Share models, and images where there are more processes than models, among processes."
     groups = math.gcd(len(names), count)
     return list(names[process % groups :: groups]), (process // groups, count // groups)
 
@@ -133,14 +137,14 @@ def merge_shards(
     # of each process: key -> arrays with one row per picture, the last of them the row numbers
     parts: list[dict],
 ) -> dict:  # key -> the same arrays for all pictures
-    "The rows of all processes, sorted by row number."
+    "Join the rows of all processes, sorted by row number."
     if len(parts) == 1:
         return parts[0]
-    whole = {}
+    merged = {}
     for key in dict.fromkeys(key for part in parts for key in part):
         arrays = [
             np.concatenate(pieces) for pieces in zip(*(part[key] for part in parts if key in part))
         ]
         order = arrays[-1].argsort(kind="stable")
-        whole[key] = tuple(array[order] for array in arrays)
-    return whole
+        merged[key] = tuple(array[order] for array in arrays)
+    return merged

@@ -14,22 +14,21 @@ import pandas as pd
 
 from .._formatting import join_names
 from .._validation import check_sequence
-from .transfer import TransferResults, _known_names, check_prompts, run_evaluation
+from .results import TransferResults
+from .transfer import check_mode, check_names, check_prompts, run_evaluation
 from ..models.adapters import Mllm
-from ..plotting.figures import METHOD_COLORS, TARGET_GROUPS, method_style
+from ..plotting.style import METHOD_COLORS, TARGET_GROUPS, method_style
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task, check_task_like
 
 # %% ../../nbs/api/evaluation/07_studies.ipynb #05497641
-def _home_and_others(
+def _check_tasks(
     home: Task,
     others: Sequence[Task],
 ) -> list[Task]:
-    "All tasks, home first, once they are tasks."
-    return [
-        check_task_like("home", home),
-        *(check_task_like("others", task) for task in check_sequence("others", others)),
-    ]
+    "Return all tasks, home first, once they are tasks."
+    others = [check_task_like("others", task) for task in check_sequence("others", others)]
+    return [check_task_like("home", home), *others]
 
 
 def _study(
@@ -43,9 +42,10 @@ def _study(
     batch_size: int = 100,
     seed: int = 0,
     targets: Sequence[str] | None = None,
+    mode: str = "rank",
 ) -> TransferResults:
-    "The home task and the others, with the same prompts."
-    tasks = _home_and_others(home, others)
+    "Evaluate the home task and the others with the same prompts."
+    tasks = _check_tasks(home, others)
     prompts = check_prompts(prompt)
     if not others:
         raise ValueError("`others` must hold at least one task, got none.")
@@ -60,15 +60,19 @@ def _study(
             "`home` must be the task that the prompts were trained for: they name "
             f"{join_names(sorted(told))}, got {home.name!r}."
         )
-    how = dict(split=split, limit=limit, batch_size=batch_size)
+    for task in tasks:
+        check_mode("others", task, mode)
     return run_evaluation(
         prompts,
         [(task, {"trained_on": home.name}) for task in tasks],
         zoo,
-        _known_names(zoo, source, targets),
+        check_names(zoo, source, targets, mode),
         source,
         seed,
-        **how,
+        mode,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
     )
 
 # %% ../../nbs/api/evaluation/07_studies.ipynb #75412239
@@ -77,16 +81,17 @@ def evaluate_generalization(
     home: Task,  # that the prompts were trained for
     others: Sequence[Task],  # with the same candidates
     zoo: Mapping[str, Mllm],  # name -> model
-    **how: Any,  # source, split, limit, batch_size, seed, targets: as in `evaluate_transfer`
+    # source, split, limit, batch_size, seed, targets, mode: as in `evaluate_transfer`
+    **kwargs: Any,
 ) -> TransferResults:  # a run for each task, `trained_on` the home task
-    "Trained on one data set, evaluated on others with the same candidates."
-    for task in _home_and_others(home, others)[1:]:
+    "Evaluate prompts of one data set on others with the same candidates."
+    for task in _check_tasks(home, others)[1:]:
         if differing := sorted(set(task.candidates) ^ set(home.candidates)):
             raise ValueError(
                 f"`others` must have the candidates of {home.name!r}; {task.name!r} differs in "
                 f"{join_names(differing)}. For other questions use evaluate_retention."
             )
-    return _study(prompt, home, others, zoo, **how)
+    return _study(prompt, home, others, zoo, **kwargs)
 
 # %% ../../nbs/api/evaluation/07_studies.ipynb #7ee795cc
 def evaluate_retention(
@@ -94,10 +99,11 @@ def evaluate_retention(
     home: Task,  # that the prompts were trained for
     others: Sequence[Task],  # any other tasks
     zoo: Mapping[str, Mllm],  # name -> model
-    **how: Any,  # source, split, limit, batch_size, seed, targets: as in `evaluate_transfer`
+    # source, split, limit, batch_size, seed, targets, mode: as in `evaluate_transfer`
+    **kwargs: Any,
 ) -> TransferResults:  # a run for each task, `trained_on` the home task
-    "What a prompt costs on tasks that it was not trained for."
-    return _study(prompt, home, others, zoo, **how)
+    "Measure what a prompt costs on tasks that it was not trained for."
+    return _study(prompt, home, others, zoo, **kwargs)
 
 # %% ../../nbs/api/evaluation/07_studies.ipynb #e91fe06f
 def _panels(

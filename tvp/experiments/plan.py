@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAPER_CANVAS_SIZE', 'USER_ERRORS', 'named_zoo', 'error_message', 'ReproductionPlan', 'resolve_recipes',
-           'plan_reproduction', 'plan_settings', 'train_prompts', 'score_models']
+           'plan_reproduction']
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #a6d5ec3b
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from .._checkpoint import Parts, checksum
 from .._validation import check_int
 from ..evaluation.runs import TransferRun
 from ..evaluation.scoring import prefetch_files
-from ..evaluation.transfer import TransferResults, score_task
+from ..evaluation.results import TransferResults
+from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..models.paper.loading import check_weight_parts
 from ..models.paper.specs import PAPER_MODELS
@@ -74,13 +76,23 @@ def named_zoo(
         for name, place in models.items()
     }
     towers = {name: "eva-clip-g" if name in PAPER_MODELS else name for name in models}
-    usual = {name: PAPER_MODELS[name].whole or name if name in PAPER_MODELS else name for name in models}
+    usual = {
+        name: PAPER_MODELS[name].whole or name if name in PAPER_MODELS else name for name in models
+    }
     places = (
         {}
         if "revision" in options
         else {name: usual[name] if place is None else place for name, place in models.items()}
     )
-    return Zoo(load, towers, PAPER_CANVAS_SIZE, _PAPER_BORDER_WIDTH, lambda: load_clip(clip), keep=1, places=places)
+    return Zoo(
+        load,
+        towers,
+        PAPER_CANVAS_SIZE,
+        _PAPER_BORDER_WIDTH,
+        lambda: load_clip(clip),
+        keep=1,
+        places=places,
+    )
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #171cb60a
 # what a wrong name, place or file raises
@@ -90,34 +102,30 @@ USER_ERRORS = (KeyError, ValueError, TypeError, OSError, ImportError, RuntimeErr
 def error_message(
     error: BaseException,  # with a message, or not
 ) -> str:
-    "What an error says; a KeyError would put it in quotes."
-    return (
-        str(error.args[0])
-        if isinstance(error, KeyError) and error.args
-        else str(error) or type(error).__name__
-    )
+    "Return what an error says; a KeyError would put it in quotes."
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error) or type(error).__name__
 
 
-def _run_checks(
-    checks: Mapping[str, Callable[[], Any]],  # what is checked -> the check
-) -> dict[str, str]:  # what went wrong: what was checked -> message
-    "Run all checks, whatever becomes of each."
-    problems = {}
-    for name, check in checks.items():
+class _Problems(dict):
+    "What was checked -> what is wrong with it; all of it is told at once."
+
+    @contextmanager
+    def note(self, name: str) -> Iterator[None]:
+        "Write down what a wrong name, path or file raises, and go on."
         try:
-            check()
+            yield
         except USER_ERRORS as error:
-            problems[name] = error_message(error)
-    return problems
+            self[name] = error_message(error)
 
-
-def _raise_problems(
-    problems: Mapping[str, str],  # from `_run_checks`
-) -> None:
-    "All problems as one error, or nothing."
-    lines = "\n".join(f"- {name}: {text}" for name, text in problems.items())
-    if problems:
-        raise ValueError(f"nothing has been trained yet, since this must be mended first.\n{lines}")
+    def raise_all(self) -> None:
+        "Raise all problems as one error, if there are any."
+        lines = "\n".join(f"- {name}: {text}" for name, text in self.items())
+        if self:
+            raise ValueError(
+                f"nothing has been trained yet, since this must be mended first.\n{lines}"
+            )
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #a44363b3
 def _check_weights_location(
@@ -141,39 +149,29 @@ def _check_models(
     options: Mapping[str, Any] = {},  # of `load_mllm`
     say: Callable[[str], Any] = print,  # told what happens
 ) -> None:
-    "Every model can be loaded, and so can the CLIP, or an error that says what is wrong with each."
-    _raise_problems(
-        _run_checks(
-            {
-                name: (lambda name=name, place=place: _check_weights_location(name, place))
-                for name, place in models.items()
-                if name in PAPER_MODELS
-            }
-        )
-    )
-    light = {
-        key: value
-        for key, value in options.items()
-        if key not in ("device", "device_map", "quantization")
-    } | {"device": "meta"}
-
-    def look(name, place):
-        say(f"check {name}")
-        _load_named(name, place, **light)
-
-    checks = {
-        f"{name}, {_describe_location(place)}": (lambda name=name, place=place: look(name, place))
-        for name, place in models.items()
-    }
+    "Check that every model and the CLIP can be loaded, or say what is wrong with each."
+    problems = _Problems()
+    for name, place in models.items():
+        if name in PAPER_MODELS:
+            with problems.note(name):
+                _check_weights_location(name, place)
+    problems.raise_all()
+    heavy = ("device", "device_map", "quantization")
+    light = {key: value for key, value in options.items() if key not in heavy}
+    for name, place in models.items():
+        with problems.note(f"{name}, {_describe_location(place)}"):
+            say(f"check {name}")
+            _load_named(name, place, **light, device="meta")
     # small enough to be loaded as it is
     if clip is not None:
-        checks[f"CLIP {clip}"] = lambda: load_clip(clip, "cpu")
-    _raise_problems(_run_checks(checks))
+        with problems.note(f"CLIP {clip}"):
+            load_clip(clip, "cpu")
+    problems.raise_all()
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #349091b7
 @dataclass(frozen=True)
 class ReproductionPlan:
-    "What is to be trained and asked; all of it checked."
+    "Hold what is to be trained and asked; all of it checked."
 
     task: Task
     zoo: Mapping[str, Mllm]  # with size, width and clip
@@ -211,16 +209,153 @@ class ReproductionPlan:
             f"{', '.join(self.zoo)}"
         )
 
+    def settings(self) -> dict:  # names and numbers, nested
+        "List what decides the results of a plan."
+        pretrained = None
+        if self.ready is not None:
+            state = {name: value.detach().cpu() for name, value in self.ready.state_dict().items()}
+            pretrained = checksum(state, self.ready.kind)
+        return {
+            "task": task_settings(self.task),
+            "source": self.source,
+            "recipes": {name: asdict(recipe) for name, recipe in self.recipes.items()},
+            "seeds": list(self.seeds),
+            "limit": self.limit,
+            "canvas": self.size,
+            "batch_size": self.batch_size,
+            "ready prompt": pretrained,
+            "models": {name: self.places.get(name, "given") for name in self.zoo},
+            "given": self.given,
+        }
+
+    def _train_prompt(
+        self,
+        method: str,
+        seed: int,
+        parts: Parts | None = None,  # where it is kept; None: nowhere
+    ) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
+        "Train one prompt by the paper's recipe, go on with it, or take it over."
+        settings = asdict(self.recipes[method])
+        del settings["name"]
+
+        def make() -> Learner:
+            return make_learner(method, self.zoo, self.source, self.task, seed, "paper", **settings)
+
+        if parts is not None:
+            return fit_part(parts, f"{method}-seed{seed}", make, settings["epochs"])
+        learner = make()
+        return learner.fit(settings["epochs"]), learner.history
+
+    def train_prompts(
+        self,
+        parts: Parts | None = None,  # where prompts are kept as they are finished; None: nowhere
+        say: Callable[[str], Any] = print,  # told what happens
+        # seed -> method -> prompt; method -> history of the first seed
+    ) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:
+        "Train all prompts of the plan, one after the other, or take over what is finished."
+        if self.ready is not None:
+            return {seed: {self.methods[0]: self.ready} for seed in self.seeds[:1]}, {}
+        prompts = {}
+        histories = {}
+        for seed in self.seeds:
+            prompts[seed] = {}
+            for method in self.recipes:
+                taken = parts is not None and f"{method}-seed{seed}" in parts
+                say(f"{'take over' if taken else 'train'} {method} on {self.source}, seed {seed}")
+                prompts[seed][method], history = self._train_prompt(method, seed, parts)
+                histories.setdefault(method, history)
+        return prompts, histories
+
+    def _score_model(
+        self,
+        name: str,  # of a model
+        prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
+        # (seed, method) -> (n, N) scores; labels; row numbers; metadata of the model
+    ) -> tuple[dict[tuple[int, str], Any], Any, Any, dict[str, Any]]:
+        "Score one model on all test images, without and with every prompt."
+        mllm = self.zoo[name]
+        options = dict(size=self.size, limit=self.limit, batch_size=self.batch_size)
+        task = _TaskWithProgress(self.task, f"{name}, no prompt")
+        clean, labels, index = score_task(mllm, task, **options)
+        scores = {}
+        for seed, chosen in prompts.items():
+            scores[seed, "none"] = clean
+            for method, prompt in chosen.items():
+                task = _TaskWithProgress(self.task, f"{name}, {method}, seed {seed}")
+                scores[seed, method], *_ = score_task(mllm, task, prompt=prompt, **options)
+        return scores, labels, index, _model_info(mllm)
+
+    def _ask_model(
+        self,
+        name: str,
+        following: str | None,  # the model that is asked next: its files are read meanwhile
+        prompts: Mapping[int, Mapping[str, VisualPrompt]],
+        parts: Parts | None,
+        say: Callable[[str], Any],
+    ) -> tuple[dict[tuple[int, str], Any], Any, Any, dict[str, Any]]:
+        "Score one model, or take over what is kept of it."
+        if parts is not None and name in parts:
+            say(f"take over {name}")
+            kept, labels, index, info = parts[name]
+            return {(seed, method): values for seed, method, values in kept}, labels, index, info
+        say(f"ask {name}")
+        # loaded before the next one's files are read; held by nobody but the zoo
+        self.zoo[name]
+        with prefetch_files(
+            self.zoo.weight_files(following)
+            if following and hasattr(self.zoo, "weight_files")
+            else []
+        ):
+            scores, labels, index, info = self._score_model(name, prompts)
+        if parts is not None:
+            kept = [(seed, method, values) for (seed, method), values in scores.items()]
+            parts[name] = (kept, labels, index, info)
+        return scores, labels, index, info
+
+    def score_models(
+        self,
+        prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
+        say: Callable[[str], Any] = print,  # told what happens
+        keep: Callable[[TransferResults], Any] | None = None,  # called with what there is so far
+        parts: Parts | None = None,  # where the scores of each model are kept; None: nowhere
+    ) -> tuple[TransferResults, pd.DataFrame]:  # results; what the models are
+        "Score all models of the plan, the source first."
+        names = [self.source, *(name for name in self.zoo if name != self.source)]
+        towers = dict.fromkeys(names)
+        if hasattr(self.zoo, "tower"):
+            towers = {name: self.zoo.tower(name) for name in names}
+        scores = {seed: {} for seed in prompts}
+        models = {}
+        for name, following in zip(names, [*names[1:], None]):
+            found, labels, index, models[name] = self._ask_model(
+                name, following, prompts, parts, say
+            )
+            for (seed, method), values in found.items():
+                scores[seed][method, name] = values
+            shared = dict(metric=self.task.metric, labels=labels, towers=towers, index=index)
+            results = TransferResults(
+                TransferRun(self.task.name, self.source, seed, scores=scores[seed], **shared)
+                for seed in prompts
+            )
+            if keep is not None:
+                keep(results)
+        about = pd.DataFrame.from_dict(models, "index")
+        places = [self.places.get(name, "given") for name in about.index]
+        return results, about.assign(place=places)
+
 # %% ../../nbs/api/experiments/03_plan.ipynb #2b9aa76b
 def resolve_recipes(
     method: str | Sequence[str],  # VP, EVP, TVP, several of them, or "all"
     epochs: int | None,  # None: the recipe's
 ) -> dict[str, Recipe]:
     "The paper's recipes by method."
-    names = PAPER_METHODS if method == "all" else [method] if isinstance(method, str) else list(method)
+    names = (
+        PAPER_METHODS if method == "all" else [method] if isinstance(method, str) else list(method)
+    )
     if not names:
         raise ValueError(
-            f"`method` must be one of {', '.join(PAPER_METHODS)}, several of them, or 'all'; got none."
+            f"`method` must be one of {', '.join(PAPER_METHODS)}, "
+            "several of them, or 'all'; got none."
         )
     changes = {} if epochs is None else {"epochs": check_int("epochs", epochs)}
     return {name: get_recipe(name, "paper", **changes) for name in names}
@@ -282,7 +417,8 @@ def plan_reproduction(
     if ready is not None:
         _check_pretrained_prompt(ready, task.name, source)
     if hasattr(models, "clip"):
-        zoo, places = models, {}
+        zoo = models
+        places = {}
     else:
         judged = ready is None and any(recipe.tse for recipe in recipes.values())
         _check_models(models, clip if judged else None, options, say)
@@ -305,81 +441,14 @@ def plan_reproduction(
         given=given,
     )
 
-# %% ../../nbs/api/experiments/03_plan.ipynb #c48cc84d
-def plan_settings(
-    plan: ReproductionPlan,
-) -> dict:  # names and numbers, nested
-    "What a plan is, in words."
-    ready = (
-        None
-        if plan.ready is None
-        else checksum(
-            {name: value.detach().cpu() for name, value in plan.ready.state_dict().items()},
-            plan.ready.kind,
-        )
-    )
-    return {
-        "task": task_settings(plan.task),
-        "source": plan.source,
-        "recipes": {name: asdict(recipe) for name, recipe in plan.recipes.items()},
-        "seeds": list(plan.seeds),
-        "limit": plan.limit,
-        "canvas": plan.size,
-        "batch_size": plan.batch_size,
-        "ready prompt": ready,
-        "models": {name: plan.places.get(name, "given") for name in plan.zoo},
-        "given": plan.given,
-    }
-
-# %% ../../nbs/api/experiments/03_plan.ipynb #dee8332f
-def _train_prompt(
-    plan: ReproductionPlan,
-    method: str,  # one of the plan's
-    seed: int,  # one of the plan's
-    parts: Parts | None = None,  # where it is kept; None: nowhere
-) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
-    "Train one prompt by the paper's recipe, go on with it, or take it over."
-    epochs = plan.recipes[method].epochs
-    changes = {
-        name: value for name, value in asdict(plan.recipes[method]).items() if name != "name"
-    }
-
-    def make() -> Learner:
-        return make_learner(method, plan.zoo, plan.source, plan.task, seed, "paper", **changes)
-
-    if parts is not None:
-        return fit_part(parts, f"{method}-seed{seed}", make, epochs)
-    learner = make()
-    return learner.fit(epochs), learner.history
-
-# %% ../../nbs/api/experiments/03_plan.ipynb #1c4bf5b7
-def train_prompts(
-    plan: ReproductionPlan,
-    parts: Parts | None = None,  # as for `_train_prompt`
-    say: Callable[[str], Any] = print,  # told what happens
-    # seed -> method -> prompt; method -> history of the first seed
-) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:
-    "All prompts of a plan."
-    if plan.ready is not None:
-        return {seed: {plan.methods[0]: plan.ready} for seed in plan.seeds[:1]}, {}
-    prompts = {}
-    histories = {}
-    for seed in plan.seeds:
-        prompts[seed] = {}
-        for method in plan.recipes:
-            taken = parts is not None and f"{method}-seed{seed}" in parts
-            say(f"{'take over' if taken else 'train'} {method} on {plan.source}, seed {seed}")
-            prompts[seed][method], history = _train_prompt(plan, method, seed, parts)
-            histories.setdefault(method, history)
-    return prompts, histories
-
 # %% ../../nbs/api/experiments/03_plan.ipynb #6ebfe4b8
 class _TaskWithProgress:
     "A task that shows a progress bar while its pictures are taken."
 
     # text stands before the bar
     def __init__(self, task: Task, text: str):
-        self.task, self.text = task, text
+        self.task = task
+        self.text = text
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -414,73 +483,3 @@ def _model_info(
         "precision": str(mllm.dtype).removeprefix("torch."),
         "device": str(mllm.device),
     }
-
-# %% ../../nbs/api/experiments/03_plan.ipynb #3fe376f9
-def _score_model(
-    plan: ReproductionPlan,
-    name: str,  # of a model
-    prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
-    # (seed, method) -> (n, N) scores; labels; row numbers; facts of the model
-) -> tuple[dict[tuple[int, str], Any], Any, Any, dict[str, Any]]:
-    "What one model says to all test pictures, without and with every prompt."
-    mllm = plan.zoo[name]
-    scores = {}
-    how = dict(size=plan.size, limit=plan.limit, batch_size=plan.batch_size)
-    clean, labels, index = score_task(mllm, _TaskWithProgress(plan.task, f"{name}, no prompt"), **how)
-    for seed, chosen in prompts.items():
-        scores[seed, "none"] = clean
-        for method, prompt in chosen.items():
-            scores[seed, method], *_ = score_task(
-                mllm, _TaskWithProgress(plan.task, f"{name}, {method}, seed {seed}"), prompt=prompt, **how
-            )
-    return scores, labels, index, _model_info(mllm)
-
-# %% ../../nbs/api/experiments/03_plan.ipynb #e9853877
-def score_models(
-    plan: ReproductionPlan,
-    prompts: Mapping[int, Mapping[str, VisualPrompt]],  # seed -> method -> prompt
-    say: Callable[[str], Any] = print,  # told what happens
-    # given what there is after each model
-    keep: Callable[[TransferResults], Any] = lambda results: None,
-    parts: Parts | None = None,  # where what each model says is kept; None: nowhere
-) -> tuple[TransferResults, pd.DataFrame]:  # results; what the models are
-    "All models of a plan, the source first."
-    names = [plan.source, *(name for name in plan.zoo if name != plan.source)]
-    scores = {seed: {} for seed in prompts}
-    facts = {}
-    tower = getattr(plan.zoo, "tower", lambda name: None)
-    for name, following in zip(names, [*names[1:], None]):
-        if parts is not None and name in parts:
-            say(f"take over {name}")
-            pairs, labels, index, facts[name] = parts[name]
-            said = {(seed, method): values for seed, method, values in pairs}
-        else:
-            say(f"ask {name}")
-            # loaded before the next one's files are read; held by nobody but the zoo
-            plan.zoo[name]
-            with prefetch_files(
-                plan.zoo.weight_files(following)
-                if following and hasattr(plan.zoo, "weight_files")
-                else []
-            ):
-                said, labels, index, facts[name] = _score_model(plan, name, prompts)
-            if parts is not None:
-                parts[name] = (
-                    [(seed, method, values) for (seed, method), values in said.items()],
-                    labels,
-                    index,
-                    facts[name],
-                )
-        for (seed, method), values in said.items():
-            scores[seed][method, name] = values
-        towers = {name: tower(name) for name in names}
-        same = dict(metric=plan.task.metric, labels=labels, towers=towers, index=index)
-        results = TransferResults(
-            [
-                TransferRun(plan.task.name, plan.source, seed, scores=scores[seed], **same)
-                for seed in prompts
-            ]
-        )
-        keep(results)
-    about = pd.DataFrame.from_dict(facts, "index")
-    return results, about.assign(place=[plan.places.get(name, "given") for name in about.index])

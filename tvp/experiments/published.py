@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .._validation import parse_source_names
-from ..evaluation.transfer import TransferResults
+from ..evaluation.results import TransferResults
 from ..prompts.visual_prompt import VisualPrompt
 
 # %% ../../nbs/api/experiments/02_published.ipynb #8f065c42

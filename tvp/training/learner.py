@@ -212,7 +212,7 @@ class Learner:
 
     def plot(self):
         "The records over the updates, as matplotlib Axes."
-        from tvp.plotting.figures import plot_history
+        from tvp.plotting.history import plot_history
 
         return plot_history(self.history)
 
@@ -778,7 +778,7 @@ class LiveCurve:
 
     def _redraw(self) -> None:
         "Move the curves that are there to their new places."
-        from tvp.plotting.figures import plot_history, redraw_history
+        from tvp.plotting.history import plot_history, redraw_history
 
         records = self.learner.records
         history = history_frame(records[:: -(-len(records) // self.POINTS)])

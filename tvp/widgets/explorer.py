@@ -16,8 +16,9 @@ from .._markup import render
 from .._validation import check_int, check_type, parse_source_names
 from ..evaluation.examples import changed_answers, draw_examples, find_prompt, index_prompts
 from ..evaluation.runs import TransferRun
-from ..evaluation.transfer import TransferResults
-from ..plotting.figures import BASELINES, plot_matrix, transfer_matrix
+from ..evaluation.results import TransferResults
+from ..plotting.style import BASELINES
+from ..plotting.transfer import plot_matrix, transfer_matrix
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.loading import load_task
 from ..tasks.task import Task, check_task_like

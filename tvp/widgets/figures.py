@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ..plotting.figures import METHOD_COLORS, method_style, plot_prompt
+from ..plotting.prompts import plot_prompt
+from ..plotting.style import METHOD_COLORS, method_style
 from ..training.learner import history_frame
 from tvp.widgets.monitor import (
     TrainingMonitor,

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._images import resize_images
 from .._validation import check_int, check_sequence, parse_source_names
 from ..evaluation.metrics import compute_metric
-from ..evaluation.runs import TransferRun, target_group
+from ..evaluation.runs import TransferRun
 from ..evaluation.scoring import CachedTask
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
@@ -99,7 +99,7 @@ class _ValidationScorer:
         tower = getattr(self.zoo, "tower", lambda name: None)
         towers = {model: tower(model) for model in (name, *parse_source_names(self.source))}
         run = TransferRun(self.task.name, self.source, 0, self.task.metric, np.zeros(0), {}, towers)
-        return target_group(run, name)
+        return run.target_group(name)
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #06a931af
 def _monitored_models(
