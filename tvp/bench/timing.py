@@ -28,8 +28,8 @@ from tvp.bench.models import (
     count_flops,
 )
 from .reference import ReferenceLoop, model_inputs, normalize_pixels, reference_rank
-from ..models.adapters import Clip, Mllm, append_answer_ids, decoder_start_token_id
-from ..models.inputs import collate_answers
+from ..models.adapters import Clip, Mllm
+from ..models.forward import append_answer_ids, decoder_start_token_id
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Batch, Split, Task
 from ..training.learner import Learner
@@ -153,7 +153,7 @@ def lower_bound_step(
     seen = normalize_pixels(scene.clip.processor, F.interpolate(images, (side, side))).requires_grad_()
     ids, mask = (
         t.to(source.device)
-        for t in collate_answers(source.text, batch.instructions, batch.answers, source.end)
+        for t in source.text.collate_answers(batch.instructions, batch.answers, source.end)
     )
     inputs = model_inputs(source, pixels, batch.instructions)
     if source.text.seq2seq:

@@ -20,7 +20,6 @@ from .._loading import load_auto_processor, load_model, read_index
 from .._validation import check_choice, check_type
 from .adapters import Clip, Mllm
 from tvp.models.pretrained import (
-    check_contents,
     check_name_or_path,
     default_device,
     load_pretrained,
@@ -151,7 +150,11 @@ class Zoo(Mapping):
         self._clip = None
         self._load_clip = load_clip
 
-    def __getitem__(self, name: str) -> Mllm:
+    def __getitem__(
+        self,
+        name: str,  # a model of the zoo
+    ) -> Mllm:
+        "Load a model, or give the one in memory; the oldest goes where `keep` is reached."
         self._known(name)
         if name not in self._models:
             while self.keep and len(self._models) >= self.keep:
@@ -332,7 +335,7 @@ def load_clip(
     found = resolve_checkpoint(name_or_path)
     if (kind := found.config.get("model_type")) != "clip":
         raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
-    check_contents(found)
+    found.check_contents()
     processor = load_auto_processor(found.place, revision=found.revision)
     model = load_model(
         "CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32
