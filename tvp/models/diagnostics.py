@@ -299,18 +299,19 @@ def preprocessing_errors(
 ) -> Tensor:  # absolute differences of all pixel values, in 8-bit levels
     "Measure how far the differentiable path is from the processor's ordinary result on bytes."
     instruction = _PROBE_INSTRUCTIONS[0]
-    pixels = mllm.preprocess(images, instruction)
-    # "pixel_values", nearly always
-    name = next(name for name, value in pixels.items() if value.is_floating_point())
 
     def preprocess(images):
-        return mllm.preprocess(images, instruction, straight_through)[name]
+        return mllm.preprocess(images, instruction, straight_through)
 
+    made = preprocess(images)
+    # "pixel_values", nearly always
+    name = next(name for name, value in made.items() if value.is_floating_point())
     texts = [mllm.text.render(instruction)] * len(images)
     saved = as_saved(mllm.processor.image_processor, images)
     ordinary = mllm.text.run(texts, saved)[name]
-    level = (preprocess(torch.ones_like(images)) - preprocess(torch.zeros_like(images))) / 255
-    return ((preprocess(images) - ordinary) / level)[level.abs() > 1e-9].abs()
+    white = preprocess(torch.ones_like(images))[name]
+    level = (white - preprocess(torch.zeros_like(images))[name]) / 255
+    return ((made[name] - ordinary) / level)[level.abs() > 1e-9].abs()
 
 
 def _diagnose_preprocessing(

@@ -56,7 +56,8 @@ def _refuse(options: dict, names: tuple[str, ...], why: str) -> None:
 # %% ../../nbs/api/models/10_zoo.ipynb #113d4693
 def load_mllm(
     name_or_path: str | PathLike,  # a known name, a folder, or "owner/name" on the hub
-    # of `tvp.models.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of
+    # of `tvp.models.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or
+    # of
     # `tvp.models.paper.loading.load_paper_model` (weights, ...)
     **options,
 ) -> Mllm:  # frozen
@@ -79,7 +80,9 @@ def load_mllm(
         )
         return load_zoo("tiny")[name]
     if bare and name in PAPER_MODELS:
-        return load_paper_model(name, options.pop("weights", PAPER_MODELS[name].whole or None), **options)
+        return load_paper_model(
+            name, options.pop("weights", PAPER_MODELS[name].whole or None), **options
+        )
     _refuse(options, ("weights",), f"is for the models of the paper: {', '.join(PAPER_MODELS)}")
     if bare and name in REGISTRY:
         return load_registered_model(name, **options)
@@ -138,7 +141,8 @@ class Zoo(Mapping):
         width: int,  # border that suits the canvas, pixels
         load_clip: Callable[[], Clip],  # the CLIP of Task Semantics Enrichment
         keep: int | None = None,  # models in memory at a time; None: all
-        places: Mapping[str, _ModelLocation] = {},  # name: where its files are, as far as that is known
+        # name: where its files are, as far as that is known
+        places: Mapping[str, _ModelLocation] = {},
     ):
         self._load = load
         self._towers = towers
@@ -235,7 +239,9 @@ def tiny_zoo(
     def is_here(part):
         return Path(folder, f"{part}.safetensors").is_file()
 
-    towers = {name: tower for name, (tower, *_) in TINY_MODELS.items() if is_here(name) and is_here(tower)}
+    towers = {
+        name: tower for name, (tower, *_) in TINY_MODELS.items() if is_here(name) and is_here(tower)
+    }
     if not towers:
         raise FileNotFoundError(
             "`folder` must hold a model of the small zoo and its vision tower, such as "

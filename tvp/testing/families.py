@@ -8,6 +8,7 @@ __all__ = ['MODEL_FAMILIES', 'ALL_FAMILIES', 'VQ_FAMILIES', 'DEFAULT_FAMILIES', 
 
 # %% ../../nbs/api/testing/02_families.ipynb #77a619bc
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -858,6 +859,7 @@ MODEL_FAMILIES |= {
 }
 
 # %% ../../nbs/api/testing/02_families.ipynb #e41e72e0
+@cache  # reads the installed version from disk
 def _unsupported(
     kind: str,  # one of `MODEL_FAMILIES`
 ) -> str | None:  # a sentence, or None
