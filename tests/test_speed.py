@@ -20,11 +20,12 @@ import torch
 from fastcore.test import expect_fail, test_close, test_eq
 
 from tvp.prompts.visual_prompt import VisualPrompt
-from tvp.testing import golden_clip, golden_mllm, reference_data_dir, tiny_mllm
+from tvp.testing import tiny_mllm
 from tvp.training.learner import Learner
 from tvp.training.losses import tvp_losses
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import run
 from models import (
@@ -38,7 +39,8 @@ from models import (
     forward_flops,
     synthetic_words,
 )
-from reference import (
+from reference.golden import golden_clip, golden_mllm, reference_data_dir
+from reference_loop import (
     ReferenceLoop,
     language_loss,
     normalize_pixels,

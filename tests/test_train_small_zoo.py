@@ -18,7 +18,7 @@ from torch import Generator, nn
 
 from tvp._files import RunLock
 from tvp._loading import load_safetensors
-from tvp.models.adapters import Mllm, model_inputs
+from tvp.models.adapters import Mllm
 from tvp.models.tiny import CANVAS_SIZE, TINY_MODELS, build_mllm, load_tiny, tiny_processor
 from tvp.tasks.drawing import AGREEMENT_TEMPLATE, CLASSIFICATION_INSTRUCTION, SHAPES
 
@@ -128,7 +128,7 @@ def test_collator():
         )
         batch = InstructionCollator(name).batch(list(zip(QUESTIONS, ANSWERS)))
         if language == "t5":
-            test_eq(batch["input_ids"], model_inputs(mllm, images, QUESTIONS)["input_ids"])
+            test_eq(batch["input_ids"], mllm.model_inputs(images, QUESTIONS)["input_ids"])
         with torch.no_grad():
             loss = mllm.model(pixel_values=normalize(images), **batch).loss
             test_close(loss, mllm(images, QUESTIONS, ANSWERS).loss, 1e-5)

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 
 from tvp._images import LazyImages
 from tvp._validation import check_choice, check_int
-from tvp.models.adapters import Clip, Mllm, append_answer_ids, decoder_start_token_id
-from tvp.models.inputs import collate_answers
+from tvp.models.adapters import Clip, Mllm
+from tvp.models.forward import append_answer_ids, decoder_start_token_id
 from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.tasks.task import Batch, Split, Task
 from tvp.training.learner import Learner
@@ -42,7 +42,7 @@ from models import (
     candidate_names,
     count_flops,
 )
-from reference import ReferenceLoop, model_inputs, normalize_pixels, reference_rank
+from reference_loop import ReferenceLoop, model_inputs, normalize_pixels, reference_rank
 
 
 def time_interleaved(
@@ -178,7 +178,7 @@ def lower_bound_step(
     ).requires_grad_()
     ids, mask = (
         t.to(source.device)
-        for t in collate_answers(source.text, batch.instructions, batch.answers, source.end)
+        for t in source.text.collate_answers(batch.instructions, batch.answers, source.end)
     )
     inputs = model_inputs(source, pixels, batch.instructions)
     if source.text.seq2seq:

@@ -20,7 +20,6 @@ from .._loading import load_auto_processor, load_model, read_index
 from .._validation import check_choice, check_type
 from .adapters import Clip, Mllm
 from tvp.models.pretrained import (
-    check_contents,
     check_name_or_path,
     default_device,
     load_pretrained,
@@ -57,7 +56,8 @@ def _refuse(options: dict, names: tuple[str, ...], why: str) -> None:
 # %% ../../nbs/api/models/10_zoo.ipynb #113d4693
 def load_mllm(
     name_or_path: str | PathLike,  # a known name, a folder, or "owner/name" on the hub
-    # of `tvp.models.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or of
+    # of `tvp.models.pretrained.load_pretrained` (dtype, device, device_map, quantization, ...) or
+    # of
     # `tvp.models.paper.loading.load_paper_model` (weights, ...)
     **options,
 ) -> Mllm:  # frozen
@@ -80,7 +80,9 @@ def load_mllm(
         )
         return load_zoo("tiny")[name]
     if bare and name in PAPER_MODELS:
-        return load_paper_model(name, options.pop("weights", PAPER_MODELS[name].whole or None), **options)
+        return load_paper_model(
+            name, options.pop("weights", PAPER_MODELS[name].whole or None), **options
+        )
     _refuse(options, ("weights",), f"is for the models of the paper: {', '.join(PAPER_MODELS)}")
     if bare and name in REGISTRY:
         return load_registered_model(name, **options)
@@ -139,7 +141,8 @@ class Zoo(Mapping):
         width: int,  # border that suits the canvas, pixels
         load_clip: Callable[[], Clip],  # the CLIP of Task Semantics Enrichment
         keep: int | None = None,  # models in memory at a time; None: all
-        places: Mapping[str, _ModelLocation] = {},  # name: where its files are, as far as that is known
+        # name: where its files are, as far as that is known
+        places: Mapping[str, _ModelLocation] = {},
     ):
         self._load = load
         self._towers = towers
@@ -151,7 +154,11 @@ class Zoo(Mapping):
         self._clip = None
         self._load_clip = load_clip
 
-    def __getitem__(self, name: str) -> Mllm:
+    def __getitem__(
+        self,
+        name: str,  # a model of the zoo
+    ) -> Mllm:
+        "Load a model, or give the one in memory; the oldest goes where `keep` is reached."
         self._known(name)
         if name not in self._models:
             while self.keep and len(self._models) >= self.keep:
@@ -232,7 +239,9 @@ def tiny_zoo(
     def is_here(part):
         return Path(folder, f"{part}.safetensors").is_file()
 
-    towers = {name: tower for name, (tower, *_) in TINY_MODELS.items() if is_here(name) and is_here(tower)}
+    towers = {
+        name: tower for name, (tower, *_) in TINY_MODELS.items() if is_here(name) and is_here(tower)
+    }
     if not towers:
         raise FileNotFoundError(
             "`folder` must hold a model of the small zoo and its vision tower, such as "
@@ -333,7 +342,7 @@ def load_clip(
     found = resolve_checkpoint(name_or_path)
     if (kind := found.config.get("model_type")) != "clip":
         raise TypeError(f"`name_or_path` must be a CLIP, got {found.name} of type {kind!r}.")
-    check_contents(found)
+    found.check_contents()
     processor = load_auto_processor(found.place, revision=found.revision)
     model = load_model(
         "CLIPModel", found.place, revision=found.revision, use_safetensors=None, dtype=torch.float32

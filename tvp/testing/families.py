@@ -8,6 +8,7 @@ __all__ = ['MODEL_FAMILIES', 'ALL_FAMILIES', 'VQ_FAMILIES', 'DEFAULT_FAMILIES', 
 
 # %% ../../nbs/api/testing/02_families.ipynb #77a619bc
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -668,7 +669,9 @@ _COMPASS = {name: symbol.upper() for name, symbol in _QWEN.items()}
 _MINIMAX = ("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>[")
 _STEP = ("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>")
 MODEL_FAMILIES |= {
-    "glmga": FamilySpec("Glmga", _PIXELS, "Glm46V", config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY),
+    "glmga": FamilySpec(
+        "Glmga", _PIXELS, "Glm46V", config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY
+    ),
     "cohere_compass": FamilySpec(
         "CohereCompass",
         _PIXELS,
@@ -856,6 +859,7 @@ MODEL_FAMILIES |= {
 }
 
 # %% ../../nbs/api/testing/02_families.ipynb #e41e72e0
+@cache  # reads the installed version from disk
 def _unsupported(
     kind: str,  # one of `MODEL_FAMILIES`
 ) -> str | None:  # a sentence, or None
@@ -951,7 +955,9 @@ def tiny_processor(
     if row.audio:
         parts["feature_extractor"] = getattr(tf, row.audio + "FeatureExtractor")()
     if row.chat:
-        parts["chat_template"] = _make_chat_template(row.chat, tokenizer.bos_token if row.begins else "")
+        parts["chat_template"] = _make_chat_template(
+            row.chat, tokenizer.bos_token if row.begins else ""
+        )
     return made(**parts)
 
 # %% ../../nbs/api/testing/02_families.ipynb #07d2793c
@@ -959,19 +965,24 @@ def tiny_model(
     kind: str,  # one of `ALL_FAMILIES`
     seed: int = 0,  # of the random weights
 ) -> nn.Module:  # what AutoModelForImageTextToText gives, about 0.1 M parameters, frozen
-    "A random model of a real type, built in memory."
+    "Make a random model of a real type in memory."
+    return _build_model(kind, tiny_processor(kind).tokenizer, seed)
+
+
+def _build_model(
+    kind: str,  # one of `ALL_FAMILIES`
+    tokenizer,  # of its processor: some processors add symbols of their own
+    seed: int,  # of the random weights
+) -> nn.Module:  # frozen
+    "Make a random model that fits a tokenizer."
     from transformers import AutoModelForImageTextToText
 
     row = _get_family(kind)
-    # some processors add symbols of their own
-    config = make_tiny_config(row.type or kind, tiny_processor(kind).tokenizer, **row.config)
+    config = make_tiny_config(row.type or kind, tokenizer, **row.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return (
-            randomize_weights(AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
-            .eval()
-            .requires_grad_(False)
-        )
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        return randomize_weights(model).eval().requires_grad_(False)
 
 
 def tiny_mllm(
@@ -985,9 +996,10 @@ def tiny_mllm(
 
         return tiny_visualglm(toy_tokenizer(), seed=seed)
     row = _get_family(kind)
+    processor = tiny_processor(kind)
     return Mllm(
-        tiny_model(kind, seed),
-        tiny_processor(kind),
+        _build_model(kind, processor.tokenizer, seed),
+        processor,
         row.template and row.template.format,
         name=kind,
         end=row.end,

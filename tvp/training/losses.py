@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._validation import check_choice, check_int, check_str_list, check_type
-from ..models.adapters import Clip, Mllm, MllmOutput, encode_images_with_hidden_states
+from ..models.adapters import Clip, Mllm, MllmOutput
 from ..tasks.task import Batch
 
 # %% ../../nbs/api/training/01_losses.ipynb #711789f2
@@ -53,7 +53,7 @@ class StepContext:
     def clean_layers(self) -> tuple[Tensor, ...]:  # (B, T, D) behind each block of the vision tower
         "Hidden states of the clean pictures, without gradient, computed at most once."
         with torch.no_grad():
-            return encode_images_with_hidden_states(self.source, self.clean, self.batch.instructions)[1]
+            return self.source.visual_tokens_and_layers(self.clean, self.batch.instructions)[1]
 
 # %% ../../nbs/api/training/01_losses.ipynb #f87dcbdc
 def _check_weight(

@@ -125,7 +125,9 @@ def _visualglm_tensors(
         elif name.startswith("image_encoder.vit."):
             # of one class token, and of positions: transformers keeps them with a batch dimension
             table = name.endswith("_embeddings.weight")
-            out["vision_model." + _replaced(name[18:], _VISION_RENAMES)] = value[None] if table else value
+            out["vision_model." + _replaced(name[18:], _VISION_RENAMES)] = (
+                value[None] if table else value
+            )
         elif name.startswith("image_encoder.glm_proj."):
             out[name.replace("image_encoder.glm_proj", "language_projection")] = value
         else:
@@ -225,7 +227,8 @@ def _load_visualglm(
     place."""
     files, home = _find_weight_files(weights)
     found = next(
-        filter(None, (resolve_file(home, file) for file in ("config.json", "model_config.json"))), None
+        filter(None, (resolve_file(home, file) for file in ("config.json", "model_config.json"))),
+        None,
     )
     config = _visualglm_config(read_json(found) if found else {})
     vocabulary = tokenizer or resolve_file(home, "ice_text.model")
@@ -237,7 +240,9 @@ def _load_visualglm(
         )
     stored = {name: value for file in files for name, value in read_weights(file).items()}
     tensors = _visualglm_tensors(stored, config)
-    report = _check_complete(tensors, config, str(weights), tuple(filter(_is_unused_weight, stored)))
+    report = _check_complete(
+        tensors, config, str(weights), tuple(filter(_is_unused_weight, stored))
+    )
     if dtype == "auto":
         dtype = tensors["language_model.lm_head.weight"].dtype
     model = build_model(VisualGLMForConditionalGeneration, config, tensors, dtype=dtype, **how)

@@ -31,16 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvp._validation import check_float, check_str_list, check_type
-from tvp.models.adapters import (
-    Clip,
-    Mllm,
+from tvp.models.adapters import Clip, Mllm
+from tvp.models.forward import (
     append_answer_ids,
     decoder_start_token_id,
     flatten_visual_tokens,
     last_position_ids,
     make_position_ids,
 )
-from tvp.models.inputs import collate_answers, collate_instructions
 from tvp.models.ranking import token_log_probs
 from tvp.models.transformers_compat import cache_argument, output_cache
 from tvp.prompts.pixel_ops import border_mask
@@ -77,7 +75,7 @@ def language_loss(
 ) -> Tensor:  # scalar
     "The model's own loss, with labels."
     inputs = model_inputs(source, pixels, instructions)
-    (ids, mask) = collate_answers(source.text, instructions, answers, source.end)
+    (ids, mask) = source.text.collate_answers(instructions, answers, source.end)
     ids = ids.to(source.device)
     mask = mask.to(source.device)
     labels = ids.masked_fill(mask == 0, -100)
@@ -99,7 +97,7 @@ def model_inputs(
     source: Mllm, pixels: Tensor, instructions: list[str]
 ) -> dict[str, Tensor]:  # the model's inputs
     "Normalised pixels and instructions, padded on the left."
-    text = collate_instructions(source.text, instructions, tuple(pixels.shape[-2:]))
+    text = source.text.collate_instructions(instructions, tuple(pixels.shape[-2:]))
     return {name: value.to(source.device) for name, value in text.items()} | {
         "pixel_values": pixels.to(source.dtype)
     }
