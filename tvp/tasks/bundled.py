@@ -44,10 +44,10 @@ IMAGE_SIZE = 48  # pictures of the embedded tasks, pixels: the small zoo's canva
 def degrade_images(
     images: Tensor,  # (n, 3, h, w) around [0, 1]
     contrast: float,  # 1 keeps it, 0 is grey
-    blotches: float,  # standard deviation of coarse coloured noise, four pixels wide
+    blotches: float,  # standard deviation of coarse colored noise, four pixels wide
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, h, w) uint8
-    """Less contrast, coloured blotches, a little noise. Blotches survive shrinking, so that a
+    """Less contrast, colored blotches, a little noise. Blotches survive shrinking, so that a
     border's smaller picture is not a cleaner one."""
     n, _, h, w = images.shape
     coarse = F.interpolate(
@@ -86,7 +86,7 @@ def _draw_groups(
     n: int,  # pictures
     fewest: int,  # objects in a picture, at least
     g: Generator,  # random state
-    # pictures around [0, 1]; (colour, shape) of the objects in each
+    # pictures around [0, 1]; (color, shape) of the objects in each
 ) -> tuple[Tensor, list[list[tuple[str, str]]]]:
     "Up to four small objects per picture."
     count = fewest + random_integers((n,), MAX_OBJECTS + 1 - fewest, g)
@@ -139,7 +139,7 @@ def _draw_agreement(
     n: int,  # pictures
     g: Generator,  # random state
 ) -> Split:
-    "A coloured letter; half of them have the colour that begins with it."
+    "A colored letter; half of them have the color that begins with it."
     letter = random_integers((n,), len(LETTERS), g)
     label = torch.arange(n) % 2
     color = (letter + (1 - label) * (1 + random_integers((n,), len(COLORS) - 1, g))) % len(COLORS)
