@@ -20,7 +20,7 @@ from tvp.evaluation.compression import compressed_variants
 from tvp.training.learner import Learner
 from tvp.training.losses import tvp_losses
 from tvp.prompts.visual_prompt import VisualPrompt, clipping_stats
-from tvp.training.recipes import get_recipe, make_optimizer
+from tvp.training.recipes import get_recipe
 from tvp.tasks.loading import load_task, task_names
 from tvp.evaluation.transfer import TransferResults, evaluate_transfer
 from tvp.evaluation.runs import TransferRun
@@ -57,7 +57,7 @@ def make(source: str, task: str, seed: int, range: str, lr: float) -> Learner:
         zoo[source],
         load_task(task),
         tvp_losses(recipe.fca, recipe.tse, zoo.clip),
-        make_optimizer(recipe, prompt),
+        recipe.make_optimizer(prompt),
         batch_size=recipe.batch_size,
         seed=seed,
         augment=recipe.augment,

@@ -454,7 +454,7 @@ def _command_evaluate(args: argparse.Namespace) -> None:
         return
     from tvp._checkpoint import Parts, checksum
     from tvp._files import write_all
-    from tvp.training.resume import task_settings
+    from tvp.training.checkpoint import task_settings
 
     pixels = checksum(
         {name: value.detach() for name, value in prompt.state_dict().items()},

@@ -184,7 +184,7 @@ def step_variants(
     cached = scene.learner()
     uncached = scene.learner()
     reference = scene.reference()
-    uncached.clean_tokens = None
+    uncached.clean_features = None
     batches = scene.batches()
     steps = {"cached": cached.steps(10**6), "uncached": uncached.steps(10**6)}
     ours = {name: lambda step=step: next(step) for name, step in steps.items()}

@@ -26,9 +26,9 @@ from .report import figure_to_png, report_html
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt, adjustment_values
 from ..tasks.task import Task
+from ..training.checkpoint import fit_part, task_settings
 from ..training.learner import Learner
 from ..training.recipes import RECIPES, make_learner
-from ..training.resume import fit_part, task_settings
 
 # %% ../../nbs/api/experiments/05_demo.ipynb #55506263
 @dataclass

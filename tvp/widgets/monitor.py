@@ -64,7 +64,7 @@ class TrainingMonitor:
         )
         self.models = _monitored_models(zoo, self.source, models)
         self.updates = learner.steps()
-        self.total = learner.epochs * learner.per_epoch
+        self.total = learner.epochs * learner.steps_per_epoch
         self.due = list(self.models)
         self.checks = []
         self.over = False
