@@ -42,13 +42,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity
 import tvp
 from tvp._checkpoint import read_checkpoint, write_checkpoint
 from tvp.testing.families import tiny_clip, tiny_model, tiny_processor
-from tvp.training.learner import training_steps
 from tvp.models.paper.specs import PAPER_MODELS
 from tvp.models.paper.loading import load_saved_adapter, save_adapter
 from tvp.models.pretrained import load_pretrained
 from tvp.prompts.visual_prompt import VisualPrompt
 from tvp.training.recipes import make_learner
-from tvp.training.resume import load_checkpoint, save_checkpoint
 from tvp.tasks.loading import load_task
 from tvp.testing import tiny_mllm
 from tvp.models.zoo import load_clip, load_zoo
@@ -318,15 +316,15 @@ def readers(folder: Path) -> dict[str, Reader]:
     models = write_models(folder / "models")
     prompts = FIXTURES.glob("prompt-*.safetensors")
     learner = new_learner()
-    next(iter(training_steps(learner, 1)))
-    save_checkpoint(learner, folder / "c.safetensors")
+    next(learner.steps(1))
+    learner.save_checkpoint(folder / "c.safetensors")
 
     def read_progress(path):
-        load_checkpoint(learner, path)
+        learner.load_checkpoint(path)
         return learner
 
     def sound(learner):
-        return 0 <= learner.position.done <= learner.position.epochs * learner.per_epoch and bool(
+        return 0 <= learner.state.step <= learner.total_steps and bool(
             learner.prompt.delta.isfinite().all()
         )
 

@@ -21,7 +21,7 @@ from tvp.evaluation.compression import compressed_variants
 from tvp.training.learner import Learner
 from tvp.training.losses import tvp_losses
 from tvp.prompts.visual_prompt import VisualPrompt
-from tvp.training.recipes import get_recipe, make_optimizer
+from tvp.training.recipes import get_recipe
 from tvp.tasks.loading import load_task, task_names
 from tvp.evaluation.results import TransferResults
 from tvp.evaluation.transfer import evaluate_transfer
@@ -59,7 +59,7 @@ def make(source: str, task: str, seed: int, range: str, lr: float) -> Learner:
         zoo[source],
         load_task(task),
         tvp_losses(recipe.fca, recipe.tse, zoo.clip),
-        make_optimizer(recipe, prompt),
+        recipe.make_optimizer(prompt),
         batch_size=recipe.batch_size,
         seed=seed,
         augment=recipe.augment,

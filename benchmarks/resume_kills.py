@@ -110,7 +110,7 @@ def child(
     if not pid:
         try:
             with deadly_write(stage or "", number):
-                learner.fit(checkpoint=folder, every=1, resume=True)
+                learner.fit(checkpoint=folder, save_steps=1, resume=True)
         finally:
             os._exit(0)
     if seconds is not None:

@@ -170,11 +170,11 @@ def make(setting: Setting, zoo, source: str, task, seed: int) -> Learner:
         optimizer,
         seed=seed,
         epochs=setting.epochs,
-        combine=setting.combine,
-        gradient=setting.gradient,
-        views=setting.views,
-        filters=setting.filters,
-        average=setting.average,
+        ensemble=setting.combine,
+        gradient_estimator=setting.gradient,
+        input_transforms=setting.views,
+        gradient_filters=setting.filters,
+        average_last_steps=setting.average,
     )
 
 

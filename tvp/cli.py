@@ -702,7 +702,7 @@ def _command_evaluate(run, prompt, task, data_dir, models, corruption, out, forc
         return
     from tvp._checkpoint import Parts, checksum
     from tvp._files import write_all
-    from tvp.training.resume import task_settings
+    from tvp.training.checkpoint import task_settings
 
     pixels = {name: value.detach() for name, value in prompt.state_dict().items()}
     settings = {

@@ -211,7 +211,7 @@ def step_variants(
     cached = scene.learner()
     uncached = scene.learner()
     reference = scene.reference()
-    uncached.clean_tokens = None
+    uncached.clean_features = None
     batches = scene.batches()
     steps = {"cached": cached.steps(10**6), "uncached": uncached.steps(10**6)}
     ours = {name: partial(next, updates) for name, updates in steps.items()}

@@ -30,9 +30,9 @@ from ..plotting.style import figure_to_png
 from ..plotting.transfer import plot_transfer
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
+from ..training.checkpoint import fit_part, task_settings
 from ..training.learner import Learner
 from ..training.recipes import RECIPES, make_learner
-from ..training.resume import fit_part, task_settings
 
 # %% ../../nbs/api/experiments/05_demo.ipynb #55506263
 @dataclass

@@ -32,9 +32,9 @@ from ..models.zoo import PAPER_SIX, Zoo, load_clip, load_mllm
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.loading import load_task
 from ..tasks.task import Batch, Task
+from ..training.checkpoint import fit_part, task_settings
 from ..training.learner import Learner
 from ..training.recipes import PAPER_METHODS, Recipe, get_recipe, make_learner
-from ..training.resume import fit_part, task_settings
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #c22e29a2
 _PAPER_CLIP = "openai/clip-vit-base-patch32"  # of Task Semantics Enrichment

@@ -65,12 +65,12 @@ GRADIENT_COMBINERS = {
 
 
 def ensemble_weights(
-    combine: str,  # one of COMBINERS
+    ensemble: str,  # a name in GRADIENT_COMBINERS
     gradients: Tensor,  # (M, P) float, one row a source
     losses: Tensor,  # (M,)
 ) -> Tensor:  # (M,); the combined gradient is `weights @ gradients`
     "How much the gradient of each source counts."
-    combiner = GRADIENT_COMBINERS[check_choice("combine", combine, GRADIENT_COMBINERS)]
+    combiner = GRADIENT_COMBINERS[check_choice("ensemble", ensemble, GRADIENT_COMBINERS)]
     check_type("gradients", gradients, Tensor), check_type("losses", losses, Tensor)
     if gradients.ndim != 2 or not gradients.numel() or not gradients.is_floating_point():
         raise ValueError(

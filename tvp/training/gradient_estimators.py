@@ -14,72 +14,64 @@ import torch
 from torch import Tensor
 
 from .._validation import check_float, check_int
+from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Batch
-from tvp.training.learner import (
-    Learner,
-    apply_gradient_filters,
-    compute_gradient,
-    compute_losses,
-    compute_source_gradient,
-    iter_forward_passes,
-    losses_by_source,
-    merge_step_metrics,
-)
-from .processes import all_reduce_mean
+from .learner import Learner
+from .state import Gradients, StepMetrics
 
 # %% ../../nbs/api/training/10_gradient_estimators.ipynb #87020e08
 @contextmanager
-def _restore_prompt_after(
-    learner: Learner,
+def _restore_parameters(
+    prompt: VisualPrompt,
 ) -> Iterator[None]:
-    """Whatever happens to the prompt inside, it stands where it stood afterwards; gradients are
-    kept."""
-    parameters = list(learner.prompt.parameters())
+    "Put the prompt back at the end of the block, whatever has happened to it."
+    parameters = list(prompt.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
     finally:
-        for parameter, was in zip(parameters, before):
-            parameter.data.copy_(was)
+        for parameter, values in zip(parameters, before):
+            parameter.data.copy_(values)
 
 
 @torch.no_grad()
-def _perturb_prompt(
+def _perturb_border(
     learner: Learner,
     gradient: Tensor,  # of the border
     length: float,  # of the step, in pixel values; negative: downhill
 ) -> None:
     """Move the border along a gradient, as far as the filters let it through; color, sharpness and
     scale stay."""
-    gradient = apply_gradient_filters(learner, gradient)
+    gradient = learner.filter_gradient(gradient)
     learner.prompt.delta.add_(length * gradient / (gradient.norm() + 1e-10))
 
 # %% ../../nbs/api/training/10_gradient_estimators.ipynb #bc18535e
 @dataclass(frozen=True)
 class SAMGradient:
-    "The gradient at the worst place nearby (Foret et al. 2021)."
+    "Takes the gradient at the worst place nearby (Foret et al. 2021)."
 
     radius: float = 1.0  # how far that is, in pixel values of the border, > 0
 
     def __post_init__(self):
-        check_float(
-            "radius", self.radius, above=True, hint="Try 1.0, a fraction of a step's length."
-        )
+        hint = "Try 1.0, a fraction of a step's length."
+        check_float("radius", self.radius, above=True, hint=hint)
 
-    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the place nearby
+    def __call__(
+        self, learner: Learner, micro_batches: list[Batch]
+    ) -> tuple[Gradients, StepMetrics]:  # both of the place nearby
         prompt = learner.prompt
-        dice = learner.prompt.generator.get_state()
-        compute_gradient(learner, pieces)
-        with _restore_prompt_after(learner):
-            _perturb_prompt(learner, prompt.delta.grad, self.radius)
-            prompt.generator.set_state(dice)
-            return compute_gradient(learner, pieces)
+        random_state = prompt.generator.get_state()
+        gradients, _ = learner.compute_gradient(micro_batches)
+        with _restore_parameters(prompt):
+            _perturb_border(learner, gradients.border, self.radius)
+            prompt.generator.set_state(random_state)  # the same transforms and places
+            return learner.compute_gradient(micro_batches)
 
 # %% ../../nbs/api/training/10_gradient_estimators.ipynb #1092e502
 @dataclass(frozen=True)
 class CWAGradient:
-    """Flat, and where the sources agree: one small step for each source after a step up (Chen et
-    al. 2024, CWA)."""
+    """Makes one small step for each source after a step up, towards a flat place where the sources
+    agree (Chen et al. 2024, CWA)."""
 
     radius: float = 0.5  # of the step up, in pixel values of the border, > 0
     # of the step down of each source, in pixel values of the border, well above the radius
@@ -89,121 +81,95 @@ class CWAGradient:
         for name, hint in (("radius", "Try 0.5."), ("step", "Try 2.0, four times the radius.")):
             check_float(name, getattr(self, name), above=True, hint=hint)
 
-    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, those of the prompt itself
-        numbers = compute_gradient(learner, pieces)
+    def __call__(
+        self, learner: Learner, micro_batches: list[Batch]
+    ) -> tuple[Gradients, StepMetrics]:  # the metrics are those of the prompt itself
+        gradients, metrics = learner.compute_gradient(micro_batches)
         prompt = learner.prompt
-        canvas = prompt.canvas_gradient
-        combined = [p.grad for p in prompt.parameters()]
         before = prompt.delta.detach().clone()
-        with _restore_prompt_after(learner):
-            _perturb_prompt(learner, prompt.delta.grad, self.radius)
-            for gradient in _iter_source_gradients(learner, pieces):
-                _perturb_prompt(learner, gradient, -self.step)
-            way = before - prompt.delta.detach()
-        # the share of the picture's part stays what it was
-        prompt.canvas_gradient = canvas * (way.norm() / (combined[0].norm() + 1e-10))
-        for parameter, gradient in zip(prompt.parameters(), [way, *combined[1:]]):
-            parameter.grad = gradient
-        return numbers
+        with _restore_parameters(prompt):
+            _perturb_border(learner, gradients.border, self.radius)
+            for border in self._source_gradients(learner, micro_batches):
+                _perturb_border(learner, border, -self.step)
+            direction = before - prompt.delta.detach()
+        # the share of the image's part stays what it was
+        canvas = gradients.canvas * (direction.norm() / (gradients.border.norm() + 1e-10))
+        return Gradients(canvas, [direction, *gradients.parameters[1:]]), metrics
 
-# %% ../../nbs/api/training/10_gradient_estimators.ipynb #f19c195e
-def _iter_source_gradients(
-    learner: Learner,
-    pieces: list[Batch],  # of this process
-) -> Iterator[Tensor]:  # of the border
-    """The gradient of one source after the other, each taken where the prompt then stands; what
-    needs no source is computed once and part of each."""
-    common = 0
-    # what needs no source comes first
-    for source, losses in sorted(losses_by_source(learner), key=lambda part: part[0] is not None):
-        compute_source_gradient(learner, pieces, source, losses)
-        if source is None:
-            common = learner.prompt.delta.grad
-        else:
-            yield learner.prompt.delta.grad + common
+    def _source_gradients(
+        self, learner: Learner, micro_batches: list[Batch]
+    ) -> Iterator[Tensor]:  # of the border
+        """Take the gradient of one source after the other, where the prompt then stands; what
+        needs no source is computed once and part of each."""
+        common = 0
+        # what needs no source comes first
+        parts = sorted(learner.losses_by_source(), key=lambda part: part[0] is not None)
+        for source, losses in parts:
+            gradients, _ = learner.compute_source_gradient(micro_batches, source, losses)
+            if source is None:
+                common = gradients.border
+            else:
+                yield gradients.border + common
 
 # %% ../../nbs/api/training/10_gradient_estimators.ipynb #64863269
 @dataclass(frozen=True)
 class SPSAGradient:
-    """An estimate from forward passes alone, two for each sample (Spall 1992; for prompts Oh et al.
-    2023)."""
+    """Estimates the gradient from forward passes alone, two for each sample (Spall 1992; for
+    prompts Oh et al. 2023)."""
 
     samples: int = 4  # random directions in an update, > 0
     radius: float = 0.02  # how far each number is moved up and down before the filters, > 0
 
     def __post_init__(self):
-        (
-            check_int("samples", self.samples),
-            check_float("radius", self.radius, above=True, hint="Try 0.02."),
-        )
+        check_int("samples", self.samples)
+        check_float("radius", self.radius, above=True, hint="Try 0.02.")
 
     @torch.no_grad()
-    def __call__(self, learner: Learner, pieces: list[Batch]) -> Tensor:  # (2 + columns,) the numbers of the update, means over all places asked
-        if len(learner.sources) > 1 and learner.combine != "mean":
+    def __call__(
+        self, learner: Learner, micro_batches: list[Batch]
+    ) -> tuple[Gradients, StepMetrics]:  # the metrics are means over all places asked
+        if len(learner.sources) > 1 and learner.ensemble != "mean":
             raise ValueError(
-                "`combine` must be 'mean' with Spsa, which has no gradient of each source; got "
-                f"{learner.combine!r}."
+                "`ensemble` must be 'mean' with SPSAGradient, "
+                "which has no gradient of each source; "
+                f"got {learner.ensemble!r}."
             )
-        parameters = list(learner.prompt.parameters())
-        generator = learner.prompt.generator
-        told = []
-        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        prompt = learner.prompt
+        metrics = []
+        estimates = [torch.zeros_like(parameter) for parameter in prompt.parameters()]
         for _ in range(self.samples):
-            signs = _sample_rademacher(learner)
-            dice = generator.get_state()
-            up = _loss_at_offset(learner, pieces, signs, self.radius)
-            generator.set_state(dice)  # the same views, crops and places
-            down = _loss_at_offset(learner, pieces, signs, -self.radius)
-            told += [up, down]
-            for gradient, sign in zip(gradients, signs):
-                gradient.add_((up[0] - down[0]) / (2 * self.radius * self.samples) * sign)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        learner.prompt.canvas_gradient = gradients[0]
-        return torch.stack(told).mean(0)
+            signs = self._draw_signs(learner)
+            random_state = prompt.generator.get_state()
+            up = self._metrics_at(learner, micro_batches, signs, self.radius)
+            prompt.generator.set_state(random_state)  # the same transforms, crops and places
+            down = self._metrics_at(learner, micro_batches, signs, -self.radius)
+            metrics += [up, down]
+            slope = (up.total - down.total) / (2 * self.radius * self.samples)
+            for estimate, sign in zip(estimates, signs):
+                estimate.add_(slope * sign)
+        return Gradients(estimates[0], estimates), StepMetrics.mean(metrics)
 
-# %% ../../nbs/api/training/10_gradient_estimators.ipynb #25e48d89
-def _sample_rademacher(
-    learner: Learner,
-) -> list[Tensor]:  # one for each parameter
-    """Signs for every number of a prompt, what the filters let through of those of the border; none
-    where there is no border."""
-    prompt = learner.prompt
+    def _draw_signs(self, learner: Learner) -> list[Tensor]:  # one for each parameter
+        "Draw a sign for every number; the filters shape those of the border."
+        generator = learner.prompt.generator
+        signs = []
+        for parameter in learner.prompt.parameters():
+            bits = torch.randint(0, 2, parameter.shape, generator=generator)
+            signs.append((bits * 2 - 1).to(parameter))
+        return [learner.filter_gradient(signs[0]), *signs[1:]]
 
-    def draw(like):
-        return (torch.randint(0, 2, like.shape, generator=prompt.generator) * 2 - 1).to(like)
-
-    signs = [draw(parameter) for parameter in prompt.parameters()]
-    return [apply_gradient_filters(learner, signs[0]), *signs[1:]]
-
-
-def _loss_at_offset(
-    learner: Learner,
-    pieces: list[Batch],  # of this process
-    direction: list[Tensor],  # one for each parameter
-    length: float,  # times the direction
-) -> Tensor:  # (2 + columns,) the numbers there
-    "What the sources say of the prompt moved a little; no gradient."
-    with _restore_prompt_after(learner):
-        for parameter, way in zip(learner.prompt.parameters(), direction):
-            parameter.data.add_(way, alpha=length)
-        return merge_step_metrics(
-            learner, [_source_loss(learner, pieces, *part) for part in losses_by_source(learner)]
-        )
-
-
-def _source_loss(
-    learner: Learner,
-    pieces: list[Batch],  # of this process
-    source,  # a model, or None
-    losses: list,  # to weigh
-    # (2 + losses,) the weighted total, each loss unweighted, and the share of processes that want
-    # to stop
-) -> Tensor:
-    "What one source says; the mean over views, pieces and processes."
-    values = torch.stack(
-        [compute_losses(learner, source, losses, *each)[1] for each in iter_forward_passes(learner, pieces, source)]
-    ).mean(0)
-    return all_reduce_mean(
-        [torch.cat([values, values.new_full((1,), learner.stopping)])], learner.accelerator
-    )[0]
+    def _metrics_at(
+        self, learner: Learner, micro_batches: list[Batch], direction: list[Tensor], length: float
+    ) -> StepMetrics:
+        "Ask the sources about the prompt moved a little; no gradient."
+        with _restore_parameters(learner.prompt):
+            for parameter, way in zip(learner.prompt.parameters(), direction):
+                parameter.data.add_(way, alpha=length)
+            found = []
+            for source, losses in learner.losses_by_source():
+                passes = [
+                    learner.forward(batch, source, losses, *options)
+                    for batch, *options in learner.forward_passes(micro_batches, source)
+                ]
+                found.append(learner.all_reduce(None, StepMetrics.mean(passes))[1])
+            return learner.merge_metrics(found)

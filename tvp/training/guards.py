@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['check_learner_arguments', 'check_sources', 'check_gradient_options', 'check_batch_size', 'check_batch_divisible',
            'check_terms', 'check_optimizer', 'check_switches', 'check_prompt_finite', 'check_batch_finite',
-           'check_step_finite', 'explain_out_of_memory']
+           'check_step_finite', 'explain_out_of_memory', 'renamed_parameters']
 
 # %% ../../nbs/api/training/06_guards.ipynb #7e9a6cd8
+import functools
 import math
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +29,7 @@ from .losses import check_losses
 def check_learner_arguments(
     prompt: VisualPrompt,
     task: Task,
-    scheduler: Callable,  # (optimizer, per_epoch, epochs) -> torch scheduler
+    scheduler: Callable,  # (optimizer, steps_per_epoch, epochs) -> torch scheduler
     augment: bool = False,  # are pictures flipped and cropped at random?
     accelerator: Any = None,  # accelerate.Accelerator or PartialState
 ) -> None:
@@ -38,10 +40,11 @@ def check_learner_arguments(
         raise TypeError(f"`task` must be a Task, got {task!r}. Load it first: tvp.load_task(name).")
     if not callable(scheduler):
         raise TypeError(
-            "`scheduler` must be a function (optimizer, per_epoch, epochs) -> torch scheduler, "
+            "`scheduler` must be a function (optimizer, steps_per_epoch, epochs) -> torch "
+            "scheduler, "
             f"got {type(scheduler).__name__}. "
-            "Wrap it: scheduler=lambda optimizer, per_epoch, epochs: "
-            "CosineAnnealingLR(optimizer, per_epoch * epochs)."
+            "Wrap it: scheduler=lambda optimizer, steps_per_epoch, epochs: "
+            "CosineAnnealingLR(optimizer, steps_per_epoch * epochs)."
         )
     check_type("augment", augment, bool)
     if accelerator is not None and not hasattr(accelerator, "num_processes"):
@@ -92,30 +95,39 @@ def check_sources(
     return sources
 
 # %% ../../nbs/api/training/06_guards.ipynb #4dbdbfcf
+def _is_function(
+    value: Any,
+) -> bool:
+    "Say whether a value can be called and is no class."
+    return callable(value) and not isinstance(value, type)
+
+
 def check_gradient_options(
-    combine: Any,  # a name in COMBINERS
-    gradient: Any,  # a function (learner, pieces) -> numbers, or None
-    views: Any,  # a list of functions
-    filters: Any,  # a list of functions
-    average: Any,  # a whole number, 0 or more
+    ensemble: Any,  # a name in GRADIENT_COMBINERS
+    # a function (learner, micro_batches) -> (Gradients, StepMetrics), or None
+    gradient_estimator: Any,
+    input_transforms: Any,  # a list of functions
+    gradient_filters: Any,  # a list of functions
+    average_last_steps: Any,  # a whole number, 0 or more
     losses: list,  # checked
     sources: int,  # how many
 ) -> None:
     "Refuse what cannot be a part of an update."
-    check_choice("combine", combine, GRADIENT_COMBINERS)
-    if gradient is not None and (isinstance(gradient, type) or not callable(gradient)):
+    check_choice("ensemble", ensemble, GRADIENT_COMBINERS)
+    if gradient_estimator is not None and not _is_function(gradient_estimator):
         raise TypeError(
-            f"`gradient` must be a function (learner, pieces) -> numbers, got {gradient!r}. Try "
+            "`gradient_estimator` must be a function (learner, micro_batches) -> "
+            f"(Gradients, StepMetrics), got {gradient_estimator!r}. Try "
             "tvp.training.gradient_estimators.SAMGradient()."
         )
-    for name, pieces in (("views", views), ("filters", filters)):
-        if not isinstance(pieces, (list, tuple)) or any(
-            isinstance(piece, type) or not callable(piece) for piece in pieces
-        ):
+    lists = {"input_transforms": input_transforms, "gradient_filters": gradient_filters}
+    for name, functions in lists.items():
+        is_list = isinstance(functions, (list, tuple))
+        if not is_list or not all(_is_function(function) for function in functions):
             raise TypeError(
-                f"`{name}` must be a list of functions, got {pieces!r}. See tvp.{name}."
+                f"`{name}` must be a list of functions, got {functions!r}. See tvp.training.{name}."
             )
-    check_int("average", average, 0)
+    check_int("average_last_steps", average_last_steps, 0)
     if sources > 1 and not any(getattr(term, "needs_source", True) for term in losses):
         raise ValueError(
             "`losses` must hold one that looks at the sources, such as TaskLoss(): these would "
@@ -145,17 +157,18 @@ def check_batch_size(
 # %% ../../nbs/api/training/06_guards.ipynb #4b7d705c
 def check_batch_divisible(
     batch_size: int,  # pictures per update, over all processes
-    accumulation: int,  # pieces in which a process reads its part
+    gradient_accumulation_steps: int,  # micro-batches in which a process reads its part
     processes: int,  # that share an update
 ) -> None:
     "Refuse a batch that cannot be cut into equal pieces."
-    if not batch_size % (accumulation * processes):
+    parts = gradient_accumulation_steps * processes
+    if not batch_size % parts:
         return
     raise ValueError(
-        f"`batch_size` must be a multiple of {accumulation * processes}, for {processes} "
+        f"`batch_size` must be a multiple of {parts}, for {processes} "
         f"process{'es' * (processes > 1)} and "
-        f"accumulation={accumulation}; got {batch_size}. Try "
-        f"batch_size={-(-batch_size // (accumulation * processes)) * accumulation * processes}."
+        f"gradient_accumulation_steps={gradient_accumulation_steps}; got {batch_size}. Try "
+        f"batch_size={-(-batch_size // parts) * parts}."
     )
 
 # %% ../../nbs/api/training/06_guards.ipynb #a5b62b4a
@@ -190,7 +203,11 @@ def check_optimizer(
     if not left:
         return optimizer
     what = "this prompt" if "delta" in left else f"the {' and the '.join(left)} of this prompt"
-    parts = "tvp.training.optimizers.parameter_groups(prompt)" if prompt.adjust else "prompt.parameters()"
+    parts = (
+        "tvp.training.optimizers.parameter_groups(prompt)"
+        if prompt.adjust
+        else "prompt.parameters()"
+    )
     raise ValueError(
         f"`optimizer` does not train {what}: make it with {parts} of the prompt handed in."
     )
@@ -242,7 +259,7 @@ def check_batch_finite(
     if fine.all():
         return
     raise ValueError(
-        f"the pictures of step {step} hold NaN or infinity: rows "
+        f"the images of step {step} hold NaN or infinity: rows "
         f"{torch.as_tensor(batch.index)[~fine].tolist()} of the train split. "
         "The prompt is as it was before this step. Repair these rows or leave them out."
     )
@@ -302,3 +319,29 @@ def explain_out_of_memory(
         "tvp.load_mllm(name, dtype='bfloat16', gradient_checkpointing=True), "
         f"quantization='8bit' or device_map='auto'. ({reason})"
     )
+
+# %% ../../nbs/api/training/06_guards.ipynb #4b976a3e
+def renamed_parameters(
+    **names: str,  # old name -> new name
+) -> Callable:  # decorator of a function or a method
+    "Let a function understand the old names of its parameters, with a FutureWarning."
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            for old, new in names.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(f"got both `{old}` and `{new}`: `{old}` is the old name.")
+                warnings.warn(
+                    f"`{old}` is now called `{new}`; the old name goes with the next release.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

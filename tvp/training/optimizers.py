@@ -106,12 +106,12 @@ def parameter_groups(
 # %% ../../nbs/api/training/05_optimizers.ipynb #40c6ef38
 def cosine_epoch_schedule(
     optimizer: Optimizer,  # its learning rate is scaled
-    per_epoch: int,  # updates in an epoch
+    steps_per_epoch: int,  # updates in an epoch
     epochs: int,  # epochs in all
 ) -> LRScheduler:  # stepped after each update
     "A cosine from 1 to 0 that is constant within an epoch (TVP's and EVP's reference code)."
     return LambdaLR(
-        optimizer, lambda step: (1 + math.cos(math.pi * (step // per_epoch) / epochs)) / 2
+        optimizer, lambda step: (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs)) / 2
     )
 
 # %% ../../nbs/api/training/05_optimizers.ipynb #b8132ada
@@ -121,8 +121,8 @@ def cosine_schedule_with_warmup(
     "Linear warm-up, then a cosine to 0 that moves with every update (VP, Bahng et al. 2022)."
     check_int("warmup", warmup, 0)
 
-    def schedule(optimizer: Optimizer, per_epoch: int, epochs: int) -> LRScheduler:
-        rest = max(1, per_epoch * epochs - warmup)
+    def schedule(optimizer: Optimizer, steps_per_epoch: int, epochs: int) -> LRScheduler:
+        rest = max(1, steps_per_epoch * epochs - warmup)
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -131,5 +131,5 @@ def cosine_schedule_with_warmup(
 
         return LambdaLR(optimizer, factor)
 
-    schedule.__name__ = f"cosine_by_step({warmup})"  # checkpoints ask for it
+    schedule.__name__ = f"cosine_schedule_with_warmup({warmup})"  # checkpoints hold it
     return schedule

@@ -410,7 +410,7 @@ def training_title(
         for term in training.learner.losses
         if term.name != "task"
     )
-    rule = f"lr {training.learner.rule['lr']:g}, border {training.prompt.width}" + (
+    rule = f"lr {training.learner.optimizer_config['lr']:g}, border {training.prompt.width}" + (
         f", {losses}" if losses else ""
     )
     return (

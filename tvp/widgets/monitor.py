@@ -141,7 +141,7 @@ class TrainingMonitor:
         self.n_images = min(check_int("n_images", n_images), len(learner.task.valid))
         self.models = _monitored_models(zoo, self.source, models)
         self.baseline_cache = {} if baseline_cache is None else baseline_cache
-        self.total_steps = learner.epochs * learner.per_epoch
+        self.total_steps = learner.epochs * learner.steps_per_epoch
         self.pending_models = list(self.models)
         self.scores = []
         self.finished = False
