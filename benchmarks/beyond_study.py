@@ -26,7 +26,6 @@ from tvp.tasks.task import Split, Task
 from tvp.tasks.loading import load_task, task_names
 from tvp.evaluation.results import TransferResults
 from tvp.evaluation.transfer import evaluate_transfer
-from tvp.evaluation.runs import TransferRun
 from tvp.tasks.drawing import (
     COLORS,
     COUNTING_INSTRUCTION,

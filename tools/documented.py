@@ -22,6 +22,7 @@ OBVIOUS = {
     "device",
     "dtype",
     "figure",
+    "learner",
     "path",
     "folder",
     "seed",

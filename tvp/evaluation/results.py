@@ -283,11 +283,18 @@ class TransferResults:
         sources = {run.source for run in self.runs}
         return (plot_transfer if len(sources) == 1 else plot_matrix)(self.mean(), ax=ax)
 
-    def gain_sentences(self, method: str) -> list[str]:
+    def gain_sentences(
+        self,
+        method: str,  # one of `methods`
+    ) -> list[str]:
         "Say what a prompt does to the source and to the unseen models: a sentence for each group."
         return _gain_sentences(self.mean(), self.summary(), method)
 
-    def compare_sentences(self, method: str = "TVP", baseline: str = "EVP") -> list[str]:
+    def compare_sentences(
+        self,
+        method: str = "TVP",  # hoped to be better
+        baseline: str = "EVP",  # than this one
+    ) -> list[str]:
         "Say whether one method beats another, group by group; nothing if one was not evaluated."
         if not {method, baseline} <= set(self.methods):
             return []

@@ -146,8 +146,8 @@ def check_prompts(
 # %% ../../nbs/api/evaluation/05_transfer.ipynb #c6499b71
 def check_names(
     zoo: Mapping[str, Any],  # name -> model
-    source: str | None,
-    targets: Sequence[str] | None,
+    source: str | None,  # trained on; None: not known
+    targets: Sequence[str] | None,  # to evaluate; None: all of the zoo
     mode: str = "rank",  # one of `MODES`
 ) -> list[str]:  # the targets
     "Return the names to evaluate, once all names are known to exist."

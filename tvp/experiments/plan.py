@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from .._checkpoint import Parts, checksum
 from .._validation import check_int
+from ..evaluation.results import TransferResults
 from ..evaluation.runs import TransferRun
 from ..evaluation.scoring import prefetch_files
-from ..evaluation.results import TransferResults
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..models.paper.loading import check_weight_parts

@@ -21,8 +21,8 @@ from .._checkpoint import PARTS, Parts, clear_parts
 from .._files import RunLock, write_all, write_atomic
 from .._formatting import format_duration, package_versions
 from .._markup import render
-from ..evaluation.runs import csv_text
 from ..evaluation.results import TransferResults
+from ..evaluation.runs import csv_text
 from .plan import PAPER_CANVAS_SIZE, ReproductionPlan, plan_reproduction
 from tvp.experiments.published import (
     PUBLISHED_SCORES,

@@ -91,14 +91,17 @@ class Mllm:
 
     @property
     def scorer(self) -> "Mllm":  # the adapter that ranks
+        "Return the adapter that ranks: another one where a model is wrapped otherwise for that."
         return self._scorer or self
 
     @property
     def device(self) -> torch.device:
+        "Return where the model takes its inputs."
         return model_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
+        "Return the type of the embeddings."
         # BLIP-2 keeps its queries in float32
         return self.model.get_input_embeddings().weight.dtype
 

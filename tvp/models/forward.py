@@ -414,9 +414,19 @@ class MultimodalModel(Protocol):
     deduplicator: Any  # a `tvp.models.ranking.ImageDeduplicator` of its vision encoder
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        "Return where the model takes its inputs."
+        ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        "Return the type of the embeddings."
+        ...
 
-    def model_inputs(self, images: Tensor, instructions: list[str]) -> dict[str, Tensor]: ...
+    def model_inputs(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        instructions: list[str],  # one for each image
+    ) -> dict[str, Tensor]:  # what the model's `forward` takes
+        "Prepare pixels and token ids."
+        ...

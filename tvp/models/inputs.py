@@ -555,7 +555,10 @@ class InstructionEncoder:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return text if ids[-1:] == last else self.tokenizer.decode(last)
 
-    def pad_value(self, name: str) -> int:
+    def pad_value(
+        self,
+        name: str,  # of a model input, such as "input_ids"
+    ) -> int:
         "Choose what pads an input: a token that is no image for ids, zero for masks and the rest."
         reads = name.startswith("qformer_")
         tokenizer = self.processor.qformer_tokenizer if reads else self.tokenizer

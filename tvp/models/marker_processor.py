@@ -93,7 +93,10 @@ class MarkerProcessor:
                 ids += self.tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
-    def bare(self, text: str) -> str:
+    def bare(
+        self,
+        text: str,  # with markers and symbols
+    ) -> str:
         "Strip markers and symbols from an instruction, as a Q-Former reads it."
         pieces = _split_on_markers(text, self.alone, self.num_patch_tokens > 0)
         symbols = (*self.markers, *self.alone)

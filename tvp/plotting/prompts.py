@@ -131,10 +131,15 @@ def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> No
 class RankingModel(Protocol):
     "What a figure asks of a model; `tvp.models.adapters.Mllm` is one."
 
-    name: str
-    device: torch.device
+    name: str  # for the title
+    device: torch.device  # where it takes images
 
-    def rank(self, images: Tensor, instructions: list[str], candidates: list[str]) -> Tensor:
+    def rank(
+        self,
+        images: Tensor,  # (B, 3, H, W) in [0, 1]
+        instructions: list[str],  # one for each image
+        candidates: list[str],  # N answers
+    ) -> Tensor:
         "Score N candidates for B images: (B, N)."
         ...
 

@@ -212,7 +212,7 @@ def warn_if_clipped(state: PromptState) -> None:
 
 # %% ../../nbs/api/prompts/06_apply.ipynb #7fe0fa7a
 def apply_prompt(
-    compose: Compose,
+    compose: Compose,  # (B, 3, side, side) -> prompted images
     # path, PIL image, bytes or uint8 array; with `out` the path of an image or folder
     image: Any,
     side: int,  # of the images that `compose` takes, pixels

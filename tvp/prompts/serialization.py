@@ -199,7 +199,7 @@ def make_state(
     config: VisualPromptConfig,
     delta: Tensor,  # (3, size, size), or (3, width, width) for a random patch
     adjustments: Mapping[str, Any],  # name -> numbers
-    provenance: dict[str, Any],
+    provenance: dict[str, Any],  # anything JSON can hold
     name: str,  # of the file, for messages
 ) -> PromptState:  # in the precision of `delta`
     "Check tensors that were read, and join them with what was said of them."

@@ -100,11 +100,11 @@ class PromptState:
         room = self.config.size - self.config.width
         return F.pad(values, (0, room, 0, room))
 
-    def pixels(self) -> Tensor:
+    def pixels(self) -> Tensor:  # (3, size, size), or a patch
         "Return what `delta` stands for, in the same shape."
         return delta_to_pixels(self.delta, self.config.range)
 
-    def render_delta(self) -> Tensor:
+    def render_delta(self) -> Tensor:  # (3, size, size)
         """Render what a free prompt adds, or how far other pixels are from mid grey, (3, size,
         size)."""
         free = self.config.range == "free"
@@ -114,7 +114,7 @@ class PromptState:
         "Render the prompt on mid grey, clipped to 8 bits: to look at."
         return to_pil_image(0.5 + self.render_delta())
 
-    def adjustment_values(self) -> dict[str, list[float]]:
+    def adjustment_values(self) -> dict[str, list[float]]:  # by name
         "Return contrast, brightness, sharpness and scale, as far as they are trained."
         values = {}
         if "color" in self.adjustments:
@@ -159,7 +159,7 @@ class PromptState:
             delta = delta * self.mask()
         return PromptState(replace(self.config, range=range), delta, self.adjustments, provenance)
 
-    def describe_values(self) -> dict[str, str]:
+    def describe_values(self) -> dict[str, str]:  # what is described -> text
         "Summarize the numbers: range and norm of a free prompt, pixels of another, adjustments."
         adjustments = {
             name: ", ".join(f"{value:.3f}" for value in values)

@@ -210,11 +210,14 @@ class VisualPrompt(ModelHubMixin, nn.Module):
             getattr(prompt, name).data.copy_(values)
         return prompt
 
-    def to_range(self, range: str) -> Self:
+    def to_range(
+        self,
+        range: str,  # one of PIXEL_RANGES
+    ) -> Self:
         "Copy the prompt to another of PIXEL_RANGES, clipped and rounded as needed."
         return self.from_state(self.state().to_range(range), self.generator.initial_seed())
 
-    def adjustment_values(self) -> dict[str, list[float]]:
+    def adjustment_values(self) -> dict[str, list[float]]:  # by name
         "Return contrast, brightness, sharpness and scale, as far as they are trained."
         return self.state().adjustment_values()
 
@@ -297,7 +300,11 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         return cls.from_state(load_png(path))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options) -> Self:
+    def from_pretrained(
+        cls,
+        name: str | Path,  # a folder, or "owner/name" on the hub
+        **options,  # of huggingface_hub: revision, token, ...
+    ) -> Self:
         "Read what `save_pretrained` wrote: a folder, or a repository on the Hugging Face hub."
         with translate_hub_errors(name):
             return super().from_pretrained(name, **options)

@@ -108,7 +108,7 @@ def _cell_text(
 class RawSplit:
     "Hold images with their answers in words."
 
-    pictures: LazyImages
+    pictures: LazyImages  # decoded when asked for
     answers: Sequence[Any]  # text or numbers
     instructions: Sequence[Any]  # one for each image; the paper's where there is none
     # what is in each image, a noun phrase; the answer where there is none, or "scene" for yes and

@@ -57,7 +57,7 @@ def images_from_files(
 
 
 def classification_split(
-    pictures: LazyImages,
+    pictures: LazyImages,  # decoded when asked for
     labels: Sequence[int],  # one for each picture
     names: Sequence[str],  # of the classes
 ) -> Split:
@@ -85,7 +85,7 @@ def _read_clevr_scenes(
 
 
 def counting_split(
-    pictures: LazyImages,
+    pictures: LazyImages,  # decoded when asked for
     counts: Sequence[int],  # objects in each picture
     candidates: Sequence[int],  # the numbers that are possible
 ) -> Split:
@@ -212,7 +212,7 @@ def parse_yes_no_labels(
 
 
 def yes_no_split(
-    pictures: LazyImages,
+    pictures: LazyImages,  # decoded when asked for
     images: Sequence[str],  # name of each picture
     questions: Sequence[str],
     labels: Sequence[int],  # 1 for yes

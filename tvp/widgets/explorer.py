@@ -15,8 +15,8 @@ import pandas as pd
 from .._markup import render
 from .._validation import check_int, check_type, parse_source_names
 from ..evaluation.examples import changed_answers, draw_examples, find_prompt, index_prompts
-from ..evaluation.runs import TransferRun
 from ..evaluation.results import TransferResults
+from ..evaluation.runs import TransferRun
 from ..plotting.style import BASELINES
 from ..plotting.transfer import plot_matrix, transfer_matrix
 from ..prompts.visual_prompt import VisualPrompt

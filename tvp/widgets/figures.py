@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..plotting.prompts import plot_prompt
 from ..plotting.style import METHOD_COLORS, method_style
-from ..training.learner import history_frame
+from ..training.state import history_frame
 from tvp.widgets.monitor import (
     TrainingMonitor,
     adjustment_labels,

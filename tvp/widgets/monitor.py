@@ -23,7 +23,8 @@ from ..evaluation.scoring import CachedTask
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt
-from ..training.learner import Learner, StepRecord
+from ..training.learner import Learner
+from ..training.state import StepRecord
 
 # %% ../../nbs/api/widgets/02_monitor.ipynb #4e208465
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ..models.adapters import Mllm
 from ..models.zoo import load_zoo
 from ..tasks.loading import load_task
 from ..tasks.task import Task, check_task_like
-from ..training.learner import Learner, StepRecord
+from ..training.learner import Learner
 from ..training.recipes import check_zoo, get_recipe, make_learner
+from ..training.state import StepRecord
 from .figures import training_figure, training_title
 from .monitor import TrainingMonitor, adjustment_labels
 
