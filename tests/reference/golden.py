@@ -18,7 +18,6 @@ variable TVP_SHARED names the place that holds them in `golden/`.
 """
 
 import json
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,14 +30,7 @@ from tvp.models.adapters import Clip, Mllm
 from tvp.models.paper.loading import build_adapter, build_processor
 from tvp.models.paper.specs import ALL_PREFIXES, PROMPT_TEMPLATES, PromptTemplate
 
-
 SKIPPED = "skipped: the reference's numbers are not here. TVP_SHARED names the folder that holds them"
-
-
-def reference_data_dir() -> Path | None:  # a folder that contains `golden`, or None
-    "Find the reference numbers: the environment variable TVP_SHARED names their folder."
-    named = os.environ.get("TVP_SHARED")
-    return Path(named) if named and (Path(named) / "golden").is_dir() else None
 
 
 def read_golden(
