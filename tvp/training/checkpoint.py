@@ -359,7 +359,7 @@ class CheckpointMixin:
                 if number not in numbers:
                     continue
                 cache.batch_id = (epoch, number)
-                images = self.prompt.canvas(batch.images.to(self.device))
+                images = self.prompt.pad_images(batch.images.to(self.device))
                 for index in range(len(self.sources)):
                     cache(images, batch, index)
 
