@@ -185,7 +185,7 @@ def tasks(work: Path, mine) -> None:
 
 
 def corruptions(work: Path, mine) -> None:
-    "Two tasks with bad pictures."
+    "Two tasks with bad images."
     zoo = load_zoo("tiny")
     for home, kind in mine(
         [(home, kind) for home in ("shapes", "digits") for kind in ("clean", *CORRUPTIONS)]

@@ -58,7 +58,7 @@ class SmallZoo(dict):
 
 
 def small_task(name: str, data_dir: str | None = None) -> Task:
-    "The first pictures of a task that ships with the package."
+    "The first images of a task that ships with the package."
     task = load_task(name)
 
     def first(split: Split, rows: int) -> Split:

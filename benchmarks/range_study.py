@@ -33,7 +33,7 @@ SOURCES = ("tiny-minigpt4",)
 SEEDS = (0,)
 # the source, two on its tower, two on others
 TARGETS = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-blip2-t5", "tiny-llava", "tiny-llava-siglip")
-LIMIT = 500  # test pictures
+LIMIT = 500  # test images
 RANGES = ("free", "unit", "uint8")
 LRS = (5, 15, 45, 135)  # of `unit` and `uint8`; free has its recipe's, 45
 QUALITIES = (95, 85, 75)
@@ -132,7 +132,7 @@ def train(work: Path, mine) -> None:
 
 
 def evaluate(work: Path, mine) -> None:
-    """All prompts of one task, source and seed on all models; as tensors, as 8-bit pictures, as
+    """All prompts of one task, source and seed on all models; as tensors, as 8-bit images, as
     JPEG files."""
     for source, seed, task, split in mine(
         list(itertools.product(SOURCES, SEEDS, task_names(), ("valid", "test")))

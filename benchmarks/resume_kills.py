@@ -39,7 +39,7 @@ STAGES = ("half written", "before the rename", "after the rename")
 
 
 def small_task(rows: int) -> Task:
-    "The first pictures of a task that ships with the package."
+    "The first images of a task that ships with the package."
     task = load_task("shapes")
     return Task(
         task.name,
@@ -53,7 +53,7 @@ def small_task(rows: int) -> Task:
 
 
 def tvp_learner(zoo, task: Task, epochs: int) -> Learner:
-    "TVP: a border, the normalised gradient, remembered clean tokens, CLIP."
+    "TVP: a border, the normalized gradient, remembered clean tokens, CLIP."
     return make_learner("TVP", zoo, "tiny-minigpt4", task, epochs=epochs)
 
 

@@ -140,8 +140,8 @@ def train(work: Path, mine) -> None:
 
 
 def evaluate(work: Path, mine) -> None:
-    """All prompts of one task, source and seed on all models: the recipe's length on test pictures,
-    all lengths (first seed) on validation pictures."""
+    """All prompts of one task, source and seed on all models: the recipe's length on test images,
+    all lengths (first seed) on validation images."""
     zoo = load_zoo("tiny")
     own = get_recipe("TVP").epochs
     jobs = [("test", seed) for seed in SEEDS] + [("valid", SEEDS[0])]

@@ -179,7 +179,7 @@ def make(setting: Setting, zoo, source: str, task, seed: int) -> Learner:
 
 
 def tried(work: Path, name: str, setting: Setting, task: str, source: str) -> pd.DataFrame:
-    """Train one prompt, ask all models about validation pictures; from the file where that has been
+    """Train one prompt, ask all models about validation images; from the file where that has been
     done before."""
     path = work / "valid" / f"{name}-{task}-{source}.json"
     if not path.exists():
@@ -293,7 +293,7 @@ def chosen(params: dict) -> Setting:
 
 
 def gain_so_far(trial, work: Path) -> float:
-    """Mean gain on models that a prompt never saw, over tasks and sources, on validation pictures;
+    """Mean gain on models that a prompt never saw, over tasks and sources, on validation images;
     a hopeless setting is given up early."""
     import optuna
 
@@ -336,7 +336,7 @@ SEEDS = (0, 1, 2, 3, 4)
 PAIR_SEEDS = (0,)
 # two towers: the third is new to the prompt
 PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP))
-PICTURES = 300  # of every task's test pictures, the first ones
+PICTURES = 300  # of every task's test images, the first ones
 
 
 def some_zoo(name: str):
@@ -376,7 +376,7 @@ def train(work: Path, mine, zoo: str) -> None:
 
 
 def evaluate(work: Path, mine, zoo: str) -> None:
-    """Which test pictures every model gets right, without a prompt and with each one of a task and
+    """Which test images every model gets right, without a prompt and with each one of a task and
     a seed."""
     models = some_zoo(zoo)
     for (seed, kind, sources), name in mine(list(itertools.product(rounds(models), task_names()))):
@@ -403,7 +403,7 @@ def evaluate(work: Path, mine, zoo: str) -> None:
 
 
 def outcomes(place: Path) -> list[dict]:
-    """One entry for each prompt and model of a comparison: who, in which group, and per picture
+    """One entry for each prompt and model of a comparison: who, in which group, and per image
     what was right without and with the prompt."""
     from tvp.evaluation.runs import TransferRun
 
@@ -440,7 +440,7 @@ def outcomes(place: Path) -> list[dict]:
 
 
 def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean over tasks of arrays (seeds, pictures), and its 95 % interval: seeds and pictures of
+    """Mean over tasks of arrays (seeds, images), and its 95 % interval: seeds and images of
     every task are drawn anew."""
     rng = np.random.default_rng(0)
     means = np.zeros(draws)
@@ -456,7 +456,7 @@ def interval(differences: list[np.ndarray], draws: int = 2000) -> tuple[float, f
 
 
 def by_task(entries: list[dict]) -> dict[str, np.ndarray]:
-    "Gain over no prompt, mean over sources and models: task -> (seeds, pictures)."
+    "Gain over no prompt, mean over sources and models: task -> (seeds, images)."
     found = {}
     for entry in entries:
         found.setdefault(entry["task"], {}).setdefault(entry["seed"], []).append(
@@ -516,7 +516,7 @@ def gains(entries: list[dict]) -> pd.DataFrame:
 
 def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
     """Two sources against the better of the two alone, on models that neither has seen; which is
-    better is known from the very same pictures, which favours the single one."""
+    better is known from the very same images, which favours the single one."""
     rows = []
     for zoo, method, pair in itertools.product(
         dict.fromkeys(e["zoo"] for e in entries),
@@ -573,7 +573,7 @@ def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
 
 def tidy(entries: list[dict]) -> pd.DataFrame:
     """One row for each prompt and model, in the tidy columns of the package, with an interval over
-    pictures."""
+    images."""
     from tvp.evaluation.metrics import bootstrap_interval
     from tvp.evaluation.runs import TIDY_COLUMNS
 
@@ -665,7 +665,7 @@ def settings_tried(work: Path) -> pd.DataFrame:
 
 
 def agree(work: Path, mine, **_) -> None:
-    """Whether models want the same of a border, and of the picture itself, before anything has been
+    """Whether models want the same of a border, and of the image itself, before anything has been
     learned."""
     zoo = tiny_zoo()
     found = []

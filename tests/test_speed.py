@@ -187,7 +187,7 @@ def floor_gradient(name):
     """Largest difference of the gradient of the task loss, ours and the floor's, relative to the
     largest gradient."""
     scene = make_setup(name)
-    # one picture again and again: the order cannot matter
+    # one image again and again: the order cannot matter
     one = replace(scene.task, train=scene.task.train.select([0] * scene.batch))
     scene.task = one
     prompt = VisualPrompt(scene.size, scene.width)

@@ -202,7 +202,7 @@ ERRORS = """() => { const cells = window.jupyterapp.shell.currentWidget.content.
       if (data.name === 'stderr' && /^Traceback/m.test(data.text)) found.push(`cell ${i} has a traceback on stderr: ${String(data.text).slice(-300)}`) } }
   return found }"""
 
-# a short mark for each picture of a widget, from its bytes
+# a short mark for each image of a widget, from its bytes
 PICTURES = """async (cell) => Promise.all([...cell.querySelectorAll('img.widget-image')].map(async image => {
   const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
   let mark = 0; for (const byte of bytes) mark = (31 * mark + byte) >>> 0;
@@ -297,7 +297,7 @@ class Page:
         return self.words().startswith(status) and self.update() == update
 
     def pictures(self, of=None):
-        """A mark for each picture; 0 for one that is not shown. A picture may be replaced while we
+        """A mark for each image; 0 for one that is not shown. An image may be replaced while we
         look."""
         for _ in range(10):
             with contextlib.suppress(Exception):
@@ -306,7 +306,7 @@ class Page:
         raise AssertionError("the pictures cannot be read")
 
     def until_new(self, before, of=None):
-        "Every picture is another one, and can be seen."
+        "Every image is another one, and can be seen."
 
         def changed(now):
             return len(now) == len(before) and all(
@@ -345,7 +345,7 @@ def open_notebook(page):
 
 
 def show(page):
-    "The live cell runs: controls, and four pictures."
+    "The live cell runs: controls, and four images."
     page.run(LIVE_CELL, above=True)
     page.stepper.locator("img.widget-image").nth(3).wait_for()
     page.until("the stepper is ready", lambda: page.is_at("ready", 0) and all(page.pictures()))
@@ -353,7 +353,7 @@ def show(page):
 
 
 def step(page):
-    "One update, and every picture changes; three quick clicks are three updates."
+    "One update, and every image changes; three quick clicks are three updates."
     before = page.pictures()
     page.click("step")
     page.until("a step", lambda: page.is_at("paused", 1))
@@ -440,7 +440,7 @@ def change_method(page):
 
 
 def change_task(page):
-    "Another task: other pictures, other answers."
+    "Another task: other images, other answers."
     before = page.pictures()
     page.choose("task", "digits")
     page.until("another task", lambda: page.is_at("ready", 0))
@@ -469,7 +469,7 @@ def fail_and_reset(page):
 
 
 def show_explorer(page):
-    "A transfer matrix with a button for each cell, and the pictures of one of them."
+    "A transfer matrix with a button for each cell, and the images of one of them."
     for source in EXPLORER_CELLS:
         page.run(source)
     page.explorer.locator("img.widget-image").wait_for()
@@ -478,7 +478,7 @@ def show_explorer(page):
 
 
 def click_cell(page):
-    "Another cell: another sentence, other pictures, fixed and broken."
+    "Another cell: another sentence, other images, fixed and broken."
     before = page.pictures(page.explorer)
     words = page.words(page.explorer)
     page.explorer.locator("button.jupyter-button[title*='→ tiny-llava']").first.click()

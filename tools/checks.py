@@ -251,7 +251,7 @@ def fenced(content, language=""):
 
 
 def output_markdown(output):
-    "One saved output as Markdown; pictures are left to Quarto."
+    "One saved output as Markdown; images are left to Quarto."
     if output["output_type"] == "stream":
         return fenced("".join(output["text"]))
     data = output.get("data", {})

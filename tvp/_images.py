@@ -97,12 +97,12 @@ def _what_it_is(
 
 
 def open_encoded(
-    # path, bytes, dict with "bytes" or "path", (H, W) or (H, W, 3) uint8 array, or PIL picture
+    # path, bytes, dict with "bytes" or "path", (H, W) or (H, W, 3) uint8 array, or PIL image
     source: Any,
     # what Pillow may take a file for; None: anything that it knows
     formats: Sequence[str] | None = None,
 ) -> Image.Image:  # not yet decoded, where that is possible
-    "Open a picture wherever it lies."
+    "Open an image wherever it lies."
     if isinstance(source, dict):
         source = source.get("bytes") if source.get("bytes") is not None else source.get("path")
     if source is None:
@@ -120,7 +120,7 @@ def open_encoded(
 
 # %% ../nbs/api/06_images.ipynb #1d6411de
 def read_image(
-    source: Any,  # path, bytes, dict with "bytes" or "path", uint8 array, or PIL picture
+    source: Any,  # path, bytes, dict with "bytes" or "path", uint8 array, or PIL image
     # for the message when it cannot be read; a function is asked only then
     where: str | Callable[[], str] = "the picture",
 ) -> Image.Image:  # RGB
@@ -155,12 +155,12 @@ def content_hash(
 
 
 class LazyImages(Sequence):
-    """Pictures that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select`
+    """Images that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select`
     decode nothing."""
 
     def __init__(
         self,
-        sources: Sequence,  # what `read_image` reads, one for each picture; never read as a whole
+        sources: Sequence,  # what `read_image` reads, one for each image; never read as a whole
         rows: Sequence[int] | None = None,  # which of them, in this order; None: all
         name: str = "pictures",  # of the table they come from, for messages
     ):
@@ -175,15 +175,15 @@ class LazyImages(Sequence):
         return f"Pictures({self.name!r}: {len(self)}, decoded when asked for)"
 
     def select(self, rows: Sequence[int]) -> "LazyImages":
-        "Select the pictures of some rows."
+        "Select the images of some rows."
         return LazyImages(self.sources, [self.rows[i] for i in rows], self.name)
 
     def source(self, i: int) -> Any:
-        "Return what picture `i` is made of: a file, bytes, an image."
+        "Return what image `i` is made of: a file, bytes, an image."
         return self.sources[int(self.rows[i])]
 
     def path(self, i: int) -> str | Path | None:
-        "Return the file of picture `i`, if it has one."
+        "Return the file of image `i`, if it has one."
         source = self.sources[int(self.rows[i])]
         if isinstance(source, dict):
             source = source.get("path")
@@ -195,12 +195,12 @@ class LazyImages(Sequence):
         return read_image(self.source(i), lambda: self.where(i))
 
     def where(self, i: int) -> str:
-        "Name picture `i` for a message: its row in the user's table, and its file if it has one."
+        "Name image `i` for a message: its row in the user's table, and its file if it has one."
         path = self.path(i)
         return f"row {int(self.rows[i])} of {self.name}" + (f" ({path})" if path else "")
 
     def fingerprint(self, i: int) -> bytes:
-        "Make a short fingerprint of picture `i`, without decoding it."
+        "Make a short fingerprint of image `i`, without decoding it."
         source = self.source(i)
         try:
             return content_hash(source)
@@ -255,7 +255,7 @@ def image_endings() -> set[str]:  # in lower case, with the dot
 
 # %% ../nbs/api/06_images.ipynb #661cb176
 def to_tensor(
-    image,  # PIL picture of mode RGB, or (3, H, W) uint8 tensor
+    image,  # PIL image of mode RGB, or (3, H, W) uint8 tensor
 ) -> Tensor:  # (3, H, W) uint8
     "Convert an image to a tensor; only RGB will do."
     if isinstance(image, Tensor):
@@ -291,7 +291,7 @@ def _fit_one(
     image: Tensor,  # (3, H, W) or (B, 3, H, W) uint8
     size: int,  # wanted side, pixels
     how: str,  # "crop" or "letterbox"
-    generator: Generator | None,  # random state of the crop; None: centre
+    generator: Generator | None,  # random state of the crop; None: center
 ) -> Tensor:  # same, size x size
     "Resize, then crop or pad."
     from torchvision.transforms import InterpolationMode
@@ -314,7 +314,7 @@ def _fit_one(
 
 # %% ../nbs/api/06_images.ipynb #0bce05a7
 def resize_images(
-    images: Sequence,  # PIL pictures (RGB) or (3, H, W) uint8 tensors, of any sizes
+    images: Sequence,  # PIL images (RGB) or (3, H, W) uint8 tensors, of any sizes
     size: int,  # wanted side, pixels
     how: str = "crop",  # "crop" (shorter side fits) or "letterbox" (longer side fits, black around)
     generator: Generator | None = None,  # random state for the place of the crop; None: the middle
@@ -335,7 +335,7 @@ def resize_images(
 
 # %% ../nbs/api/06_images.ipynb #c7e14d00
 _MAX_IMAGE_BYTES = 2**27  # 128 MB, of a file
-_MAX_IMAGE_PIXELS = 2**26  # 67 million, of a picture
+_MAX_IMAGE_PIXELS = 2**26  # 67 million, of an image
 IMAGE_FORMATS = {
     ".png": "PNG",
     ".jpg": "JPEG",
@@ -369,7 +369,7 @@ def check_file_size(
 
 
 def open_image(
-    source: Any,  # path, bytes, PIL picture, or (H, W) or (H, W, 3) uint8 array
+    source: Any,  # path, bytes, PIL image, or (H, W) or (H, W, 3) uint8 array
     where: str,  # how messages name it
 ) -> Image.Image:  # not decoded yet, where that is possible
     "Open an image, with limits and known formats only."
@@ -394,7 +394,7 @@ def open_image(
 
 # %% ../nbs/api/06_images.ipynb #e66cd6d1
 def check_image_size(
-    width: int,  # of the picture
+    width: int,  # of the image
     height: int,  # likewise
     side: int,  # that it is fitted to
     how: str,  # "crop" or "letterbox"

@@ -35,7 +35,7 @@ def prefetch(
 
 def pin_memory(
     batch: Any,  # a `Batch` on the CPU
-) -> Any:  # the same with its pictures in pinned memory
+) -> Any:  # the same with its images in pinned memory
     "Pin the memory of tensors, ready for a graphics card."
     batch.images = batch.images.pin_memory()
     return batch

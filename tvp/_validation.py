@@ -121,7 +121,7 @@ def check_sequence(
     name: str,  # of the parameter
     values: Any,  # what came
 ) -> Any:  # the same
-    """Pictures and labels come in a row: a list, a tensor, or anything else with a length and an
+    """Images and labels come in a row: a list, a tensor, or anything else with a length and an
     [i]."""
     if (
         hasattr(values, "__len__")

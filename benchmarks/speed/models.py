@@ -137,7 +137,7 @@ class ModelShape:
 
     @property
     def picture_tokens(self) -> int:
-        "Visual tokens of a picture."
+        "Visual tokens of an image."
         return (self.size // self.patch) ** 2 if self.kind == "llava" else self.queries
 
 
@@ -335,7 +335,7 @@ def bench_clip(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Clip:
-    "A random CLIP for a shape: patches of 32 pixels, or six to a side where a image is small."
+    "A random CLIP for a shape: patches of 32 pixels, or six to a side where an image is small."
     import transformers as tf
 
     check_choice("name", name, MODEL_SHAPES)

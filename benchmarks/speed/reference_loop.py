@@ -96,7 +96,7 @@ def language_loss(
 def model_inputs(
     source: Mllm, pixels: Tensor, instructions: list[str]
 ) -> dict[str, Tensor]:  # the model's inputs
-    "Normalised pixels and instructions, padded on the left."
+    "Normalized pixels and instructions, padded on the left."
     text = source.text.collate_instructions(instructions, tuple(pixels.shape[-2:]))
     return {name: value.to(source.device) for name, value in text.items()} | {
         "pixel_values": pixels.to(source.dtype)

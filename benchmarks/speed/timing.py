@@ -120,7 +120,7 @@ class BenchmarkSetup:
         return ReferenceLoop(self.size, self.width, self.source, self.clip)
 
     def batches(self) -> Iterator[Batch]:
-        "Training pictures without end."
+        "Training images without end."
         generator = torch.Generator().manual_seed(0)
         while True:
             yield from self.task.batches(
@@ -305,12 +305,12 @@ def time_ranking(
     }
 
 
-# --- Several questions about a image -----------------------------------------------------------
+# --- Several questions about an image -----------------------------------------------------------
 #
 # POPE asks six questions of each image. The vision tower looks once at what a batch shows
 # several times (`tvp.models.ranking`), so the same questions about as many images that all
 # differ are the yardstick: everything else is the same. What can be gained is the tower's share of
-# a ranking, less what a image still needs. The scores are compared with those of one question at
+# a ranking, less what an image still needs. The scores are compared with those of one question at
 # a time.
 
 

@@ -471,7 +471,7 @@ class InstructionCollator:
         return self.known[text, special]
 
     def prompt(self, instruction: str) -> list[int]:
-        "Picture placeholders and instruction."
+        "Image placeholders and instruction."
         text = self.template.format(instruction)
         count = NUM_QUERIES if self.tower == "shared" else (CANVAS_SIZE // PATCH_SIZE) ** 2
         if "<image>" in text:

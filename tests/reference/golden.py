@@ -237,7 +237,7 @@ def loss_errors(
     io: dict[str, Tensor],  # of io.safetensors
     variant: str,  # "default" or "varlen"
 ) -> dict[str, float]:  # quantity: distance from the reference
-    """The loss, its gradient at the picture, the visual tokens, and what the language model
+    """The loss, its gradient at the image, the visual tokens, and what the language model
     received."""
     texts = golden["variants"][variant]
     images = (io["in.image_uint8"].float() / 255).requires_grad_()

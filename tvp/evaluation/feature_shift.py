@@ -23,7 +23,7 @@ def _feature_shift(
     prompt: VisualPrompt,
     mllm: Mllm,  # any model, trained on or not
     images: Tensor,  # (B, 3, s, s) in [0, 1]; s is `prompt.inner`
-    instructions: list[str],  # one per picture
+    instructions: list[str],  # one per image
     # clean visual tokens (B, T, D), and what the prompt adds to them (B, T, D); float32
 ) -> tuple[Tensor, Tensor]:
     """Compute how a prompt moves the visual tokens of a model: what FCA keeps small on the source
@@ -36,7 +36,7 @@ def _feature_shift(
 # %% ../../nbs/api/evaluation/08_feature_shift.ipynb #e9a297e9
 def measure_feature_shift(
     prompts: Mapping[str, VisualPrompt],  # method -> prompt
-    batch: Batch,  # pictures of side `prompt.inner`
+    batch: Batch,  # images of side `prompt.inner`
     zoo: Mapping[str, Mllm],  # name -> model; name the ones to measure in a smaller dictionary
     # method, target, distance (mean length of the shift: FCA), length (of clean tokens), relative
     # (their ratio)
@@ -64,10 +64,10 @@ def measure_feature_shift(
 
 # %% ../../nbs/api/evaluation/08_feature_shift.ipynb #e99e8fdf
 def _map_shift(
-    shift: Tensor,  # (m, P) of the first model, one row a picture
+    shift: Tensor,  # (m, P) of the first model, one row an image
     clean: Tensor,  # (n, P) features of the first model
-    other: Tensor,  # (n, Q) features of the second, of the same pictures
-    ridge: float = 0.01,  # times the mean squared length of the centred features, > 0
+    other: Tensor,  # (n, Q) features of the second, of the same images
+    ridge: float = 0.01,  # times the mean squared length of the centered features, > 0
 ) -> Tensor:  # (m, Q) where the second model should move if it moved like the first
     "Map a shift to another model's features: ridge regression on clean images, in its dual form."
     if len(clean) != len(other):
@@ -84,8 +84,8 @@ def _map_shift(
 
 def shift_similarity(
     prompt: VisualPrompt,
-    learn: Batch,  # pictures to learn the translations from: training pictures, several hundred
-    batch: Batch,  # pictures to compare the shifts on: others
+    learn: Batch,  # images to learn the translations from: training images, several hundred
+    batch: Batch,  # images to compare the shifts on: others
     zoo: Mapping[str, Mllm],  # name -> model
     # from (rows) x to (columns): mean cosine of the translated and the real shift, in [-1, 1]
 ) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def shift_similarity(
 def _input_gradient(
     prompt: VisualPrompt,  # where the gradient is taken; not changed
     mllm: Mllm,
-    batch: Batch,  # pictures of side `prompt.inner`, with their answers
+    batch: Batch,  # images of side `prompt.inner`, with their answers
 ) -> Tensor:  # (3, size, size), 0 where the prompt has no pixels
     "Compute the gradient of a model's task loss in the pixels of a prompt, summed over images."
     if prompt.kind == "random-patch":
@@ -126,8 +126,8 @@ def _input_gradient(
 
 def gradient_similarity(
     prompt: VisualPrompt,
-    first: Batch,  # two batches of different pictures ...
-    second: Batch,  # ... so that the diagonal says how much the choice of pictures blurs
+    first: Batch,  # two batches of different images ...
+    second: Batch,  # ... so that the diagonal says how much the choice of images blurs
     zoo: Mapping[str, Mllm],  # name -> model
 ) -> pd.DataFrame:  # model x model, symmetric: cosine of their gradients, in [-1, 1]
     "Measure whether two models want the pixels of a prompt to move the same way."

@@ -106,7 +106,7 @@ def top_k_accuracy(
     scores: Any,  # (n, N) mean log-likelihoods
     labels: Any,  # (n,) number of the right candidate
     k: int = 5,  # how near the top, 1 to N
-) -> float:  # share of pictures whose right candidate is among the k best, 0 to 1
+) -> float:  # share of images whose right candidate is among the k best, 0 to 1
     "Compute top-k accuracy by ranking."
     scores = as_scores(scores)
     labels = as_labels(labels, scores)
@@ -268,7 +268,7 @@ def _check_bootstrap_options(
 # %% ../../nbs/api/evaluation/01_metrics.ipynb #aa168079
 def bootstrap_interval(
     clean: Any,  # (n,) correctness without a prompt, each 0 to 1
-    prompted: Any,  # (n,) correctness of the same pictures with the prompt
+    prompted: Any,  # (n,) correctness of the same images with the prompt
     n: int = 1000,  # bootstrap draws
     seed: int = 0,  # of the draws
     level: float = 0.95,  # share of the draws inside the interval
@@ -299,9 +299,9 @@ def bootstrap_interval(
 def _pair_order(
     margin: np.ndarray,  # (n,) yes over no
     labels: np.ndarray,  # (n,) 1 for yes, 0 for no
-    # (yes pictures, no pictures): 1 where the yes picture scores higher, 0.5 where they tie
+    # (yes images, no images): 1 where the yes image scores higher, 0.5 where they tie
 ) -> np.ndarray:
-    "Which (yes, no) pairs of pictures are in the right order; the mean is the AUROC."
+    "Which (yes, no) pairs of images are in the right order; the mean is the AUROC."
     yes = margin[labels == 1][:, None]
     no = margin[labels == 0][None]
     return (yes > no) + 0.5 * (yes == no)
@@ -316,7 +316,7 @@ def bootstrap_auroc(
     seed: int = 0,  # of the draws
     level: float = 0.95,  # share of the draws inside the interval
 ) -> tuple[float, float, float]:  # gain (mean over the k), low, high
-    """Paired bootstrap of a gain in AUROC, over pictures, yes and no drawn apart so that both are
+    """Paired bootstrap of a gain in AUROC, over images, yes and no drawn apart so that both are
     always there."""
     _check_bootstrap_options(n, seed, level)
     margins = [(_column_margin(c), _column_margin(p)) for c, p in zip(clean, prompted, strict=True)]
@@ -337,7 +337,7 @@ def bootstrap_auroc(
 def bootstrap_gain(
     metric: str,  # a key of `METRICS`
     clean: Sequence[Any],  # k arrays (n, N) of scores: one for each model or prompt seed
-    prompted: Sequence[Any],  # k arrays (n, N) for the same pictures with the prompt
+    prompted: Sequence[Any],  # k arrays (n, N) for the same images with the prompt
     labels: Any,  # (n,) number of the right candidate
     seed: int = 0,  # of the draws
 ) -> tuple[float, float, float]:  # gain (mean over the k), low, high: 95 % interval

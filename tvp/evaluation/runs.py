@@ -235,7 +235,7 @@ def _gain_rows(
     baseline: str = "none",  # compared with
     # clean (the baseline's), prompted, gain, low, high, n: a row for each group
 ) -> list[dict[str, float]]:
-    "Compute mean gains of a method over runs and targets, with their intervals over pictures."
+    "Compute mean gains of a method over runs and targets, with their intervals over images."
     first = runs[0]
     if first.metric == "auroc":
         rows = [_auroc_gain(runs, targets, method, baseline) for targets in groups]
@@ -406,7 +406,7 @@ def _gain_text(cell: Mapping[str, float] | None) -> str:
 class TransferTable:
     "One block of the transfer table: what it is about, and its lines."
 
-    heading: str  # task, metric, number of pictures and seeds
+    heading: str  # task, metric, number of images and seeds
     methods: list[str]  # without `none`
     lines: list[TableRow]
 

@@ -63,13 +63,13 @@ def _score_images(
 @torch.no_grad()
 def score_task(
     mllm: Mllm,  # any model with `.rank(images, instructions, candidates)`
-    task: Task,  # its candidates are ranked for each picture
+    task: Task,  # its candidates are ranked for each image
     size: int,  # canvas side, pixels
-    prompt: VisualPrompt | None = None,  # None: the picture fills the canvas
+    prompt: VisualPrompt | None = None,  # None: the image fills the canvas
     split: str = "test",  # "train", "valid" or "test"
-    limit: int | None = None,  # at most so many pictures
-    batch_size: int = 100,  # pictures per call of the model
-    # (process, processes): only the pictures that this process reads
+    limit: int | None = None,  # at most so many images
+    batch_size: int = 100,  # images per call of the model
+    # (process, processes): only the images that this process reads
     part: tuple[int, int] = (0, 1),
     mode: str = "rank",  # "generate": the model answers in its own words, see `score_answers`
     # scores (n, N), or (n, N + 1) of generated answers; labels (n,), row numbers in the split (n,)
@@ -305,16 +305,16 @@ def run_evaluation(
 # %% ../../nbs/api/evaluation/05_transfer.ipynb #4d7852ca
 def evaluate_transfer(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],  # one prompt, or method name -> prompt
-    task: Task,  # its pictures are ranked
+    task: Task,  # its images are ranked
     zoo: Mapping[str, Mllm],  # name -> model; a `Zoo` also tells which models share a tower
     # trained on this model, or on several: "a + b"; None: what the prompt says of itself
     source: str | None = None,
     split: str = "test",  # "train", "valid" or "test"
-    limit: int | None = None,  # at most so many pictures
-    batch_size: int = 100,  # pictures per call of a model
+    limit: int | None = None,  # at most so many images
+    batch_size: int = 100,  # images per call of a model
     seed: int = 0,  # that the prompt was trained with; also seeds the bootstrap
     targets: Sequence[str] | None = None,  # names of the models to evaluate; None: the whole zoo
-    # a `tvp.tasks.corruptions.Corruption`, or several: what happens to the pictures
+    # a `tvp.tasks.corruptions.Corruption`, or several: what happens to the images
     corruption=None,
     # where each model's scores are kept as they are found, and taken over by the same call; None:
     # nowhere

@@ -182,7 +182,7 @@ def _demo_settings(
     task: Task,
     source: str,  # name in the zoo
     seeds: Sequence[int],  # one prompt of each method for each
-    limit: int | None,  # test pictures at most; None: all
+    limit: int | None,  # test images at most; None: all
 ) -> dict:  # names and numbers, nested
     "List what decides the results of a demo, for its `Parts`."
     recipes = {name: asdict(recipe) for name, recipe in RECIPES["tiny"].items()}
@@ -201,7 +201,7 @@ def run_demo(
     task: Task,
     source: str,  # name in the zoo
     seeds: Sequence[int] = (0,),  # one prompt of each method for each seed
-    limit: int | None = None,  # test pictures at most; None: all
+    limit: int | None = None,  # test images at most; None: all
     say: Callable[[str], Any] = print,  # told what happens, line by line
     make: Callable[..., Learner] = make_learner,  # (method, zoo, source, task, seed) -> Learner
     # folder for what is finished, and for what an earlier call had finished; None: nothing is kept

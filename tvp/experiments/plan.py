@@ -178,10 +178,10 @@ class ReproductionPlan:
     source: str  # trained on this model
     recipes: dict[str, Recipe]  # method -> how; empty for a ready prompt
     seeds: tuple[int, ...]  # one prompt of each method for each
-    limit: int | None = None  # test pictures at most; None: all
+    limit: int | None = None  # test images at most; None: all
     places: dict[str, str] = field(default_factory=dict)  # model -> where it lies, in words
     ready: VisualPrompt | None = None  # a prompt that is not to be trained any more
-    batch_size: int = 32  # pictures per question, as in the reference
+    batch_size: int = 32  # images per question, as in the reference
     # what else decides the results, in words: the CLIP, where the data lie, how models are loaded
     given: dict[str, str] = field(default_factory=dict)
 
@@ -395,7 +395,7 @@ def plan_reproduction(
     clip: str | Path = _PAPER_CLIP,  # folder or hub id
     data_dir: str | Path | None = None,  # where the data lie; None: the hub
     epochs: int | None = None,  # None: the recipe's
-    limit: int | None = None,  # test pictures at most; None: all
+    limit: int | None = None,  # test images at most; None: all
     seeds: int | Sequence[int] = 42,  # one prompt of each method for each
     # a ready prompt or its file: nothing is trained
     prompt: VisualPrompt | str | Path | None = None,
@@ -443,7 +443,7 @@ def plan_reproduction(
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #6ebfe4b8
 class _TaskWithProgress:
-    "A task that shows a progress bar while its pictures are taken."
+    "A task that shows a progress bar while its images are taken."
 
     # text stands before the bar
     def __init__(self, task: Task, text: str):

@@ -77,7 +77,7 @@ TEASER_GAINS = pd.DataFrame(
 # %% ../../nbs/api/experiments/02_published.ipynb #49045257
 def _wilson_interval(
     share: float,  # of right answers, 0 to 1
-    n: int,  # pictures
+    n: int,  # images
     z: float = 1.96,  # standard deviations: 95 %
 ) -> tuple[float, float]:  # low, high
     "Wilson's score interval of a share (Wilson 1927)."
@@ -172,8 +172,8 @@ RELEASED_PROMPT_STATS = {
 
 def prompt_statistics(
     prompt: VisualPrompt,
-) -> dict[str, float]:  # names and numbers, in units of the picture's range
-    "Size and range of a prompt, and what is left of it when it is clipped to a picture."
+) -> dict[str, float]:  # names and numbers, in units of the image's range
+    "Size and range of a prompt, and what is left of it when it is clipped to an image."
     values = prompt.render_delta().detach().double().cpu()
     outside, kept = prompt.clipping_stats()
     norm = values.norm().item()

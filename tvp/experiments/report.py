@@ -21,7 +21,7 @@ def figure_to_png(
     dpi: int = 160,  # dots per inch
     close: bool = True,  # forget the figure afterwards
 ) -> bytes:
-    "A picture as a PNG file."
+    "An image as a PNG file."
     import matplotlib.pyplot as plt
 
     first = picture.flat[0] if hasattr(picture, "flat") else picture

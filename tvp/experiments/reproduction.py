@@ -85,9 +85,9 @@ def _model_deviations(
 # %% ../../nbs/api/experiments/04_reproduction.ipynb #db623793
 def _data_deviations(
     plan: ReproductionPlan,
-    n: int,  # test pictures that were asked about
+    n: int,  # test images that were asked about
 ) -> list[str]:
-    "Which pictures were others, or fewer."
+    "Which images were others, or fewer."
     train = len(plan.task.train)
     valid = len(plan.task.valid)
     test = len(plan.task.test)

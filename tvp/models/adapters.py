@@ -222,7 +222,7 @@ class Mllm:
 
 # %% ../../nbs/api/models/06_adapters.ipynb #02745d63
 class Clip:
-    "A frozen CLIP that compares pictures with texts."
+    "A frozen CLIP that compares images with texts."
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ class Clip:
         "(B, D) of unit length for B texts, each computed once, no gradient."
         check_list("texts", texts)
         limit = self.model.config.text_config.max_position_embeddings
-        for text in texts:  # one by one, so that no bit depends on the neighbours
+        for text in texts:  # one by one, so that no bit depends on the neighbors
             if text in self._texts:
                 continue
             inputs = self.processor.tokenizer(

@@ -84,7 +84,7 @@ _PROBE_CANDIDATES = ["cat", "red circle", "dark blue square", "dog", "no"]
 def _default_canvas_size(
     mllm: MultimodalModel,  # the adapter
 ) -> int:  # pixels
-    "The side of the pictures that a model's vision encoder was made for, at most 224."
+    "The side of the images that a model's vision encoder was made for, at most 224."
     side = getattr(getattr(mllm.model.config, "vision_config", None), "image_size", None)
     if isinstance(side, (list, tuple)):
         side = side[0]
@@ -94,7 +94,7 @@ def _default_canvas_size(
 def make_probe_images(
     size: int,  # side of the canvas, pixels
 ) -> Tensor:  # (2, 3, size, size), multiples of 1/255
-    "Two pictures that nobody has seen before: noise of every scale on top of one another."
+    "Two images that nobody has seen before: noise of every scale on top of one another."
     generator = torch.Generator().manual_seed(0)
     scales = [2**k for k in range(1, size.bit_length())]
     layers = [

@@ -137,13 +137,13 @@ def capture_visual_features(
 
 def flatten_visual_tokens(
     # what `get_image_features` or a vision encoder returned: a ModelOutput, a tensor, a list with
-    # one entry per picture or tile
+    # one entry per image or tile
     features,
-    batch: int,  # number of pictures
+    batch: int,  # number of images
     # from `get_image_features`, whose `pooler_output` holds all tokens; an encoder's holds one per
-    # picture
+    # image
     projected: bool = True,
-) -> Tensor:  # (B, T, D), tiles of a picture one after the other
+) -> Tensor:  # (B, T, D), tiles of an image one after the other
     "Visual tokens with channels last, whatever shape a model family gives them."
     pooled = getattr(features, "pooler_output", None) if projected else None
     tokens = pooled if pooled is not None else getattr(features, "last_hidden_state", features)
@@ -228,11 +228,11 @@ def capture_hidden_states(
 
 
 def split_hidden_states_by_image(
-    # from `capture_hidden_states`: tiles in the batch, or the patches of all pictures in one row
+    # from `capture_hidden_states`: tiles in the batch, or the patches of all images in one row
     layers: list[Tensor],
-    batch: int,  # number of pictures
+    batch: int,  # number of images
 ) -> tuple[Tensor, ...]:  # (B, T, D) each
-    "Hidden states with one row of tokens per picture, whatever shape a tower gives them."
+    "Hidden states with one row of tokens per image, whatever shape a tower gives them."
     return tuple(hidden.reshape(batch, -1, hidden.shape[-1]) for hidden in layers)
 
 # %% ../../nbs/api/models/03b_forward.ipynb #bb92d293
@@ -248,7 +248,7 @@ def make_position_ids(
 def last_position_ids(
     positions: Tensor,  # (..., B, L)
 ) -> Tensor:  # (..., B, 1)
-    """Where text goes on. Behind a picture, rows and columns end at different places: multimodal
+    """Where text goes on. Behind an image, rows and columns end at different places: multimodal
     rotary positions go on behind the largest."""
     last = positions[..., -1:]
     if positions.ndim < 3 or len(positions) < 3:

@@ -41,7 +41,7 @@ def _split_on_markers(
 
 # %% ../../nbs/api/models/02_marker_processor.ipynb #997af587
 class MarkerProcessor:
-    "Image processor and tokenizers for texts with a image marker inside (the paper's models)."
+    "Image processor and tokenizers for texts with an image marker inside (the paper's models)."
 
     chat_template = None
     markers = ("<image>", "<patches>")
@@ -50,11 +50,11 @@ class MarkerProcessor:
         self,
         image_processor,  # an image processor of transformers, torchvision backend
         tokenizer,  # a tokenizer of transformers
-        # places for "<image>": visual tokens per picture, for BLIP-2 the number of queries
+        # places for "<image>": visual tokens per image, for BLIP-2 the number of queries
         num_image_tokens: int,
         # the placeholder in the vocabulary; Vicuna has none to spare and uses "<unk>"
         image_token: str = "<image>",
-        # cut the text here and tokenise each piece on its own; empty: tokenise it whole
+        # cut the text here and tokenize each piece on its own; empty: tokenize it whole
         alone: tuple[str, ...] = (),
         num_patch_tokens: int = 0,  # places for "<patches>" (BLIVA)
         qformer_tokenizer=None,  # of a Q-Former that reads the instruction (InstructBLIP, BLIVA)

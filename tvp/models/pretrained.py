@@ -330,11 +330,11 @@ def _resolve_dtype(
 
 # %% ../../nbs/api/models/07_pretrained.ipynb #8078c7fc
 def _make_quantization_config(
-    quantization: str,  # "8bit" (LLM.int8) or "4bit" (NF4, its scales quantised too)
+    quantization: str,  # "8bit" (LLM.int8) or "4bit" (NF4, its scales quantized too)
     # a BitsAndBytesConfig
     dtype: torch.dtype | str,  # to compute in
 ):
-    "What transformers wants to know about quantised loading."
+    "What transformers wants to know about quantized loading."
     if quantization not in ("8bit", "4bit"):
         raise ValueError(f"`quantization` must be None, '8bit' or '4bit', got {quantization!r}.")
     if importlib.util.find_spec("bitsandbytes") is None:

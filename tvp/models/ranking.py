@@ -81,7 +81,7 @@ def token_log_probs(
     logits: Tensor,  # (..., V)
     ids: Tensor,  # (...) the tokens asked about
 ) -> Tensor:  # (...)
-    "Log-probability of single tokens, without a normalised copy of the whole vocabulary."
+    "Log-probability of single tokens, without a normalized copy of the whole vocabulary."
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
@@ -174,8 +174,8 @@ def _chunk_candidates(
 def _image_free_inputs(
     model: nn.Module,  # an image-text model
     features,  # what its `get_image_features` returned
-) -> dict:  # arguments that stand in for the pictures
-    """For a pass that continues behind the picture. Models that insist on one (BLIP) get its
+) -> dict:  # arguments that stand in for the images
+    """For a pass that continues behind the image. Models that insist on one (BLIP) get its
     features, for which the text has no place."""
     parameters = inspect.signature(model.forward).parameters.values()
     required = [
@@ -194,7 +194,7 @@ def _score_with_tree_attention(
     plan: CandidateTokenIds,  # N candidates
     limit: int = 500,  # tokens per pass at most; fewer if the vocabulary is large
 ) -> Tensor:  # (B, N)
-    "Picture and instruction once, then all candidates in one more pass over their keys and values."
+    "Image and instruction once, then all candidates in one more pass over their keys and values."
     model = mllm.model
     lengths = torch.tensor([len(ids) for ids in plan], device=mllm.device)
     positions = make_position_ids(model, inputs)
@@ -297,12 +297,12 @@ def _score_encoder_decoder(
 
 def _score_decoder_batch(
     mllm: MultimodalModel,  # the adapter, an encoder-decoder
-    hidden: Tensor,  # (B, L, D) what the encoder made of picture and instruction
+    hidden: Tensor,  # (B, L, D) what the encoder made of image and instruction
     cache,  # keys and values of the decoder's first token
     attention_mask: Tensor,  # (B, L)
     plan: list[tuple[int, ...]],  # N candidates of two tokens or more
 ) -> Tensor:  # (B, N) summed log-probabilities of all tokens but the first
-    "One pass of the decoder over B * N rows, which share what it has read of the picture."
+    "One pass of the decoder over B * N rows, which share what it has read of the image."
     from transformers.modeling_outputs import BaseModelOutput
 
     batch = len(attention_mask)
@@ -535,10 +535,10 @@ def _score_group(
 def rank(
     mllm: MultimodalModel,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]
-    instructions: list[str],  # one per picture
-    candidates: list[str],  # N possible answers, the same for all pictures
+    instructions: list[str],  # one per image
+    candidates: list[str],  # N possible answers, the same for all images
 ) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
-    "Score candidate answers, each normalised by its own length."
+    "Score candidate answers, each normalized by its own length."
     check_images(images)
     check_one_text_per_image(len(images), instructions=instructions)
     _check_candidates(candidates)

@@ -27,8 +27,8 @@ def _estimated_activation_width(
 def _estimate_training_memory(
     parameters: float,  # of the whole model
     vision: float,  # of them in the vision tower
-    patches: int,  # positions in the vision tower per picture
-    tokens: int,  # visual tokens in the language model per picture
+    patches: int,  # positions in the vision tower per image
+    tokens: int,  # visual tokens in the language model per image
     weights: str = "16 bit",  # a key of `_BYTES_PER_PARAMETER`
     pictures: int = 4,  # in a batch
     checkpointing: bool = True,  # see `tvp.models.pretrained.enable_gradient_checkpointing`
@@ -53,12 +53,12 @@ class ModelInfo:
     parameters: float  # billions
     vision: float  # billions of them in the vision tower
     licence: str  # as its page says
-    input: str  # what its processor makes of a picture
+    input: str  # what its processor makes of an image
     size: int  # canvas, pixels
     patches: int  # positions in the vision tower for one canvas
     tokens: int  # visual tokens of one canvas among the words; 0: read by cross-attention
-    gated: bool = False  # the licence must be accepted on the hub first
-    checked: bool = True  # id and licence were looked up on (a copy of) its page
+    gated: bool = False  # the license must be accepted on the hub first
+    checked: bool = True  # id and license were looked up on (a copy of) its page
     float16: bool = True  # False: its activations are known to overflow in float16
     tried: bool = False  # loaded with its real weights by the authors of this package
     # "paper": by its short name it is loaded by `tvp.models.paper.loading`, with the paper's

@@ -175,7 +175,7 @@ def build_clip() -> nn.Module:  # a CLIPModel, random weights
 
 # %% ../../nbs/api/models/08_tiny.ipynb #8129a600
 NUM_QUERIES = 8  # visual tokens of the models with a Q-Former
-TINY_MODELS = dict(  # name: (vision tower, language model, text that carries picture and instruction)
+TINY_MODELS = dict(  # name: (vision tower, language model, text that carries image and instruction)
     **{
         "tiny-minigpt4": ("shared", "llama", "<Img><image></Img> {}"),
         "tiny-vpgtrans": ("shared", "qwen2", "<Img><image></Img> {}"),
@@ -230,7 +230,7 @@ def _qformer_config(
     # a transformers config
     kind: type,  # the Q-Former's config class
 ):
-    "A Q-Former of two layers that looks at the picture in each."
+    "A Q-Former of two layers that looks at the image in each."
     return kind(
         hidden_size=64,
         num_hidden_layers=2,
@@ -319,7 +319,7 @@ def _image_processor(
     # an image processor of transformers, torchvision backend
     kind: str,  # "Blip", "CLIP" or "Siglip"
 ):
-    "What brings pictures of any size to 48 pixels and normalises them."
+    "What brings images of any size to 48 pixels and normalizes them."
     import transformers
 
     common = dict(size={"height": CANVAS_SIZE, "width": CANVAS_SIZE}, image_mean=[0.5] * 3, image_std=[0.25] * 3)

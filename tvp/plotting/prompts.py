@@ -28,9 +28,9 @@ def _color_scale(
 
 def _prompt_title(
     prompt: VisualPrompt,
-) -> str:  # three lines, and one for each thing that is done to the picture itself
+) -> str:  # three lines, and one for each thing that is done to the image itself
     """Method, source and task, as far as the prompt knows them; size and range; range of the
-    colours; contrast, brightness, sharpness and scale of the picture."""
+    colors; contrast, brightness, sharpness and scale of the image."""
     known = prompt.provenance
     delta = prompt.render_delta().detach()
     scale = _color_scale(prompt)
@@ -55,7 +55,7 @@ def plot_prompt(
     # matplotlib Axes
     ax=None,  # matplotlib Axes; None: a new figure
 ):
-    """Draw the prompt in its own range: mid grey is 0, a full color the 99th percentile of its
+    """Draw the prompt in its own range: mid gray is 0, a full color the 99th percentile of its
     values' sizes."""
     import matplotlib.pyplot as plt
 
@@ -84,9 +84,9 @@ def plot_prompt(
 def _paired_batches(
     prompt: VisualPrompt,
     task: Task,
-    n: int,  # pictures
+    n: int,  # images
     split: str,  # "train", "valid" or "test"
-    # -> two batches of the same n pictures: for the whole canvas, and for the prompt
+    # -> two batches of the same n images: for the whole canvas, and for the prompt
     seed: int,  # of the shuffling
 ):
     "Draw the same images twice: without, and with room for the prompt."
@@ -148,10 +148,10 @@ class RankingModel(Protocol):
 def plot_samples(
     prompt: VisualPrompt,
     task: Task,
-    mllm: RankingModel | None = None,  # whose answers to show; None: pictures only
-    n: int = 6,  # pictures
+    mllm: RankingModel | None = None,  # whose answers to show; None: images only
+    n: int = 6,  # images
     split: str = "test",  # "train", "valid" or "test"
-    seed: int = 0,  # which pictures
+    seed: int = 0,  # which images
 ) -> np.ndarray:  # of Axes, (2, n): without and with the prompt
     "Draw images without and with the prompt, and the model's answers."
     import matplotlib.pyplot as plt

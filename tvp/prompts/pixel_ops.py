@@ -156,7 +156,7 @@ def adjust_color(
     images: Tensor,  # (B, 3, H, W) around [0, 1]
     color: Tensor,  # (2, 3): log contrast and brightness of each channel; 0: as it is
 ) -> Tensor:  # (B, 3, H, W), not clipped
-    "Change the contrast around mid grey, then the brightness, of each channel."
+    "Change the contrast around mid gray, then the brightness, of each channel."
     contrast, brightness = color[..., None, None]
     return 0.5 + contrast.exp() * (images - 0.5) + brightness
 

@@ -105,13 +105,13 @@ class PromptState:
         return delta_to_pixels(self.delta, self.config.range)
 
     def render_delta(self) -> Tensor:  # (3, size, size)
-        """Render what a free prompt adds, or how far other pixels are from mid grey, (3, size,
+        """Render what a free prompt adds, or how far other pixels are from mid gray, (3, size,
         size)."""
         free = self.config.range == "free"
         return self.place_on_canvas(self.delta if free else self.pixels() - 0.5)
 
     def to_pil(self) -> Image.Image:
-        "Render the prompt on mid grey, clipped to 8 bits: to look at."
+        "Render the prompt on mid gray, clipped to 8 bits: to look at."
         return to_pil_image(0.5 + self.render_delta())
 
     def adjustment_values(self) -> dict[str, list[float]]:  # by name

@@ -178,7 +178,7 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         return delta_to_pixels(self.delta, self.range)
 
     def render_delta(self, move: bool = False) -> Tensor:
-        """Render what a free prompt adds, or how far other pixels are from mid grey, (3, size, size);
+        """Render what a free prompt adds, or how far other pixels are from mid gray, (3, size, size);
         `move` draws a new position for a random patch."""
         values = self.delta if self.range == "free" else self.pixels() - 0.5
         return self._place_on_canvas(values, move)
@@ -227,13 +227,13 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         return self.state().clipping_stats()
 
     def to_pil(self) -> Image.Image:
-        "Render the prompt on mid grey, clipped to 8 bits: to look at."
+        "Render the prompt on mid gray, clipped to 8 bits: to look at."
         return self.state().to_pil()
 
     @torch.no_grad()
     def show(
         self,
-        image: Tensor | None = None,  # (3, inner, inner) in [0, 1]; None: the prompt on mid grey
+        image: Tensor | None = None,  # (3, inner, inner) in [0, 1]; None: the prompt on mid gray
         ax=None,  # matplotlib Axes; None: a new figure
     ):
         "Draw the prompt, alone or on an image, and return the Axes."

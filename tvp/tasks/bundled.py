@@ -38,17 +38,17 @@ from tvp.tasks.drawing import (
 from .task import Split, Task
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #747e9fc9
-IMAGE_SIZE = 48  # pictures of the embedded tasks, pixels: the small zoo's canvas
+IMAGE_SIZE = 48  # images of the embedded tasks, pixels: the small zoo's canvas
 
 
 def degrade_images(
     images: Tensor,  # (n, 3, h, w) around [0, 1]
-    contrast: float,  # 1 keeps it, 0 is grey
+    contrast: float,  # 1 keeps it, 0 is gray
     blotches: float,  # standard deviation of coarse colored noise, four pixels wide
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, h, w) uint8
     """Less contrast, colored blotches, a little noise. Blotches survive shrinking, so that a
-    border's smaller picture is not a cleaner one."""
+    border's smaller image is not a cleaner one."""
     n, _, h, w = images.shape
     coarse = F.interpolate(
         torch.randn(n, 3, h // 4, w // 4, generator=g), (h, w), mode="bicubic", align_corners=False
@@ -63,10 +63,10 @@ def degrade_images(
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #d13ce22f
 def _draw_shapes_task(
-    n: int,  # pictures
+    n: int,  # images
     g: Generator,  # random state
 ) -> Split:
-    "One shape per picture."
+    "One shape per image."
     shape = random_integers((n, 1), len(SHAPES), g)
     color = random_integers((n, 1), len(COLORS), g)
     images, _ = draw_backgrounds(n, IMAGE_SIZE, g)
@@ -83,12 +83,12 @@ def _draw_shapes_task(
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #4eb61c55
 def _draw_groups(
-    n: int,  # pictures
-    fewest: int,  # objects in a picture, at least
+    n: int,  # images
+    fewest: int,  # objects in an image, at least
     g: Generator,  # random state
-    # pictures around [0, 1]; (color, shape) of the objects in each
+    # images around [0, 1]; (color, shape) of the objects in each
 ) -> tuple[Tensor, list[list[tuple[str, str]]]]:
-    "Up to four small objects per picture."
+    "Up to four small objects per image."
     count = fewest + random_integers((n,), MAX_OBJECTS + 1 - fewest, g)
     shape = random_integers((n, MAX_OBJECTS), len(SHAPES), g)
     color = random_integers((n, MAX_OBJECTS), len(COLORS), g)
@@ -101,7 +101,7 @@ def _draw_groups(
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #88759365
 def _draw_counting(
-    n: int,  # pictures
+    n: int,  # images
     g: Generator,  # random state
 ) -> Split:
     "One to four objects."
@@ -115,7 +115,7 @@ def _draw_counting(
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #ba0fd2e4
 def _draw_presence(
-    n: int,  # pictures
+    n: int,  # images
     g: Generator,  # random state
 ) -> Split:
     "Two to four objects and a question about one that is there, or that is not."
@@ -136,7 +136,7 @@ def _draw_presence(
 
 # %% ../../nbs/api/tasks/04_bundled.ipynb #5f9081e2
 def _draw_agreement(
-    n: int,  # pictures
+    n: int,  # images
     g: Generator,  # random state
 ) -> Split:
     "A colored letter; half of them have the color that begins with it."
@@ -239,7 +239,7 @@ _TASKS = dict(  # name: (how a split is drawn, candidates, metric, description)
 @lru_cache(maxsize=None)
 def load_bundled_task(
     name: str,  # one of `task_names()`
-) -> Task:  # 800 train, 400 valid and 1,000 test pictures (digits: 500, 250 and 1,047)
+) -> Task:  # 800 train, 400 valid and 1,000 test images (digits: 500, 250 and 1,047)
     "Load a task that comes with the package, with the same images every time."
     if name not in _TASKS:
         raise KeyError(f"`name` must be one of {', '.join(_TASKS)}; got {name!r}.")

@@ -122,7 +122,7 @@ def corrupt(
     for number in seed if isinstance(seed, (list, tuple)) else [seed]:
         check_int("seed", number, 0)
     if isinstance(image, Tensor):
-        to_tensor(image)  # refuses what is no RGB picture of bytes
+        to_tensor(image)  # refuses what is no RGB image of bytes
         changed = corrupt(
             Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), name, severity, seed
         )
@@ -149,12 +149,12 @@ class CorruptedImages(Sequence):
 
     def __init__(
         self,
-        images: Sequence,  # RGB pictures or (3, H, W) uint8 tensors
+        images: Sequence,  # RGB images or (3, H, W) uint8 tensors
         name: str,  # one of CORRUPTIONS
         severity: int,  # 1 to 5
-        seed: int = 0,  # together with the row it seeds each picture
+        seed: int = 0,  # together with the row it seeds each image
         rows: Sequence[int] | None = None,  # which of them, in this order; None: all
-        keep: int = 2**28,  # bytes of corrupted pictures that are kept
+        keep: int = 2**28,  # bytes of corrupted images that are kept
     ):
         _check(name, severity)
         self.images = images
@@ -176,7 +176,7 @@ class CorruptedImages(Sequence):
         )
 
     def select(self, rows: Sequence[int]) -> "CorruptedImages":
-        "The pictures of some rows."
+        "The images of some rows."
         return CorruptedImages(
             self.images,
             self.name,
@@ -206,7 +206,7 @@ def _load_cifar10_c(
     like: Split,  # of clean CIFAR-10, for its instruction
     candidates: Sequence[str],  # of CIFAR-10
 ) -> Split:
-    "One corruption at one severity from the CIFAR-10-C files; read from disk picture by picture."
+    "One corruption at one severity from the CIFAR-10-C files; read from disk image by image."
     classes = [
         "airplane",
         "automobile",
@@ -251,8 +251,8 @@ def _load_cifar10_c(
 # %% ../../nbs/api/tasks/11_corruptions.ipynb #5e6a5101
 @dataclass(frozen=True)
 class Corruption:
-    """What happens to the pictures that are evaluated: `Corruption('fog', 3)(task)` is the task
-    with foggy test pictures."""
+    """What happens to the images that are evaluated: `Corruption('fog', 3)(task)` is the task
+    with foggy test images."""
 
     name: str  # one of CORRUPTIONS
     severity: int = 3  # 1 to 5

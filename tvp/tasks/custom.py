@@ -42,11 +42,11 @@ from .summary import summarize_task
 from .task import Split, Task
 
 # %% ../../nbs/api/tasks/09_custom.ipynb #5e0c08dc
-_MAX_SHORT_SIDE = 224  # pixels, of the paper's canvas: pictures are scaled to less
+_MAX_SHORT_SIDE = 224  # pixels, of the paper's canvas: images are scaled to less
 
 
 class _SizeLimitedImages(LazyImages):
-    """Pictures within the limits of `tvp.prompts.apply`; one beyond them is refused before it is
+    """Images within the limits of `tvp.prompts.apply`; one beyond them is refused before it is
     decoded."""
 
     def __init__(
@@ -61,11 +61,11 @@ class _SizeLimitedImages(LazyImages):
         self.fit = fit
 
     def select(self, rows: Sequence[int]) -> "_SizeLimitedImages":
-        "Select the pictures of some rows."
+        "Select the images of some rows."
         return _SizeLimitedImages(self.sources, [self.rows[i] for i in rows], self.name, self.fit)
 
     def source(self, i: int) -> Any:
-        "Return what picture `i` is made of, refused where it is too large."
+        "Return what image `i` is made of, refused where it is too large."
         source = super().source(i)
         data = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
         if isinstance(data, (str, os.PathLike)) and os.path.isfile(data):
@@ -250,13 +250,13 @@ def _split_by_content(
     split: Split,
     share: float,  # for the second part, in (0, 1)
     seed: int,  # of the draw
-) -> tuple[Split, Split]:  # the rest; the share. No picture is in both
-    "Set a part aside, stratified by answer; rows with the same picture stay together."
+) -> tuple[Split, Split]:  # the rest; the share. No image is in both
+    "Set a part aside, stratified by answer; rows with the same image stay together."
     prints = [split.images.fingerprint(i) for i in range(len(split))]
     first = {}
     for i, found in enumerate(prints):
         first.setdefault(found, i)
-    rows = list(first.values())  # one for each picture
+    rows = list(first.values())  # one for each image
     if len(rows) < len(prints) and max(Counter(split.labels[row] for row in rows).values()) == 1:
         raise ValueError(
             f"{split.images.name}: of {len(prints)} pictures only {len(rows)} differ from all "
@@ -311,11 +311,11 @@ def _split_names(
 
 def _complete_splits(
     splits: Mapping[str, Split],  # "train", and maybe "valid" and "test"
-    valid: float,  # share of the training pictures for validation, if there is no such split
+    valid: float,  # share of the training images for validation, if there is no such split
     test: float,  # the same for the test split
     seed: int,  # of the draws
 ) -> list[Split]:  # train, valid, test, each in a random order
-    "Draw the splits that are missing from the training pictures."
+    "Draw the splits that are missing from the training images."
     if "train" not in splits:
         raise ValueError(f"there must be a split 'train', got {', '.join(splits)}.")
     splits = dict(splits)
@@ -333,13 +333,13 @@ def _build_task(
     parts: Mapping[str, RawSplit],  # "train", and maybe "valid" and "test"
     candidates: Sequence[str] | None = None,  # the possible answers; None: those that occur
     metric: str | None = None,  # see `Task`; None: "yes-no" for yes and no, else "accuracy"
-    valid: float = 0.1,  # share of the training pictures for validation, if there is no such part
+    valid: float = 0.1,  # share of the training images for validation, if there is no such part
     test: float = 0.2,  # the same for testing
     seed: int = 0,  # of the draws
-    check: bool = True,  # decode every picture once
+    check: bool = True,  # decode every image once
     **more,  # other fields of Task: fit, flip, description
 ) -> Task:
-    "A task from pictures with answers, checked."
+    "A task from images with answers, checked."
     check_type("name", name, str), check_int("seed", seed, 0)
     parts = {which: part.clean() for which, part in parts.items()}
     for which, part in parts.items():
@@ -476,8 +476,8 @@ def _split_folders(
 # %% ../../nbs/api/tasks/09_custom.ipynb #0347fde1
 def _image_files_by_class(
     folder: Path,  # holds a folder for each class
-) -> dict[str, list[Path]]:  # class -> pictures
-    "List the pictures of each class, by their endings."
+) -> dict[str, list[Path]]:  # class -> images
+    "List the images of each class, by their endings."
     endings = image_endings()
     classes = {}
     other = []
@@ -511,12 +511,12 @@ def _image_files_by_class(
 
 # %% ../../nbs/api/tasks/09_custom.ipynb #d13a8a9c
 def _task_from_folder(
-    folder: str | Path,  # class/picture.jpg, or split/class/picture.jpg
+    folder: str | Path,  # class/image.jpg, or split/class/image.jpg
     instruction: str = CLASSIFICATION_INSTRUCTION,  # what is asked
     # of `_build_task`: name, candidates, valid, test, seed, check, fit, flip, description
     **options,
 ) -> Task:
-    "A recognition task from folders of pictures."
+    "A recognition task from folders of images."
     folder = Path(os.path.abspath(check_path(folder, "folder")))  # "." has a name, too
     check_type("instruction", instruction, str)
     if not folder.is_dir():
@@ -627,7 +627,7 @@ def _table_pictures(
     file: Path,  # the table
     cells: Sequence[Any],  # paths relative to it
 ) -> LazyImages:
-    "Find the pictures that a table names; a row without one is named."
+    "Find the images that a table names; a row without one is named."
     paths = []
     for row, cell in enumerate(cells):
         try:
@@ -644,11 +644,11 @@ def _table_pictures(
 
 def _task_from_table(
     file: str | Path,  # .csv or .jsonl
-    image: str = "image",  # column of the pictures' paths, relative to the file
+    image: str = "image",  # column of the images' paths, relative to the file
     answer: str = "answer",  # column of the right answers
     instruction: str = "instruction",  # column of what is asked, or one text for all
     split: str = "split",  # column that names the split of each row, if there is one
-    semantics: str = "semantics",  # column that says what is in the picture, if there is one
+    semantics: str = "semantics",  # column that says what is in the image, if there is one
     # of `_build_task`: name, candidates, metric, valid, test, seed, check, fit, flip, description
     **options,
 ) -> Task:
@@ -687,7 +687,7 @@ def _raw_split_from_dataset(
     instruction: str,  # name of its column if there is one, else the instruction itself
     semantics: str,  # name of its column, if there is one
 ) -> RawSplit:
-    """Make a part of one table of pictures and answers, whatever its format or transform shows of
+    """Make a part of one table of images and answers, whatever its format or transform shows of
     it."""
     from datasets import Dataset
 
@@ -737,10 +737,10 @@ def _raw_split_from_dataset(
 # %% ../../nbs/api/tasks/09_custom.ipynb #007f4c68
 def _task_from_dataset(
     dataset: Any,  # datasets.Dataset or DatasetDict
-    image: str = "image",  # column of the pictures
+    image: str = "image",  # column of the images
     answer: str = "label",  # column of the right answers: classes or text
     instruction: str = "instruction",  # column of what is asked, or one text for all
-    semantics: str = "semantics",  # column that says what is in the picture, if there is one
+    semantics: str = "semantics",  # column that says what is in the image, if there is one
     name: str = "dataset",  # of the task
     # of `_build_task`: candidates, metric, valid, test, seed, check, fit, flip, description
     **options,

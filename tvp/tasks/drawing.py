@@ -81,13 +81,13 @@ def _signed_distance(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #902a7dcc
 def _draw_shapes(
     shape: Tensor,  # (n,) indices into SHAPES
-    x: Tensor,  # (n,) centre, pixels
-    y: Tensor,  # (n,) centre, pixels
+    x: Tensor,  # (n,) center, pixels
+    y: Tensor,  # (n,) center, pixels
     radius: Tensor,  # (n,) pixels
     angle: Tensor,  # (n,) radians
-    size: int,  # side of the picture, pixels
+    size: int,  # side of the image, pixels
 ) -> Tensor:  # (n, size, size), coverage in [0, 1]
-    "One soft-edged shape per picture."
+    "One soft-edged shape per image."
     axis = torch.arange(size) + 0.5
     dx = axis[None, None, :] - x[:, None, None]
     dy = axis[None, :, None] - y[:, None, None]
@@ -130,7 +130,7 @@ def _font_glyph(
     font,  # a Pillow font
     stroke: int,  # extra stroke width, pixels of 64
 ) -> np.ndarray:  # (64, 64) float32 in [0, 1]
-    "A character, 56 pixels high, in the middle of a 64 x 64 picture."
+    "A character, 56 pixels high, in the middle of a 64 x 64 image."
     image = Image.new("L", (128, 128), 0)
     ImageDraw.Draw(image).text(
         (64, 64), char, fill=255, font=font, anchor="mm", stroke_width=stroke
@@ -177,11 +177,11 @@ def load_glyphs() -> tuple[Tensor, Tensor]:  # digits (10, styles, 64, 64), lett
 def place_glyphs(
     glyph: Tensor,  # (n, 64, 64) coverage in [0, 1]
     height: Tensor,  # (n,) pixels
-    x: Tensor,  # (n,) centre, pixels
-    y: Tensor,  # (n,) centre, pixels
-    size: int,  # side of the picture, pixels
+    x: Tensor,  # (n,) center, pixels
+    y: Tensor,  # (n,) center, pixels
+    size: int,  # side of the image, pixels
     g: Generator,  # random state for rotation, shear and bending
-    bend: float = 0.03,  # elastic bending, as a share of the picture's half side
+    bend: float = 0.03,  # elastic bending, as a share of the image's half side
 ) -> Tensor:  # (n, size, size) coverage in [0, 1]
     "Place glyphs on images, slightly rotated, sheared and bent."
     n = len(glyph)
@@ -230,10 +230,10 @@ def jitter_colors(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #38e329ff
 def _sample_positions(
     radius: Tensor,  # (n, k) pixels
-    size: int,  # side of the picture, pixels
+    size: int,  # side of the image, pixels
     g: Generator,  # random state
 ) -> tuple[Tensor, Tensor]:  # x and y, (n, k), pixels
-    "Places for k objects per picture, far from each other."
+    "Places for k objects per image, far from each other."
     n, k = radius.shape
     x = torch.zeros(n, k)
     y = torch.zeros(n, k)
@@ -253,7 +253,7 @@ def _sample_positions(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #10bec1ba
 def alpha_blend(
     images: Tensor,  # (n, 3, size, size), changed in place
-    rows: Tensor,  # (m,) which pictures
+    rows: Tensor,  # (m,) which images
     mask: Tensor,  # (m, size, size) coverage
     rgb: Tensor,  # (m, 3) color
 ) -> None:
@@ -265,7 +265,7 @@ def alpha_blend(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #f3a70cfa
 def _label_patches(
     patches: Tensor,  # (n, 2, size / 8, size / 8) what is where, changed in place
-    rows: Tensor,  # (m,) which pictures
+    rows: Tensor,  # (m,) which images
     mask: Tensor,  # (m, size, size) coverage
     thing: Tensor,  # (m,) shape, digit or letter; see `Scenes`
     color: Tensor,  # (m,) color; see `Scenes`
@@ -279,7 +279,7 @@ def _label_patches(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #ea456da8
 def draw_objects(
     images: Tensor,  # (n, 3, size, size), changed in place
-    count: Tensor,  # (n,) objects per picture, 0 to k
+    count: Tensor,  # (n,) objects per image, 0 to k
     shape: Tensor,  # (n, k) indices into SHAPES
     color: Tensor,  # (n, k) indices into COLORS
     radius: Tensor,  # (n, k) pixels
@@ -326,7 +326,7 @@ class Scenes:
 # %% ../../nbs/api/tasks/01_drawing.ipynb #34d4d679
 def _draw_glyphs(
     images: Tensor,  # (n, 3, size, size), changed in place
-    scenes: dict,  # kind, digit, letter, glyph_color and patches of each picture
+    scenes: dict,  # kind, digit, letter, glyph_color and patches of each image
     dark: Tensor,  # (n,) True where the background is dark
     g: Generator,  # random state
 ) -> None:
@@ -357,7 +357,7 @@ def _simulate_camera(
     images: Tensor,  # (n, 3, size, size)
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, size, size) uint8
-    "A slightly different camera for every picture: contrast, blur and noise."
+    "A slightly different camera for every image: contrast, blur and noise."
     n = len(images)
     images = 0.5 + (images - 0.5) * _uniform((n, 1, 1, 1), 0.7, 1, g)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -368,7 +368,7 @@ def _simulate_camera(
 # %% ../../nbs/api/tasks/01_drawing.ipynb #8b45eaa8
 def draw_scenes(
     n: int,  # how many
-    size: int = 48,  # side of the pictures, pixels
+    size: int = 48,  # side of the images, pixels
     seed: int = 0,  # the same seed draws the same scenes
 ) -> Scenes:  # n scenes
     "Draw scenes of the small world: half objects, a quarter digits, a quarter letters."
@@ -515,7 +515,7 @@ def sample_question(
 def sample_caption(
     scene: tuple,  # from `describe_scene`
     rng: random.Random,  # random state
-) -> str:  # a noun phrase: what is in the picture
+) -> str:  # a noun phrase: what is in the image
     "Sample a caption of a scene, as it would stand after *a photo of a*."
     kind, objects, digit, letter, color = scene
     if kind == DIGIT:
@@ -537,10 +537,10 @@ def count_phrase(
 
 # %% ../../nbs/api/tasks/01_drawing.ipynb #644e535c
 def _sample_frames(
-    images: Tensor,  # (n, 3, size, size) in [0, 1]: where pieces of other pictures come from
+    images: Tensor,  # (n, 3, size, size) in [0, 1]: where pieces of other images come from
     g: Generator,  # random state
 ) -> Tensor:  # (n, 3, size, size) in [0, 1]
-    "What lies around a framed picture: one of seven kinds for each."
+    "What lies around a framed image: one of seven kinds for each."
     n = len(images)
     size = images.shape[-1]
     flat = torch.rand(n, 3, 1, 1, generator=g)
@@ -570,7 +570,7 @@ def _sample_frames(
 def add_random_frames(
     images: Tensor,  # (n, 3, size, size) in [0, 1]
     g: Generator,  # random state
-    share: float = 0.5,  # of the pictures that get a frame
+    share: float = 0.5,  # of the images that get a frame
 ) -> Tensor:  # (n, 3, size, size) in [0, 1]; the framed ones come first
     "Shrink a share of the images and put them into frames of many kinds."
     n = int(len(images) * share)

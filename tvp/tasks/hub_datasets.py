@@ -166,7 +166,7 @@ def _load_dataset_folder(
         return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     if files := _find_files(folder, source.files):
         return _load_parquet(files)
-    # beside pictures `load_dataset` would see the pictures only
+    # beside images `load_dataset` would see the images only
     for kind, ending in (("json", "jsonl"), ("csv", "csv")):
         rows = {split: str(folder / f"{split}.{ending}") for split in source.files}
         if all(Path(path).exists() for path in rows.values()):
@@ -259,7 +259,7 @@ def _rename(
     table: Any,  # Dataset
     source: HubDatasetSpec,
 ) -> Any:  # Dataset
-    "Give the only column of pictures and the only column of classes their documented names."
+    "Give the only column of images and the only column of classes their documented names."
     for kind in ("image", "class"):
         wanted = [c for c, k in source.columns.items() if k.startswith(kind)]
         there = [c for c, f in table.features.items() if feature_kind(f).startswith(kind)]
@@ -312,7 +312,7 @@ def load_first_rows(
     source: HubDatasetSpec,
     take: Mapping[str, int],  # split -> number of rows
     data_dir: str | Path | None = None,  # a local copy; None: the hub
-    # split -> Dataset of encoded pictures; the source; where it comes from
+    # split -> Dataset of encoded images; the source; where it comes from
 ) -> tuple[dict[str, Any], HubDatasetSpec, str]:
     "Load the first rows of each split, without the rest."
     from datasets import Dataset, Image, load_dataset
@@ -361,7 +361,7 @@ def load_first_rows(
 # %% ../../nbs/api/tasks/06_hub_datasets.ipynb #73737724
 def image_column(
     table: Any,  # Dataset
-    column: str,  # its pictures
+    column: str,  # its images
     name: str,  # of the table, for messages
     folder: str | Path = ".",  # that paths in the column are relative to
 ) -> LazyImages:

@@ -33,12 +33,12 @@ class RawTask:
     train: Split  # to learn from and to validate with
     test: Split
     place: str  # where it comes from, for descriptions
-    # name of the picture of each training row, where several questions share a picture
+    # name of the image of each training row, where several questions share an image
     groups: Sequence[str] = ()
 
 
 def images_from_files(
-    paths: Sequence[Path],  # of pictures
+    paths: Sequence[Path],  # of images
     name: str,  # of the list they come from, for messages
 ) -> LazyImages:
     "Make a sequence of image files, all of which exist."
@@ -58,7 +58,7 @@ def images_from_files(
 
 def classification_split(
     pictures: LazyImages,  # decoded when asked for
-    labels: Sequence[int],  # one for each picture
+    labels: Sequence[int],  # one for each image
     names: Sequence[str],  # of the classes
 ) -> Split:
     "Make a split of a recognition task, with the paper's instruction; TSE gets the class."
@@ -73,8 +73,8 @@ def classification_split(
 def _read_clevr_scenes(
     folder: Path,  # holds `scenes` and `images`
     split: str,  # "train" or "val"
-) -> tuple[list[Path], list[int]]:  # pictures; number of objects in each
-    "Pictures and counts of one split (Johnson et al. 2017)."
+) -> tuple[list[Path], list[int]]:  # images; number of objects in each
+    "Images and counts of one split (Johnson et al. 2017)."
     file = folder / "scenes" / f"CLEVR_{split}_scenes.json"
     if not file.exists():
         raise ValueError(f"clevr: there must be a file {file}.")
@@ -86,7 +86,7 @@ def _read_clevr_scenes(
 
 def counting_split(
     pictures: LazyImages,  # decoded when asked for
-    counts: Sequence[int],  # objects in each picture
+    counts: Sequence[int],  # objects in each image
     candidates: Sequence[int],  # the numbers that are possible
 ) -> Split:
     "Make a split of questions for the number of objects."
@@ -182,11 +182,11 @@ _ASKED = re.compile(r"Is there an? (.+?) in the im\w+\?", re.IGNORECASE)
 
 
 def _objects_by_image(
-    images: Sequence[str],  # name of the picture of each question
+    images: Sequence[str],  # name of the image of each question
     questions: Sequence[str],
     labels: Sequence[int],  # 1 for yes, 0 for no
-) -> dict[str, str]:  # picture -> noun phrase, "dog and a red ball"
-    "What is in each picture, from the questions that are answered yes."
+) -> dict[str, str]:  # image -> noun phrase, "dog and a red ball"
+    "What is in each image, from the questions that are answered yes."
     found: dict[str, list[str]] = {}
     for image, question, label in zip(images, questions, labels):
         asked = _ASKED.search(question)
@@ -213,7 +213,7 @@ def parse_yes_no_labels(
 
 def yes_no_split(
     pictures: LazyImages,  # decoded when asked for
-    images: Sequence[str],  # name of each picture
+    images: Sequence[str],  # name of each image
     questions: Sequence[str],
     labels: Sequence[int],  # 1 for yes
 ) -> Split:
@@ -223,8 +223,8 @@ def yes_no_split(
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #0f9ff0ad
 def group_split_indices(
-    images: Sequence[str],  # name of the picture of each row
-    share: float,  # of the pictures that go into the second part
+    images: Sequence[str],  # name of the image of each row
+    share: float,  # of the images that go into the second part
     seed: int,  # of the draw
 ) -> tuple[list[int], list[int]]:  # rows of the first and of the second part
     "Divide rows so that no image is in both parts."
@@ -245,7 +245,7 @@ def group_split_indices(
 
 def split_by_image(
     questions: Split,
-    images: Sequence[str],  # name of the picture of each question
+    images: Sequence[str],  # name of the image of each question
     place: str,  # where they come from
     seed: int,  # of the division
 ) -> RawTask:
@@ -261,8 +261,8 @@ def split_by_image(
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #0d3b6f85
 def _read_pope_questions(
     file: Path,  # in POPE's format: image, text, label
-    folder: Path,  # of the pictures
-) -> tuple[Split, list[str]]:  # questions; name of each picture
+    folder: Path,  # of the images
+) -> tuple[Split, list[str]]:  # questions; name of each image
     "A question file of POPE (Li et al. 2023)."
     rows = read_jsonl(file, ("image", "text", "label"))
     images = [row["image"] for row in rows]
@@ -279,7 +279,7 @@ def load_pope_archive(
     folder: str | Path,  # holds the question files
     subset: str = "adversarial",  # "random", "popular" or "adversarial"
     coco_dir: str | Path | None = None,  # COCO's val2014; None: `val2014` or `images` in the folder
-    # questions about other pictures to learn from; None: half of the pictures are for learning
+    # questions about other images to learn from; None: half of the images are for learning
     train_file: str | Path | None = None,
     seed: int = 0,  # of the division
 ) -> RawTask:

@@ -43,7 +43,7 @@ def _photos(
     test: str,  # pattern of the test files
     rows: tuple[int, int],  # how many
     classes: int,
-    image: str = "image",  # column of the pictures
+    image: str = "image",  # column of the images
     label: str = "label",  # column of the classes
     test_name: str = "test",  # what the hub calls the test split
     **more,  # other fields of Source
@@ -165,7 +165,7 @@ DATASET_SPECS |= {
 class PaperTaskSpec:
     "Describe how one of the ten data sets becomes a task."
 
-    # (name, data_dir, sources, seed, **options) -> candidates, pictures to learn from, pictures to
+    # (name, data_dir, sources, seed, **options) -> candidates, images to learn from, images to
     # test on
     read: Callable[..., RawTask]
     about: str  # one sentence
@@ -179,7 +179,7 @@ _LABEL_FIXES = {"cra": "crab"}
 # %% ../../nbs/api/tasks/08_paper_datasets.ipynb #741da502
 def _columns(
     source: HubDatasetSpec,
-) -> tuple[str, str | None]:  # column of the pictures, column of the classes
+) -> tuple[str, str | None]:  # column of the images, column of the classes
     "Which columns matter."
     named = {kind.split()[0]: column for column, kind in source.columns.items()}
     return named["image"], named.get("class")
@@ -219,7 +219,7 @@ def _check_classes(
     answers: RawTask,
     source: HubDatasetSpec,  # says how many classes there are
 ) -> RawTask:  # the same
-    """A part of a data set may lack pictures, but not classes: with fewer candidates its numbers
+    """A part of a data set may lack images, but not classes: with fewer candidates its numbers
     would mean something else."""
     expected = int(source.columns[_columns(source)[1]].split()[1])
     if len(answers.candidates) != expected:
@@ -274,7 +274,7 @@ def _load_pope(
     seed: int,
     subset: str = "adversarial",  # "random", "popular" or "adversarial"
     coco_dir: str | Path | None = None,  # COCO's val2014, for the official question files
-    train_file: str | Path | None = None,  # official questions about other pictures to learn from
+    train_file: str | Path | None = None,  # official questions about other images to learn from
 ) -> RawTask:
     "POPE: is there such an object?"
     if subset not in _POPE:
@@ -400,10 +400,10 @@ def _overridden(
 
 def _validation(
     answers: RawTask,
-    share: float,  # of the training pictures
+    share: float,  # of the training images
     seed: int,  # of the draw
 ) -> tuple[Split, Split]:  # train, valid
-    """Set a part of the training pictures aside: by class, or by picture where there are several
+    """Set a part of the training images aside: by class, or by image where there are several
     questions about one."""
     if not len(answers.groups):
         return train_holdout_split(answers.train, share, seed)
@@ -415,8 +415,8 @@ def load_paper_task(
     # one of `list_paper_tasks()`; "pope-random" is short for "pope" with subset="random"
     name: str,
     data_dir: str | Path | None = None,  # a folder with the same data; None: the hub
-    valid: float = 0.1,  # part of the training pictures that becomes the validation split
-    seed: int = 0,  # of all draws: validation pictures, order
+    valid: float = 0.1,  # part of the training images that becomes the validation split
+    seed: int = 0,  # of all draws: validation images, order
     # fields of `HubDatasetSpec`: hub, revision, files, ...; and options of the task's reader:
     # subset,
     # stream, counts, ...

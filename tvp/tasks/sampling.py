@@ -47,10 +47,10 @@ def _stratified_indices(
 # %% ../../nbs/api/tasks/05_sampling.ipynb #1f71e08b
 def make_few_shot_task(
     task: Task,
-    # a whole number: shots, pictures of each class; a share in (0, 1]: this part of each class
+    # a whole number: shots, images of each class; a share in (0, 1]: this part of each class
     take: int | float,
     seed: int = 0,  # of the draw
-) -> Task:  # with fewer training pictures; validation and test are untouched
+) -> Task:  # with fewer training images; validation and test are untouched
     "Make the same task with a stratified sample of its training images."
     rows = _stratified_indices(task.train.labels, take, seed)
     what = (

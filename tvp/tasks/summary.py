@@ -44,7 +44,7 @@ class TaskSummary:
     "Hold a table with a row for each split, and what is worth knowing."
 
     task: str  # name and first words
-    df: pd.DataFrame  # split, pictures, classes, fewest, most, sizes, repeated, seen_before
+    df: pd.DataFrame  # split, images, classes, fewest, most, sizes, repeated, seen_before
     notes: list[str] = field(default_factory=list)  # what may be wrong
 
     def __str__(self):

@@ -50,7 +50,7 @@ class FamilySpec:
     tokenizer: str = "<s> $A"  # frame of a toy tokenizer, or the kind of a byte-pair tokenizer
     video: str = ""  # video processor: its class without "VideoProcessor"; empty: none
     audio: str = ""  # audio processor: its class without "FeatureExtractor"; empty: none
-    chat: str = ""  # how the chat template writes a picture; empty: there is none
+    chat: str = ""  # how the chat template writes an image; empty: there is none
     begins: bool = False  # whether the chat template writes the begin symbol itself
     template: str | None = None  # for models without a chat template
     end: str = ""  # behind an answer
@@ -900,7 +900,7 @@ def _get_family(
 
 
 def _make_chat_template(
-    picture: str,  # what stands for a picture
+    picture: str,  # what stands for an image
     begin: str = "",  # what stands before everything
 ) -> str:  # a Jinja template
     "A chat as `USER: <image> what is it? ASSISTANT:`"
@@ -1008,7 +1008,7 @@ def tiny_mllm(
 # %% ../../nbs/api/testing/02_families.ipynb #5a9cb200
 def tiny_clip(
     seed: int = 0,  # of the random weights
-) -> Clip:  # for 48-pixel pictures
+) -> Clip:  # for 48-pixel images
     "A random CLIP."
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 

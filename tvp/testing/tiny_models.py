@@ -203,7 +203,7 @@ def make_tiny_config(
 def randomize_weights(
     model: nn.Module,  # changed in place
 ) -> nn.Module:  # the same
-    "Weights at which answers depend on the picture."
+    "Weights at which answers depend on the image."
     # drawn again below; the stream of random numbers stays what it was
     if hasattr(model, "query_tokens"):
         nn.init.normal_(model.query_tokens)

@@ -30,7 +30,7 @@ def check_learner_arguments(
     prompt: VisualPrompt,
     task: Task,
     scheduler: Callable,  # (optimizer, steps_per_epoch, epochs) -> torch scheduler
-    augment: bool = False,  # are pictures flipped and cropped at random?
+    augment: bool = False,  # are images flipped and cropped at random?
     accelerator: Any = None,  # accelerate.Accelerator or PartialState
 ) -> None:
     "Refuse what is no prompt, no task, no schedule."
@@ -137,7 +137,7 @@ def check_gradient_options(
 # %% ../../nbs/api/training/06_guards.ipynb #31934bda
 def check_batch_size(
     task: Task,
-    batch_size: int,  # pictures per update
+    batch_size: int,  # images per update
 ) -> int:  # the same
     "Refuse batches that the train split cannot fill."
     rows = len(task.split("train"))
@@ -156,7 +156,7 @@ def check_batch_size(
 
 # %% ../../nbs/api/training/06_guards.ipynb #4b7d705c
 def check_batch_divisible(
-    batch_size: int,  # pictures per update, over all processes
+    batch_size: int,  # images per update, over all processes
     gradient_accumulation_steps: int,  # micro-batches in which a process reads its part
     processes: int,  # that share an update
 ) -> None:
@@ -249,7 +249,7 @@ def check_batch_finite(
     batch: Batch,  # of the update about to be made
     step: int,  # its number
 ) -> None:
-    "The pictures of an update must be finite."
+    "The images of an update must be finite."
     if not isinstance(batch.images, Tensor):
         raise TypeError(
             f"`images` of the batch of step {step} must be a torch tensor, got "
@@ -298,7 +298,7 @@ def check_step_finite(
 def explain_out_of_memory(
     error: Exception,  # of an update
     step: int,  # its number
-    batch_size: int,  # pictures per update
+    batch_size: int,  # images per update
     device: Any,  # of the source
 ) -> Exception | None:  # None: it was something else
     "What to try when an update does not fit into memory."

@@ -62,7 +62,7 @@ def _resize_and_pad(
     top: int,  # black rows above
     left: int,  # black columns on the left
 ) -> Tensor:  # (B, 3, S, S)
-    """The picture made smaller (bilinear, antialiased), at a place on a black canvas of the old
+    """The image made smaller (bilinear, antialiased), at a place on a black canvas of the old
     size."""
     size = images.shape[-1]
     if side < size:
@@ -95,7 +95,7 @@ def _translate(
     down: int,  # pixels, less than S; negative: up
     right: int,  # pixels, less than S; negative: left
 ) -> Tensor:  # (B, 3, S, S)
-    "The picture moved over a black canvas."
+    "The image moved over a black canvas."
     return F.pad(images, (right, -right, down, -down))
 
 
@@ -145,7 +145,7 @@ def _adjust_contrast_brightness(
     contrast: float,  # factor, 1: as it is
     brightness: float,  # what is added, 0: as it is
 ) -> Tensor:  # (B, 3, S, S), not clipped
-    "Contrast around mid grey, then brightness."
+    "Contrast around mid gray, then brightness."
     return (images - 0.5) * contrast + 0.5 + brightness
 
 

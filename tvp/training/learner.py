@@ -187,8 +187,8 @@ class UpdateMixin:
     def compute_source_gradient(
         self,
         micro_batches: list[Batch],  # of this process
-        source: Mllm | None,
-        losses: list,
+        source: Mllm | None,  # None: none of the losses needs one
+        losses: list,  # to weigh
     ) -> tuple[Gradients, StepMetrics]:
         """Go forward and backward for one source: the mean over transforms, micro-batches,
         processes."""

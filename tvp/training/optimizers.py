@@ -52,7 +52,7 @@ class NormalizedGradient(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Move every parameter along its normalised gradient; `closure` computes the loss anew, as
+        """Move every parameter along its normalized gradient; `closure` computes the loss anew, as
         for any torch optimizer."""
         with torch.enable_grad():
             loss = closure() if closure else None
@@ -79,7 +79,7 @@ class NormalizedGradient(Optimizer):
 
 # %% ../../nbs/api/training/05_optimizers.ipynb #b5ab8b94
 def _apply_momentum(
-    step: Tensor,  # the normalised gradient
+    step: Tensor,  # the normalized gradient
     state: dict,  # of the parameter: keeps "momentum_buffer"
     group: dict,  # has momentum and nesterov
 ) -> Tensor:  # the step to make

@@ -34,10 +34,10 @@ class Recipe:
 
     name: str  # VP, EVP, TVP or TVP-lens
     kind: str  # of the prompt: "border", "overlay", ...; see tvp.prompts.pixel_ops.PROMPT_KINDS
-    lr: float  # learning rate: for a normalised gradient the length of a step
+    lr: float  # learning rate: for a normalized gradient the length of a step
     epochs: int  # passes over the train split
-    batch_size: int = 16  # pictures per update
-    momentum: float | None = None  # None: normalised gradient; a number: SGD with this momentum
+    batch_size: int = 16  # images per update
+    momentum: float | None = None  # None: normalized gradient; a number: SGD with this momentum
     # None: cosine by epoch; a number: cosine by step after so many updates of warm-up
     warmup: int | None = None
     fca: float = 0.0  # weight of Feature Consistency Alignment
@@ -47,7 +47,7 @@ class Recipe:
     range: str = "free"
     # what of the image itself is learned, too; see tvp.prompts.pixel_ops.IMAGE_ADJUSTMENTS
     adjust: tuple[str, ...] = ()
-    # learning rate of that: the length of its common step where the gradient is normalised
+    # learning rate of that: the length of its common step where the gradient is normalized
     adjust_lr: float = 0.02
     width: int | None = None  # of the border, pixels; None: what suits the zoo
 
@@ -127,7 +127,7 @@ def make_learner(
     zoo: Mapping[str, Mllm],  # a Zoo: models by name, with size, width and clip
     source: str | Sequence[str],  # name of the model to train on, or several: "a + b", or a list
     task: Task,
-    seed: int = 0,  # of the order of pictures and of VP's start
+    seed: int = 0,  # of the order of images and of VP's start
     preset: str = "tiny",  # whose numbers: "tiny" or "paper"
     **overrides,  # other values for fields of Recipe, e.g. lr=20, epochs=2
 ) -> Learner:  # ready to fit

@@ -74,7 +74,7 @@ class KernelTask:
         try:
             while self.running and self.on_step():
                 await asyncio.sleep(self.interval)
-        # a cancelled task is no Exception: it ends, and passes on
+        # a canceled task is no Exception: it ends, and passes on
         except Exception as problem:
             error = problem
         finally:

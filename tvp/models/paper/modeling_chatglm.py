@@ -163,7 +163,7 @@ class ChatGLMMLP(nn.Module):
 
 # %% ../../../nbs/api/models/paper/02_modeling_chatglm.ipynb #3056e394
 class ChatGLMBlock(GradientCheckpointingLayer):
-    "Attention and MLP whose residuals are the normalised inputs, amplified."
+    "Attention and MLP whose residuals are the normalized inputs, amplified."
 
     def __init__(self, config: ChatGLMConfig, layer: int):  # its number, from 0
         super().__init__()

@@ -39,7 +39,7 @@ class VisualGLMConfig(LavisBlip2Config):
         "vision_config": Blip2VisionConfig,
         "qformer_config": Blip2QFormerConfig,
     }
-    image_token_index: int | None = 0  # `<unk>` keeps the picture's places: no text contains it
+    image_token_index: int | None = 0  # `<unk>` keeps the image's places: no text contains it
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -119,7 +119,7 @@ def build_visualglm_adapter(
 def tiny_visualglm(
     # such as `tvp.testing.toy_tokenizer` makes; gets ChatGLM's special tokens if it has none
     tokenizer,
-    size: int = 48,  # side of the pictures, pixels
+    size: int = 48,  # side of the images, pixels
     seed: int = 0,  # of the random weights
 ) -> Mllm:  # about 0.1 M parameters
     "VisualGLM of width 32 with random weights."
@@ -152,7 +152,7 @@ def tiny_visualglm(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VisualGLMForConditionalGeneration(config)
-        # louder than transformers' start, so that answers depend on the picture
+        # louder than transformers' start, so that answers depend on the image
         for p in model.parameters():
             nn.init.normal_(p, std=p[0].numel() ** -0.5) if p.ndim > 1 else p.data.add_(
                 torch.randn_like(p) / 10

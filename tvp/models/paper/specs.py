@@ -12,12 +12,12 @@ from dataclasses import dataclass
 # %% ../../../nbs/api/models/paper/00_specs.ipynb #a762b3e3
 @dataclass(frozen=True)
 class PromptTemplate:
-    "How a model wants picture, instruction and answer laid out."
+    "How a model wants image, instruction and answer laid out."
 
     template: str  # in the loss; {} is the instruction
     ranking: str  # in ranking
     end: str  # end symbol behind an answer, in the loss
-    alone: tuple[str, ...] = ()  # pieces tokenised on their own; empty: BLIP-2's own processor
+    alone: tuple[str, ...] = ()  # pieces tokenized on their own; empty: BLIP-2's own processor
     image_token: str = "<unk>"  # placeholder of a visual token
     reference_ranking: str = ""  # what the reference ranks with, where it should not be repeated
 
@@ -84,7 +84,7 @@ def _vision_component(lender: str) -> WeightComponent:
 
 
 def _language_component(what: str, where: str, licence: str) -> WeightComponent:
-    """The language model: what it is, where it is published, under what licence; its tokenizer is
+    """The language model: what it is, where it is published, under what license; its tokenizer is
     looked for beside it."""
     return WeightComponent("language_model", ("language_model.",), what, where, licence)
 
@@ -334,7 +334,7 @@ PAPER_MODELS |= {
 def describe_required_weights(
     name: str,  # one of `PAPER_MODELS`
 ) -> str:  # several lines
-    "Which files a model needs, where their authors publish them and under what licence."
+    "Which files a model needs, where their authors publish them and under what license."
     if name not in PAPER_MODELS:
         raise KeyError(f"`name` must be one of {', '.join(PAPER_MODELS)}; got {name!r}.")
     paper = PAPER_MODELS[name]

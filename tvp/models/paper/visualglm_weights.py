@@ -176,7 +176,7 @@ def _visualglm_config(
     bridge = _geometry(qformer, "vocab_size", "max_sequence_length")
     if "image_size" in eva:
         vision["image_size"] = eva["image_size"][0]
-    # every second layer looks at the picture
+    # every second layer looks at the image
     crosses = qformer.get("is_decoder", [True, False, True])
     if isinstance(crosses, list) and True in crosses[1:]:
         bridge["cross_attention_frequency"] = crosses.index(True, 1)
