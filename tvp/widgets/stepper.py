@@ -7,7 +7,6 @@ __all__ = ['KernelTask', 'error_message', 'BackgroundTraining', 'InteractiveTrai
 
 # %% ../../nbs/api/widgets/03_stepper.ipynb #b7c6a77c
 import asyncio
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..models.adapters import Mllm
 from ..models.zoo import load_zoo
 from ..tasks.loading import load_task
 from ..tasks.task import Task, check_task_like
+from ..training.guards import renamed_parameters
 from ..training.learner import Learner
 from ..training.recipes import check_zoo, get_recipe, make_learner
 from ..training.state import StepRecord
@@ -106,12 +106,12 @@ _SETTING_LABELS = {
 
 
 def _recipe_settings(
-    method: str,  # a name in RECIPES[scale]
-    scale: str,  # "tiny" or "paper"
+    method: str,  # a name in RECIPES[preset]
+    preset: str,  # "tiny" or "paper"
     width: int,  # the zoo's border, pixels: for a recipe without its own
 ) -> dict[str, Any]:  # method, lr, fca, tse, width
     "Take the settings from a recipe."
-    recipe = get_recipe(method, scale)
+    recipe = get_recipe(method, preset)
     return {
         "method": method,
         "lr": float(recipe.lr),
@@ -124,7 +124,7 @@ def _recipe_settings(
 def _changed_settings(
     settings: dict[str, Any],  # complete
     changes: dict[str, Any],  # some of _SETTING_LABELS
-    scale: str,  # whose recipes: "tiny" or "paper"
+    preset: str,  # whose recipes: "tiny" or "paper"
     width: int,  # the zoo's border, pixels
 ) -> dict[str, Any]:  # complete
     "Change settings; another method brings its recipe's numbers, unless they are given too."
@@ -136,7 +136,7 @@ def _changed_settings(
         )
     new = settings | changes
     if new["method"] != settings["method"]:
-        new = settings | _recipe_settings(new["method"], scale, width) | changes
+        new = settings | _recipe_settings(new["method"], preset, width) | changes
     check_float("lr", new["lr"], above=True)
     check_float("fca", new["fca"])
     check_float("tse", new["tse"])
@@ -272,30 +272,11 @@ def _previous_curves(
         kept["before" if same else old["method"]] = accuracy
     return {name: rows for name, rows in kept.items() if name != new["method"]}
 
-
-_RENAMED = {"every": "evaluate_every", "pictures": "n_images"}
-
-
-def _monitor_options(
-    options: dict[str, Any],  # evaluate_every, n_images, models
-    old_names: dict[str, Any],  # parameters under the names of before
-) -> dict[str, Any]:  # for TrainingMonitor
-    "Accept the old names of parameters for one release more."
-    for old, value in old_names.items():
-        if old not in _RENAMED:
-            raise TypeError(f"a stepper has no parameter {old!r}.")
-        warnings.warn(
-            f"`{old}` is now called `{_RENAMED[old]}`; the old name goes with the next release.",
-            FutureWarning,
-            stacklevel=3,
-        )
-        options = options | {_RENAMED[old]: value}
-    return options
-
 # %% ../../nbs/api/widgets/03_stepper.ipynb #b7929310
 class InteractiveTraining(BackgroundTraining):
     "Train in single steps, with settings that can be changed."
 
+    @renamed_parameters(every="evaluate_every", pictures="n_images", scale="preset")
     def __init__(
         self,
         # models by name, with size, width and clip; None: the small zoo
@@ -307,14 +288,13 @@ class InteractiveTraining(BackgroundTraining):
         evaluate_every: int = 20,  # training steps between two evaluations of all models
         n_images: int = 60,  # of the validation split, for these evaluations
         models: Sequence[str] | None = None,  # those that are evaluated; None: the whole zoo
-        scale: str = "tiny",  # whose recipes: "tiny", or "paper" for models of 224 pixels
-        **old_names,  # `every` and `pictures`, until the next release
+        preset: str = "tiny",  # whose recipes: "tiny", or "paper" for models of 224 pixels
     ):
         self.zoo = check_zoo(load_zoo("tiny") if zoo is None else zoo)
         self.seed = seed
-        self.scale = scale
+        self.preset = preset
         options = {"evaluate_every": evaluate_every, "n_images": n_images, "models": models}
-        self.monitor_options = _monitor_options(options, old_names) | {"baseline_cache": {}}
+        self.monitor_options = options | {"baseline_cache": {}}
         self.tasks = {}
         if not isinstance(task, str):
             task = check_task_like("task", task)
@@ -324,7 +304,7 @@ class InteractiveTraining(BackgroundTraining):
         self.settings = {
             "task": task if isinstance(task, str) else task.name,
             "source": next(iter(self.zoo)) if source is None else source,
-        } | _recipe_settings(method, scale, self.zoo.width)
+        } | _recipe_settings(method, preset, self.zoo.width)
         super().__init__(self._build_training(self.settings))
 
     def _build_training(
@@ -337,13 +317,13 @@ class InteractiveTraining(BackgroundTraining):
         name = settings.pop("task")
         task = self.tasks.setdefault(name, self.tasks.get(name) or load_task(name))
         method = settings.pop("method")
-        learner = make_learner(method, self.zoo, source, task, self.seed, self.scale, **settings)
+        learner = make_learner(method, self.zoo, source, task, self.seed, self.preset, **settings)
         return TrainingMonitor(learner, self.zoo, **self.monitor_options)
 
     def set(self, **changes) -> None:
         "Train anew with other settings: task, source, method, lr, fca, tse, width."
         old = self.settings
-        settings = _changed_settings(old, changes, self.scale, self.zoo.width)
+        settings = _changed_settings(old, changes, self.preset, self.zoo.width)
         training = self._build_training(settings)
         self.background.stop()
         if settings != old:

@@ -110,7 +110,7 @@ class _StepperControls:
         options = {
             "task": list(dict.fromkeys([*self.stepper.tasks, *task_names()])),
             "source": list(self.stepper.zoo),
-            "method": list(RECIPES[self.stepper.scale]),
+            "method": list(RECIPES[self.stepper.preset]),
         }
         return {
             name: make_control(Dropdown, name, settings[name], options=values)
