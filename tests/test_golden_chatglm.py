@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pandas as pd
 import torch
 from fastcore.test import test_eq
-from reference.golden import SKIPPED, reference_data_dir
+from reference.golden import SKIPPED
 from reference.golden_chatglm import golden_chatglm
 from safetensors.torch import load_file
 
 from tvp.models.paper.modeling_chatglm import make_attention_mask, make_position_ids
 from tvp.models.ranking import build_prefix_tree, token_log_probs, tree_attention_mask
 from tvp.models.transformers_compat import output_cache
+from tvp.testing import reference_data_dir
 
 CASES = ("text1", "text2_noteop", "batch2", "mask_mid", "image_batch2", "image_single")
 

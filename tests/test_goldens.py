@@ -26,12 +26,12 @@ from reference.golden import (
     loss_errors,
     max_abs_difference,
     read_golden,
-    reference_data_dir,
 )
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from tvp.models.paper.loading import load_saved_adapter, save_adapter
+from tvp.testing import reference_data_dir
 
 disable_progress_bar()
 

@@ -20,7 +20,7 @@ import torch
 from fastcore.test import expect_fail, test_close, test_eq
 
 from tvp.prompts.visual_prompt import VisualPrompt
-from tvp.testing import tiny_mllm
+from tvp.testing import reference_data_dir, tiny_mllm
 from tvp.training.learner import Learner
 from tvp.training.losses import tvp_losses
 
@@ -39,7 +39,7 @@ from models import (
     forward_flops,
     synthetic_words,
 )
-from reference.golden import golden_clip, golden_mllm, reference_data_dir
+from reference.golden import golden_clip, golden_mllm
 from reference_loop import (
     ReferenceLoop,
     language_loss,
