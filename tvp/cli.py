@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from . import __version__
+from ._formatting import error_message
 from ._signals import stop_signals
 
 # %% ../nbs/api/90_cli.ipynb #1313c2d9
@@ -388,7 +389,7 @@ def _zoo(*names: str):
 def _task(name: str, data_dir: str | None = None, public: bool = False):
     """Load a task by its name: one that comes with the package, or a public one, from a folder or
     the hub."""
-    from tvp.experiments.plan import USER_ERRORS, error_message
+    from tvp.experiments.plan import USER_ERRORS
     from tvp.tasks.loading import load_task, task_names
     from tvp.tasks.paper_datasets import list_paper_tasks
 
@@ -605,7 +606,7 @@ def _load_prompt_or_fail(
     try:
         return load_prompt(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UsageError(f"cannot read the prompt {path}: {str(error).strip(chr(34))}") from None
+        raise UsageError(f"cannot read the prompt {path}: {error_message(error)}") from None
 
 # %% ../nbs/api/90_cli.ipynb #11994132
 @_commands.command("apply")
@@ -859,7 +860,7 @@ def _command_reproduce(
     download.
     """
     from tvp._checkpoint import OtherSettings
-    from tvp.experiments.plan import USER_ERRORS, error_message, plan_reproduction
+    from tvp.experiments.plan import USER_ERRORS, plan_reproduction
     from tvp.experiments.reproduction import run_plan
 
     places = dict(_parse_model(text) for text in models) or None

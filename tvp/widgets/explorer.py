@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .._formatting import error_message
 from .._markup import render
 from .._validation import check_int, check_type, parse_source_names
 from ..evaluation.examples import changed_answers, draw_examples, find_prompt, index_prompts
@@ -23,7 +24,6 @@ from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.loading import load_task
 from ..tasks.task import Task, check_task_like
 from .figures import render_png
-from .stepper import error_message
 from .stepper_view import make_control, mime_bundle
 
 # %% ../../nbs/api/widgets/06_explorer.ipynb #140df1c5

@@ -15,7 +15,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from string import Formatter
 
-import torch
 from torch import nn
 
 from ..._files import write_atomic, write_folder
