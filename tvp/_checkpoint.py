@@ -206,7 +206,7 @@ PARTS = "tvp-parts"  # name of their folder, below an output folder
 class OtherSettings(ValueError):
     "The parts that are there belong to a run with other settings."
 
-
+# %% ../nbs/api/08_checkpoint.ipynb #8bc79ad1
 class Parts:
     "Store the finished parts of a run, by name; what `write_checkpoint` can hold."
 
@@ -280,7 +280,7 @@ class Parts:
         "Remove the parts, when the results are written."
         clear_parts(self.folder)
 
-
+# %% ../nbs/api/08_checkpoint.ipynb #ec33d9f1
 def clear_parts(
     folder: str | Path,  # of `Parts`; it need not exist
 ) -> None:

@@ -240,7 +240,7 @@ def _folder_size(folder: Path) -> int:
     "Bytes of all files in a folder."
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
-
+# %% ../nbs/api/01_files.ipynb #22ada9cf
 def _move_into(
     part: Path,  # a folder that has been filled
     target: Path,  # a folder that exists

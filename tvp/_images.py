@@ -78,7 +78,7 @@ _PRETENDERS = {
     b"<html": "it is a web page, not an image",
 }
 
-
+# %% ../nbs/api/06_images.ipynb #1ba1df17
 def _what_it_is(
     source: Any,  # path or bytes
 ) -> str | None:  # None: not known
@@ -153,7 +153,7 @@ def content_hash(
         image = np.ascontiguousarray(image).tobytes() + repr(np.shape(image)).encode()
     return hashlib.blake2b(image, digest_size=16).digest()
 
-
+# %% ../nbs/api/06_images.ipynb #d33e0386
 class LazyImages(Sequence):
     """Images that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select`
     decode nothing."""
@@ -350,6 +350,8 @@ IMAGE_FORMATS = {
     ".tiff": "TIFF",
     ".avif": "AVIF",
 }
+
+
 # Pillow before 11.3 reads no AVIF
 IMAGE_FORMATS = {
     suffix: kind for suffix, kind in IMAGE_FORMATS.items() if suffix in image_endings()
@@ -367,7 +369,7 @@ def check_file_size(
             f"{_MAX_IMAGE_BYTES:,} are read."
         )
 
-
+# %% ../nbs/api/06_images.ipynb #f76b8c5b
 def open_image(
     source: Any,  # path, bytes, PIL image, or (H, W) or (H, W, 3) uint8 array
     where: str,  # how messages name it

@@ -47,7 +47,7 @@ def _one_line(
     "What an error says, in one line."
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
 
-
+# %% ../nbs/api/03_loading.ipynb #c7f0a133
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
     "A JSON object whose names are all different."
     found = dict(pairs)
@@ -105,6 +105,8 @@ _IMAGES = _CODE | {
     "size": (dict, list, int),
     "crop_size": (dict, list, int),
 }
+
+# %% ../nbs/api/03_loading.ipynb #85486a07
 FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # file -> field -> types
     "config.json": _CODE
     | {
@@ -168,6 +170,8 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {  # file -> field -> ty
     },
     "tvp.json": {"format": str, "version": int, "name": str, "modules": list, "wrapper": dict},
 }
+
+# %% ../nbs/api/03_loading.ipynb #8379b780
 _REQUIRED = {
     "model.safetensors.index.json": ("weight_map",),
     "pytorch_model.bin.index.json": ("weight_map",),
@@ -175,6 +179,8 @@ _REQUIRED = {
     "tvp.json": ("format", "version"),
 }
 _MAX_JSON = 2**24  # bytes of a file, 16 MB
+
+
 # a vocabulary may be larger, and is read by its own library
 _LARGE = {"tokenizer.json": 2**28, "vocab.json": 2**26}
 _BOUNDS = {
@@ -192,6 +198,8 @@ _BOUNDS = {
     "max_position_embeddings": 2**27,
 }  # largest value
 _MAX_WHOLE = 2**63
+
+
 # tokenizers and state space models write "no limit" as 1e30 and Infinity
 _UNBOUNDED = ("model_max_length", "time_step_limit")
 
@@ -234,7 +242,7 @@ def check_fields(
             )
     return value
 
-
+# %% ../nbs/api/03_loading.ipynb #bbb0e3d0
 def _check_numbers(
     value: Any,  # parsed JSON
     name: str,  # of the file
@@ -256,7 +264,7 @@ def _check_numbers(
             if field in _BOUNDS and not 0 <= value <= _BOUNDS[field]:
                 raise ValueError(f"{said} must be in [0, {_BOUNDS[field]}], got {value}. {_AGAIN}")
 
-
+# %% ../nbs/api/03_loading.ipynb #175b5c89
 def read_json(
     path: str | Path,  # of a file that one of `FIELDS` describes by its name, or of another
 ) -> dict:  # a JSON object
@@ -329,7 +337,7 @@ def load_safetensors(
     _check_safetensors(path)
     return load_file(path)
 
-
+# %% ../nbs/api/03_loading.ipynb #71a79c6b
 def load_pth(
     path: str | Path,  # what torch.save wrote
 ) -> Any:  # tensors and plain values, on the CPU, mapped from the disk where the format allows it
@@ -380,7 +388,7 @@ _CODE_FILES = (
     "and give it to tvp.Mllm."
 )
 
-
+# %% ../nbs/api/03_loading.ipynb #1b86cfe7
 def check_code(
     config: dict,  # config.json
     name: str,  # of the model, for messages
@@ -405,7 +413,7 @@ def check_code(
                     f"names {str(value)[:60]!r}, {_CODE_FILES}"
                 )
 
-
+# %% ../nbs/api/03_loading.ipynb #c499effd
 def _check_outside(
     found: dict,  # tokenizer_config.json
     folder: Path,
@@ -430,7 +438,7 @@ def _check_outside(
                 f"the same folder, got {value[:60]!r}."
             )
 
-
+# %% ../nbs/api/03_loading.ipynb #df099bef
 def check_folder(
     folder: str | Path,  # of a model, a processor or a tokenizer
     trust_remote_code: bool = False,  # may the folder's own Python code be run?
@@ -494,7 +502,7 @@ def loading_errors(
             "it again."
         ) from error
 
-
+# %% ../nbs/api/03_loading.ipynb #c812937c
 def from_pretrained(
     kind: str,  # a class of transformers, "AutoTokenizer" say
     place: str | Path,  # a folder, or a hub id
@@ -531,7 +539,7 @@ def load_auto_processor(
         )
     return processor
 
-
+# %% ../nbs/api/03_loading.ipynb #8c6a1d30
 def load_model(
     kind: str,  # a class of transformers, "AutoModelForImageTextToText" say
     place: str | Path,  # a folder, or a hub id

@@ -95,7 +95,7 @@ def _environment(
     environment.filters |= {"png_url": _png_url, "points": _points}
     return environment
 
-
+# %% ../nbs/api/00_markup.ipynb #aa15ece1
 def render(
     name: str,  # of a template in `tvp/templates`, without ".j2": "report.html"
     /,

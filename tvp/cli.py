@@ -231,7 +231,7 @@ class _Run:
         _complain(said + hint)
         return 2
 
-
+# %% ../nbs/api/90_cli.ipynb #860c376d
 def _discard_output() -> None:
     "Let what is still to be printed go nowhere, so that nothing fails once more when Python ends."
     with suppress(OSError, ValueError):
@@ -294,7 +294,7 @@ class _Command(click.Command):
             raise
         return super().parse_args(ctx, words)
 
-
+# %% ../nbs/api/90_cli.ipynb #2a669c6e
 class _Commands(click.Group):
     "Commands in the order in which they are met, each listed with its whole first sentence."
 
@@ -428,7 +428,7 @@ def _command_models() -> None:
     rows += [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
     print(_format_columns(rows))
 
-
+# %% ../nbs/api/90_cli.ipynb #b7cbc015
 @_commands.command("check")
 @click.argument("model")
 def _command_check(model: str) -> int:
@@ -663,7 +663,7 @@ def _evaluate(prompt, task, zoo, **how):
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from None
 
-
+# %% ../nbs/api/90_cli.ipynb #2a0d776b
 @_commands.command("evaluate")
 @click.argument("prompt")
 @click.option("--task", metavar="NAME", help="The one it was trained for if not given.")
@@ -743,7 +743,7 @@ def _say(line: str) -> None:
     "Tell what happens."
     print("-", line, flush=True)
 
-
+# %% ../nbs/api/90_cli.ipynb #4a1a1213
 @_commands.command("demo")
 @_option_task
 @click.option(

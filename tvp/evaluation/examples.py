@@ -74,7 +74,7 @@ def index_prompts(
         for method, prompt in named
     }
 
-
+# %% ../../nbs/api/evaluation/09_examples.ipynb #8f5a9788
 def find_prompt(
     found: Mapping[tuple, VisualPrompt],  # from `index_prompts`
     method: str,  # its name in the results
@@ -111,7 +111,7 @@ def _example_image(
     with torch.no_grad():
         return prompt(image.to(prompt.delta.device))[0].float().cpu().clamp(0, 1)
 
-
+# %% ../../nbs/api/evaluation/09_examples.ipynb #d0f4ec9b
 def _draw_case(ax, image: Tensor, case) -> None:
     "One image with its answers."
     ax.imshow(image.permute(1, 2, 0), interpolation="nearest")

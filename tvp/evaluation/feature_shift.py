@@ -81,7 +81,7 @@ def _map_shift(
     kernel.diagonal().add_(ridge * kernel.diagonal().mean())
     return shift @ x.T @ torch.linalg.solve(kernel, y)
 
-
+# %% ../../nbs/api/evaluation/08_feature_shift.ipynb #f5721e4a
 def shift_similarity(
     prompt: VisualPrompt,
     learn: Batch,  # images to learn the translations from: training images, several hundred

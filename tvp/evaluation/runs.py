@@ -46,11 +46,13 @@ TIDY_COLUMNS = [
     "n",
     "seed",
 ]
+
+
 # further columns, where a run has them
 _CONDITION_COLUMNS = ("trained_on", "corruption", "severity", "mode")
 MODES = ("rank", "generate")  # candidates are ranked, or the model answers in its own words
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #cfc9cc21
 @dataclass(frozen=True)
 class TransferRun:
     "Hold the scores of every model for every image: one task, one source, one prompt seed."
@@ -165,7 +167,7 @@ class TransferRun:
             for method in self._methods
         }
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #61465810
 class _MetricValues(dict):
     "(method, target) -> all values of the metric, computed when they are first asked for."
 
@@ -214,7 +216,7 @@ def _counted_gains(
         gains.append(dict(clean=before, prompted=after, gain=after - before, low=low, high=high))
     return gains
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #21492c4b
 def _right_answers(
     runs: Sequence[TransferRun],
     groups: Sequence[Sequence[str]],  # targets
@@ -251,7 +253,7 @@ def _gain_rows(
                 )
     return [row | {"n": len(first.labels)} for row in rows]
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #a80f2581
 def _auroc_gain(
     runs: Sequence[TransferRun],
     targets: Sequence[str],
@@ -439,7 +441,7 @@ class TransferTable:
     def _repr_html_(self) -> str:
         return tables_html([self])
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #2b6d8a92
 def tables_html(
     tables: Sequence[TransferTable],  # one below the other
 ) -> str:  # HTML that carries its style
@@ -566,7 +568,7 @@ def _unquoted(value: Any) -> Any:
         else value
     )
 
-
+# %% ../../nbs/api/evaluation/04_runs.ipynb #571e9cc8
 def csv_text(
     df: pd.DataFrame,  # any of the frames of `TransferResults`
 ) -> str:  # a CSV file, without the index

@@ -30,7 +30,7 @@ def _check_tasks(
     others = [check_task_like("others", task) for task in check_sequence("others", others)]
     return [check_task_like("home", home), *others]
 
-
+# %% ../../nbs/api/evaluation/07_studies.ipynb #9678164e
 def _study(
     prompt: VisualPrompt | Mapping[str, VisualPrompt],
     home: Task,  # that the prompts were trained for

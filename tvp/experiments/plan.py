@@ -463,7 +463,7 @@ class _TaskWithProgress:
             )
         )
 
-
+# %% ../../nbs/api/experiments/03_plan.ipynb #0a7a7968
 def _model_info(
     mllm: Mllm,
 ) -> dict[str, Any]:  # class, parameters, precision, device

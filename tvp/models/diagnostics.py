@@ -30,7 +30,7 @@ class DiagnosticResult:
     text: str  # what came out
     value: float | None = None  # the same as a number: share of the border reached, else a distance
 
-
+# %% ../../nbs/api/models/05_diagnostics.ipynb #c12e2cb0
 @dataclass(frozen=True)
 class DiagnosticReport:
     "What `diagnose_mllm` found out about a model."
@@ -325,7 +325,7 @@ def preprocessing_errors(
     level = (white - preprocess(torch.zeros_like(images))[name]) / 255
     return ((made[name] - ordinary) / level)[level.abs() > 1e-9].abs()
 
-
+# %% ../../nbs/api/models/05_diagnostics.ipynb #a70aeac0
 def _diagnose_preprocessing(
     mllm: MultimodalModel,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -346,7 +346,7 @@ def _diagnose_preprocessing(
     )
     return DiagnosticResult("pixels", False if wrong else None, text, reach)
 
-
+# %% ../../nbs/api/models/05_diagnostics.ipynb #b986cf8a
 def _text_finding(
     mllm: MultimodalModel,  # the adapter
     images: Tensor,  # (2, 3, S, S)
@@ -386,7 +386,7 @@ def _run_diagnostic(
     except Exception as error:
         return DiagnosticResult(name, False, f"stopped with {type(error).__name__}: {error}")
 
-
+# %% ../../nbs/api/models/05_diagnostics.ipynb #7c179924
 def diagnose_mllm(
     mllm: MultimodalModel,  # any model
 ) -> DiagnosticReport:

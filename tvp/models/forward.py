@@ -68,7 +68,7 @@ def find_vision_encoder(
         None,
     )
 
-
+# %% ../../nbs/api/models/03b_forward.ipynb #1c2967f7
 def find_feature_module(
     model: nn.Module,  # an image-text model of transformers
     # the (sub)module whose `get_image_features` the forward pass calls, or the vision encoder
@@ -134,7 +134,7 @@ def capture_visual_features(
         else:
             del owner.get_image_features  # uncovers the class's own method
 
-
+# %% ../../nbs/api/models/03b_forward.ipynb #7402aa53
 def flatten_visual_tokens(
     # what `get_image_features` or a vision encoder returned: a ModelOutput, a tensor, a list with
     # one entry per image or tile
@@ -255,7 +255,7 @@ def last_position_ids(
         return last
     return torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
 
-
+# %% ../../nbs/api/models/03b_forward.ipynb #74f058fa
 def append_answer_ids(
     model: nn.Module,  # a decoder-only image-text model
     inputs: dict[str, Tensor],  # its inputs, left padded

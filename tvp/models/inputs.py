@@ -148,7 +148,7 @@ def _apply_chat_template(
         **switches,
     )
 
-
+# %% ../../nbs/api/models/03_inputs.ipynb #f03bbb37
 def opened_thought(
     text: str,  # rendered instruction
     instruction: str,  # that it holds
@@ -641,7 +641,7 @@ class _Shortcut:
     nested: bool  # one list per image? Idefics takes a flat list for one sample with many images
     names: frozenset[str]  # which of its outputs
 
-
+# %% ../../nbs/api/models/03_inputs.ipynb #1d80d8db
 class ImagePreprocessor:
     "Make pixel values of images in [0, 1] as a model's own processor does, differentiably."
 

@@ -138,7 +138,7 @@ def build_prefix_tree(
         candidate=candidate.to(device),
     )
 
-
+# %% ../../nbs/api/models/04_ranking.ipynb #17e7b3be
 def tree_attention_mask(
     attention_mask: Tensor,  # (B, L), of the instructions
     visible: Tensor,  # (K, K), of a `PrefixTree`
@@ -294,7 +294,7 @@ def _score_encoder_decoder(
         )
     return scores
 
-
+# %% ../../nbs/api/models/04_ranking.ipynb #535cfcf2
 def _score_decoder_batch(
     mllm: MultimodalModel,  # the adapter, an encoder-decoder
     hidden: Tensor,  # (B, L, D) what the encoder made of image and instruction
@@ -491,7 +491,7 @@ def _disable_packed_ranking(
         f"{mllm.name}: packed ranking {problem}. Using one pass per candidate, which is slower."
     )
 
-
+# %% ../../nbs/api/models/04_ranking.ipynb #cf2394be
 def _verify_packed_ranking(
     mllm: MultimodalModel,  # the adapter
     inputs: dict[str, Tensor],  # pixels and instructions of one or two samples
@@ -530,7 +530,7 @@ def _score_group(
         _disable_packed_ranking(mllm, f"does not work ({type(error).__name__}: {error})")
     return score_sequentially(mllm, inputs, plan)
 
-
+# %% ../../nbs/api/models/04_ranking.ipynb #2e5506f8
 @torch.no_grad()
 def rank(
     mllm: MultimodalModel,  # the adapter

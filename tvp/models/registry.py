@@ -498,6 +498,7 @@ _LARGE_MODELS = (
     ),
 )
 
+# %% ../../nbs/api/models/09_registry.ipynb #272ae947
 # small first
 REGISTRY = {row.name: row for row in (*_SMALL_MODELS, *_MIDDLE_MODELS, *_LARGE_MODELS)}
 

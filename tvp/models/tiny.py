@@ -146,7 +146,7 @@ def build_tower(
         )
     raise KeyError(f"`name` must be one of shared, clip, siglip; got {name!r}.")
 
-
+# %% ../../nbs/api/models/08_tiny.ipynb #8de272c2
 def build_clip() -> nn.Module:  # a CLIPModel, random weights
     "The small CLIP for task semantics."
     from transformers import CLIPConfig, CLIPModel

@@ -46,7 +46,7 @@ def cache_argument(
     name = next((name for name in CACHE_NAMES if name in parameters), cache_name())
     return {name: cache}
 
-
+# %% ../../nbs/api/models/00_transformers_compat.ipynb #0938e928
 def output_cache(
     # keys and values
     output,  # what a model returned for `use_cache=True`

@@ -257,7 +257,7 @@ def tiny_zoo(
         lambda: load_tiny_clip(Path(folder)),
     )
 
-
+# %% ../../nbs/api/models/10_zoo.ipynb #33b3e57f
 def _paper_zoo(
     # name of a model: its files, see `tvp.models.paper.specs.describe_required_weights`
     weights: dict[str, dict | str],
@@ -310,7 +310,7 @@ def load_zoo(
     )
     return tiny_zoo()
 
-
+# %% ../../nbs/api/models/10_zoo.ipynb #bbbb27ec
 def _custom_zoo(
     models: Mapping[str, str | PathLike],  # name -> what `load_mllm` takes
     options: dict,  # of `load_mllm`

@@ -43,7 +43,7 @@ def _histories(
             )
     return histories
 
-
+# %% ../../nbs/api/plotting/02_history.ipynb #79937fdb
 def _panels(
     histories: Mapping[str, pd.DataFrame],
 ) -> list[str]:  # columns
@@ -103,7 +103,7 @@ def plot_history(
         axes[0][0].legend(frameon=False, fontsize=9, handlelength=2.6)
     return axes[0]
 
-
+# %% ../../nbs/api/plotting/02_history.ipynb #c992495c
 def redraw_history(
     axes: np.ndarray,  # from `plot_history` of the same history when it was shorter
     history: pd.DataFrame,  # `learner.history`

@@ -49,7 +49,7 @@ def _prompt_title(
         f"colour at ±{scale:.2f}{own}"
     )
 
-
+# %% ../../nbs/api/plotting/04_prompts.ipynb #1556be18
 def plot_prompt(
     prompt: VisualPrompt,
     # matplotlib Axes
@@ -109,7 +109,7 @@ def _paired_batches(
     assert torch.equal(clean.index, framed.index), "two orders from one seed"
     return clean, framed
 
-
+# %% ../../nbs/api/plotting/04_prompts.ipynb #af6728c5
 def _draw_sample(ax, image: torch.Tensor, answer: str | None, right: bool) -> None:
     "Draw one image and the model's answer below it."
     ax.imshow(

@@ -32,7 +32,7 @@ _METHOD_LINES = {
 _OTHER_COLORS = ["#CC79A7", "#56B4E9", "#000000", "#882255"]
 _OTHER_LINES = ["-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 4)), (0, (6, 4))]
 
-
+# %% ../../nbs/api/plotting/01_style.ipynb #d4e92b3f
 def method_style(
     methods: list[str],  # in the order in which they are drawn
 ) -> dict[str, dict]:  # method -> matplotlib's color, marker and linestyle

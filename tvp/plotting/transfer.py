@@ -30,7 +30,7 @@ def _task_title(df: pd.DataFrame) -> str:
     generated = "mode" in df and df["mode"].iloc[0] == "generate"
     return df.task.iloc[0] + (", generated answers" if generated else "")
 
-
+# %% ../../nbs/api/plotting/03_transfer.ipynb #1b1381f3
 def _check_rows(
     df: pd.DataFrame,  # rows of `TransferResults.df` or `.mean()`
 ) -> pd.DataFrame:  # the same with `group`
@@ -88,7 +88,7 @@ def _x_positions(
         for i, row in enumerate(targets.itertuples())
     }
 
-
+# %% ../../nbs/api/plotting/03_transfer.ipynb #38d28eef
 def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[str, dict]) -> None:
     """Draw stems, whiskers and points of all methods; triangles where a learned prompt's whole
     interval is below 0."""
@@ -150,7 +150,7 @@ def _label_groups(ax, df: pd.DataFrame, x: Mapping[str, float]) -> None:
         if group != shown[-1]:
             ax.axvline(max(places) + 0.8, color="#bbbbbb", lw=0.8, ls=(0, (4, 3)), zorder=1)
 
-
+# %% ../../nbs/api/plotting/03_transfer.ipynb #601a08fe
 def _add_title(ax, title: str, more: str) -> None:
     """Write the title and, below it and above the names of the groups, what else must be known: on two lines,
     so that they never meet."""

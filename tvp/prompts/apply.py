@@ -163,7 +163,7 @@ def _check_readable(
         more = f" {len(errors) - 1} more of the {len(images)} pictures cannot be read either."
     raise type(errors[0])(f"{errors[0]}{more} Nothing was written.")
 
-
+# %% ../../nbs/api/prompts/06_apply.ipynb #c384fa57
 def _apply_to_folder(
     compose: Compose,
     source: str | Path,  # an image, or a folder that is searched with its subfolders

@@ -130,7 +130,7 @@ def _prompt_hash(
     delta = state.delta.cpu().double().numpy() + 0.0  # -0 and 0 are the same pixel
     return hashlib.sha256(json.dumps(metadata).encode() + delta.tobytes()).hexdigest()[:16]
 
-
+# %% ../../nbs/api/prompts/07_hub.ipynb #248fb5bb
 def _provenance_table(
     state: PromptState,
     seconds: float | None,  # that the training took
@@ -172,7 +172,7 @@ def _adjustment_phrase(
     *names, last = list(state.adjustment_values()) or [""]
     return f"{', '.join(names)} and {last}" if names else last
 
-
+# %% ../../nbs/api/prompts/07_hub.ipynb #e956c39e
 def _format_limitations(
     state: PromptState,
     results: CardResults | None,
@@ -326,7 +326,7 @@ def _check_config(
     except (ValueError, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
 
-
+# %% ../../nbs/api/prompts/07_hub.ipynb #cfd91bef
 @contextmanager
 def translate_hub_errors(
     name: Any,  # a folder, or "owner/name" on the hub

@@ -190,7 +190,7 @@ def adjust_sharpness(
         share * (fine - coarse) for share, fine, coarse in zip(sharpness, blurred, blurred[1:])
     )
 
-
+# %% ../../nbs/api/prompts/01_pixel_ops.ipynb #40c5b485
 def resize_on_canvas(
     images: Tensor,  # (B, 3, inner, inner)
     scale: Tensor,  # scalar: log of the size over `inner`; 0: as it is

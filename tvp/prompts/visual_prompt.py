@@ -51,7 +51,7 @@ _READERS = {
     ".pth": load_reference_checkpoint,
 }
 
-
+# %% ../../nbs/api/prompts/03_visual_prompt.ipynb #946d136e
 class VisualPrompt(ModelHubMixin, nn.Module):
     """Trainable pixels, composed with images in [0, 1] (TVP, sec. 3; VP's kinds from Bahng et al.
     2022, sec. 3)."""

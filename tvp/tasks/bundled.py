@@ -183,7 +183,7 @@ def _stratified_split(
     )
     return [train, valid, test]
 
-
+# %% ../../nbs/api/tasks/04_bundled.ipynb #1e1c35ac
 def _digits_splits() -> list[Split]:  # train, valid, test
     "Real handwriting."
     from sklearn.datasets import load_digits

@@ -282,7 +282,7 @@ class Corruption:
             description=f"{task.description} {split.capitalize()} pictures: {self}.".strip(),
         )
 
-
+# %% ../../nbs/api/tasks/11_corruptions.ipynb #aec4dd59
 def all_corruptions(
     names: Iterable[str] | str = CORRUPTIONS,  # some of CORRUPTIONS, or the name of one of FAMILIES
     severities: Iterable[int] = SEVERITIES,  # 1 (faint) to 5

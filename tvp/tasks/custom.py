@@ -44,7 +44,7 @@ from .task import Split, Task
 # %% ../../nbs/api/tasks/09_custom.ipynb #5e0c08dc
 _MAX_SHORT_SIDE = 224  # pixels, of the paper's canvas: images are scaled to less
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #c276689f
 class _SizeLimitedImages(LazyImages):
     """Images within the limits of `tvp.prompts.apply`; one beyond them is refused before it is
     decoded."""
@@ -103,7 +103,7 @@ def _cell_text(
         value = int(value)
     return unicodedata.normalize("NFC", str(value))
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #86ac2fe3
 @dataclass(frozen=True)
 class RawSplit:
     "Hold images with their answers in words."
@@ -229,7 +229,7 @@ def infer_candidates(
         )
     return tuple(sorted(found, key=_answer_key))
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #7706bf82
 def _twin_notes(
     candidates: Sequence[str],
 ) -> list[str]:  # one for each group
@@ -308,7 +308,7 @@ def _split_names(
         )
     return found
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #f45b2a12
 def _complete_splits(
     splits: Mapping[str, Split],  # "train", and maybe "valid" and "test"
     valid: float,  # share of the training images for validation, if there is no such split
@@ -407,7 +407,7 @@ def _inner(
         return folder
     return _inner(inner[0])
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #dca11122
 def _check_classes(
     folder: Path,  # taken for a folder of classes
 ) -> None:
@@ -443,7 +443,7 @@ def _check_classes(
                 f"the same folders ({join_names(sorted(inner), 5)}). Are those the classes?"
             )
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #e37ab1df
 def _split_folders(
     folder: Path,
 ) -> dict[str, Path]:  # split -> the folder of its classes
@@ -571,7 +571,7 @@ def _header(
         for name in next(csv.reader([line], delimiter=separator, skipinitialspace=True))
     ]
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #1aefa254
 def _read_csv(
     file: Path,
     wanted: Sequence[str],  # columns that are looked for
@@ -611,7 +611,7 @@ def _read_csv(
         rows.append(dict(zip(names, cells)))
     return rows
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #195d8952
 def _read_table(
     file: Path,  # .csv or .jsonl
     wanted: Sequence[str],  # columns that are looked for
@@ -641,7 +641,7 @@ def _table_pictures(
         paths.append(file.parent / os.path.expanduser(str(cell)))
     return images_from_files(paths, file.name)
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #df46c6b3
 def _task_from_table(
     file: str | Path,  # .csv or .jsonl
     image: str = "image",  # column of the images' paths, relative to the file
@@ -761,7 +761,7 @@ def _task_from_dataset(
     }
     return _build_task(name, parts, **options)
 
-
+# %% ../../nbs/api/tasks/09_custom.ipynb #29ad37e2
 def load_custom_task(
     data: Any,  # Path of a folder, of a .csv or .jsonl file, or a datasets.Dataset or DatasetDict
     **options,  # of `_task_from_folder`, `_task_from_table` or `_task_from_dataset`

@@ -123,7 +123,7 @@ def _check_cache() -> None:
             "that can be written and has room.",
         ) from None
 
-
+# %% ../../nbs/api/tasks/06_hub_datasets.ipynb #ac109c16
 def _load_parquet(
     files: Mapping[str, Sequence[str]],  # split -> parquet files
 ) -> dict[str, Any]:  # split -> Dataset

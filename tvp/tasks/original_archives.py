@@ -55,7 +55,7 @@ def images_from_files(
         )
     return LazyImages(paths, name=name)
 
-
+# %% ../../nbs/api/tasks/07_original_archives.ipynb #ab449a3e
 def classification_split(
     pictures: LazyImages,  # decoded when asked for
     labels: Sequence[int],  # one for each image
@@ -143,7 +143,7 @@ def open_text(
             "Excel calls it 'CSV UTF-8'."
         ) from None
 
-
+# %% ../../nbs/api/tasks/07_original_archives.ipynb #67cf64ce
 def read_jsonl(
     path: Path,  # one JSON object in each line
     keys: Sequence[str] = (),  # that each must have, and not as null
@@ -274,7 +274,7 @@ def _read_pope_questions(
         parse_yes_no_labels([row["label"] for row in rows], file.name),
     ), images
 
-
+# %% ../../nbs/api/tasks/07_original_archives.ipynb #a075e58f
 def load_pope_archive(
     folder: str | Path,  # holds the question files
     subset: str = "adversarial",  # "random", "popular" or "adversarial"
@@ -377,7 +377,7 @@ _IMAGENETTE_CLASSES = dict(
     n03888257="parachute",
 )
 
-
+# %% ../../nbs/api/tasks/07_original_archives.ipynb #8feee5db
 def _read_file_lists(
     task: str,  # a key of LISTS, or "imagenette"
     folder: Path,

@@ -57,7 +57,7 @@ def _photos(
         **more,
     )
 
-
+# %% ../../nbs/api/tasks/08_paper_datasets.ipynb #821017cd
 DATASET_SPECS: dict[str, tuple[HubDatasetSpec, ...]] = {
     "cifar10": (
         _photos(
@@ -134,6 +134,8 @@ _pope = HubDatasetSpec(
     {"image": "image", "question": "string", "answer": "string", "image_source": "string"},
     config="Full",
 )
+
+# %% ../../nbs/api/tasks/08_paper_datasets.ipynb #32f1504d
 DATASET_SPECS |= {
     "aircraft": (
         HubDatasetSpec(

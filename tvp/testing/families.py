@@ -110,6 +110,8 @@ _SIGLIP = dict(
 )
 _VIDEO = dict(image_token="<image>", video_token="<video>")
 _USER = "USER: <image>\n{} ASSISTANT:"
+
+# %% ../../nbs/api/testing/02_families.ipynb #48bc09d4
 MODEL_FAMILIES |= {
     "llava": FamilySpec("CLIP", _CROP, "Llava", _CLIP, _LLAVA, template=_USER),
     "llava-siglip": FamilySpec(
@@ -307,6 +309,8 @@ _OVIS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
 _AYA = ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE", "TILE_GLOBAL")
 _BOUNDS = dict(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
 _MERGED = _PATCHES | dict(spatial_merge_size=2)
+
+# %% ../../nbs/api/testing/02_families.ipynb #e396a854
 MODEL_FAMILIES |= {
     "deepseek_vl": FamilySpec("DeepseekVL", args=dict(num_image_tokens=36), chat="<image>"),
     "internvl": FamilySpec(
@@ -393,6 +397,8 @@ _MINICPM = {
     )
 }
 _VQ = dict(num_embeddings=16, base_channels=32, latent_channels=32, num_res_blocks=1)
+
+# %% ../../nbs/api/testing/02_families.ipynb #6b78e9a9
 MODEL_FAMILIES |= {
     "lfm2_vl": FamilySpec(
         "Lfm2Vl",
@@ -469,10 +475,14 @@ _SAM = dict(
     num_hidden_layers=1,
     global_attn_indexes=[],
 )
+
+
 # A stands for 0, B for 1, ...
 _CODES = tuple(
     "IMGIMG" + "".join(chr(65 + int(digit)) for digit in str(i)) + "Z" for i in range(16)
 )
+
+# %% ../../nbs/api/testing/02_families.ipynb #6bd045b9
 MODEL_FAMILIES |= {
     "mllama": FamilySpec(
         "Mllama",
@@ -543,6 +553,8 @@ _QWEN_CHAT = "<|vision_start|><|image_pad|><|vision_end|>"
 _GLM_FAMILY = dict(names=_GLM, chat="<|begin_of_image|><|image|><|end_of_image|>")
 _TEXT_ROPE = dict(text_config=dict(rope_parameters=_ROPE))
 _GLM_MOE = dict(rope_parameters=_ROPE | dict(partial_rotary_factor=1.0)) | _MIXTURE
+
+# %% ../../nbs/api/testing/02_families.ipynb #c85d837b
 MODEL_FAMILIES |= {
     "qwen3_vl_moe": _qwen(
         "Qwen3VL",
@@ -668,6 +680,8 @@ _HEADS = dict(num_sliding_attention_heads=4, query_pre_attn_scalar=8)
 _COMPASS = {name: symbol.upper() for name, symbol in _QWEN.items()}
 _MINIMAX = ("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>[")
 _STEP = ("<im_patch>", "<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>")
+
+# %% ../../nbs/api/testing/02_families.ipynb #d325d236
 MODEL_FAMILIES |= {
     "glmga": FamilySpec(
         "Glmga", _PIXELS, "Glm46V", config=_TEXT_ROPE, video="Glm46V", **_GLM_FAMILY
@@ -758,6 +772,8 @@ _SPARK = dict(
     audio_config=_WAVES,
     text_config=_MUSE_TEXT | _SPARSE | dict(moe_hidden_size=32),
 )
+
+# %% ../../nbs/api/testing/02_families.ipynb #eb9d8d9b
 _INKLING = dict(
     image_token_id="<image>",
     text_config=_MIXTURE
@@ -787,6 +803,8 @@ _MOLMO = {
 _SCALES = dict.fromkeys(
     ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), 1.0
 )
+
+# %% ../../nbs/api/testing/02_families.ipynb #6f21ad95
 MODEL_FAMILIES |= {
     "muse_glimmer": FamilySpec(
         "MuseGlimmer",
@@ -887,7 +905,7 @@ DEFAULT_FAMILIES = (
     "llava-siglip",
 )
 
-
+# %% ../../nbs/api/testing/02_families.ipynb #66d61497
 def _get_family(
     kind: str,  # one of `ALL_FAMILIES`
 ) -> FamilySpec:  # its row
@@ -928,7 +946,7 @@ def _tiny_tokenizer(
     made.add_tokens(list(row.symbols), special_tokens=True)
     return made
 
-
+# %% ../../nbs/api/testing/02_families.ipynb #a05b461a
 def tiny_processor(
     # the kind's real processor, torchvision backend
     kind: str,  # one of `ALL_FAMILIES`
@@ -984,7 +1002,7 @@ def _build_model(
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
         return randomize_weights(model).eval().requires_grad_(False)
 
-
+# %% ../../nbs/api/testing/02_families.ipynb #fd9811f3
 def tiny_mllm(
     kind: str,  # one of `ALL_FAMILIES`, or "visualglm"
     seed: int = 0,  # of the random weights

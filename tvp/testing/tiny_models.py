@@ -17,7 +17,7 @@ WORDS = (
 )
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<Img>", "</Img>")
 
-
+# %% ../../nbs/api/testing/01_tiny_models.ipynb #861ee1c3
 def toy_tokenizer(
     frame: str = "<s> $A",  # what stands around a text `$A`
     # a PreTrainedTokenizerFast, ids 0 to 6 as in `SPECIAL`
@@ -88,6 +88,8 @@ def byte_pair_tokenizer(
 SIZE = 48
 PATCH = 8
 QUERIES = 8
+
+# %% ../../nbs/api/testing/01_tiny_models.ipynb #21bd5dcd
 _TINY_CONFIG_VALUES = {
     name: value
     for value, names in [

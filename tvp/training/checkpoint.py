@@ -68,7 +68,7 @@ def _loss_config(
         own = {field.name: getattr(term, field.name) for field in fields(term)}
     return _plain_attributes({"weight": term.weight, "sign": term.sign} | own)
 
-
+# %% ../../nbs/api/training/11_checkpoint.ipynb #7ed165e4
 def _prompt_config(
     prompt: VisualPrompt,
 ) -> dict:  # names and values
@@ -135,7 +135,7 @@ _RENAMED_CALLABLES = {
 }
 _CALLABLES = ("scheduler", "gradient_estimator", "input_transforms", "gradient_filters")
 
-
+# %% ../../nbs/api/training/11_checkpoint.ipynb #31bd6294
 def update_config(
     config: dict,  # of a checkpoint of this version or an earlier one
 ) -> dict:  # in the names of this version
@@ -182,7 +182,7 @@ def _check_finite(
     elif isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
         raise ValueError(f"{name} is not finite")
 
-
+# %% ../../nbs/api/training/11_checkpoint.ipynb #8839e958
 def _check_state(
     state: dict,  # as `Learner.state_dict` makes it
     steps_per_epoch: int,  # of the learner that it is for

@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-
 from .._checkpoint import checkpoint_path
+
+# %% ../../nbs/api/training/09_learner.ipynb #14bec68b
 from .._prefetch import pin_memory, prefetch
 from .._validation import check_int, check_type
 from ..models.adapters import Mllm, MllmOutput
@@ -41,6 +41,8 @@ from tvp.training.callbacks import (
 )
 from .checkpoint import CheckpointMixin, optimizer_config
 from .ensembles import ensemble_weights
+
+# %% ../../nbs/api/training/09_learner.ipynb #cb3feeaf
 from tvp.training.guards import (
     check_batch_divisible,
     check_batch_size,

@@ -178,7 +178,7 @@ _IMAGE_LEGEND = (
     "Above each image the right answer, below it the model's: without the prompt → with it."
 )
 
-
+# %% ../../nbs/api/widgets/06_explorer.ipynb #7ae01a30
 class TransferExplorer(_CellSelection):
     "Explore a transfer matrix, and the images behind each cell."
 
@@ -269,7 +269,7 @@ def label_widget(text: str, align: str, weight: str = "normal"):  # ipywidgets H
     )
     return HTML(value, layout={"width": "92px" if align == "center" else "140px"})
 
-
+# %% ../../nbs/api/widgets/06_explorer.ipynb #9d758910
 class ExplorerView:
     "Show one explorer: menus, a button for each cell, and the images behind the selected one."
 

@@ -68,7 +68,7 @@ def _draw_spectrum(ax, prompt) -> None:
     ax.tick_params(labelsize=8, length=2)
     ax.set_title("log spectrum, cycles per canvas", loc="left", fontsize=9)
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #778de72d
 def _draw_prompt(
     figure,  # matplotlib Figure or SubFigure, empty
     training: TrainingMonitor,
@@ -150,7 +150,7 @@ def _image_title(
         f"{textwrap.shorten(candidates[items.labels[index]], 18, placeholder='…')}"
     )
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #6ad2e8a7
 def _draw_answers(
     figure,  # matplotlib Figure or SubFigure, empty
     training: TrainingMonitor,
@@ -265,7 +265,7 @@ def _draw_curve(ax, curve: pd.DataFrame, method: str, now: bool) -> None:
         label=method or "prompt",
     )
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #ce0c7c71
 def _draw_unseen(ax, frame: pd.DataFrame, color: str) -> None:
     "Draw a thin line for each unseen model, and say which tower it has."
     dashes = {"unseen, same tower": "-", "unseen, other tower": "--", "unseen": "-"}
@@ -302,7 +302,7 @@ def _axis_end(
     evaluated += [int(rows.step.max()) for rows in (previous_runs or {}).values()]
     return max(min(max(20, training.evaluate_every), training.total_steps), *evaluated, 0)
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #92f8d4a4
 def _draw_accuracy(
     figure,  # matplotlib Figure or SubFigure, empty
     training: TrainingMonitor,
@@ -384,7 +384,7 @@ def panel_cache_keys(
         "accuracy": (*evaluated, *(previous_runs or {})),
     }
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #27ad30d4
 def render_png(
     draw: Callable,  # draws into a figure
     size: tuple[float, float],  # width and height, inches
@@ -418,7 +418,7 @@ def training_title(
         f"{len(training.learner.records)} of {training.total_steps}"
     )
 
-
+# %% ../../nbs/api/widgets/04_figures.ipynb #e5b32a7d
 def training_figure(
     training: TrainingMonitor,
     index: int = 0,  # of the validation image

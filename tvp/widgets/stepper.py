@@ -33,7 +33,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
     except RuntimeError:
         return None
 
-
+# %% ../../nbs/api/widgets/03_stepper.ipynb #4dc5dce5
 class KernelTask:
     "Do units of work between the cells; where there is no event loop, all of them at once."
 
@@ -121,7 +121,7 @@ def _recipe_settings(
         "width": width if recipe.width is None else recipe.width,
     }
 
-
+# %% ../../nbs/api/widgets/03_stepper.ipynb #d86529ad
 def _changed_settings(
     settings: dict[str, Any],  # complete
     changes: dict[str, Any],  # some of _SETTING_LABELS

@@ -252,7 +252,7 @@ def numbers_html(stepper: InteractiveTraining) -> str:
         numbers=numbers,
     )
 
-
+# %% ../../nbs/api/widgets/05_stepper_view.ipynb #0317919f
 def models_html(training: TrainingMonitor) -> str:
     "Render a column for each model: without a prompt, with it, and the difference."
     latest = training.latest_scores()

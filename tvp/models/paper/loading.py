@@ -220,7 +220,7 @@ def _finalize_model(
         enable_gradient_checkpointing(model)
     return model
 
-
+# %% ../../../nbs/api/models/paper/05_loading.ipynb #9299a4ba
 def load_paper_model(
     name: str,  # one of `PAPER_MODELS`
     # part: file, folder or hub id; or one place of a whole model; see `describe_required_weights`
@@ -300,6 +300,8 @@ _MODULES = (
     "tvp.models.paper.modeling_lavis",
     "tvp.models.paper.modeling_visualglm",
 )
+
+
 # where these modules were before the package had folders; saved models name them so
 _FORMER_MODULES = {
     "tvp.chatglm": "tvp.models.paper.modeling_chatglm",
@@ -307,7 +309,7 @@ _FORMER_MODULES = {
     "tvp.visualglm": "tvp.models.paper.modeling_visualglm",
 }
 
-
+# %% ../../../nbs/api/models/paper/05_loading.ipynb #20392f7c
 def save_adapter(
     mllm: Mllm,  # from `load_paper_model`
     folder: str | Path,  # made if need be
@@ -374,7 +376,7 @@ def _check_wrapper(
         }
     )
 
-
+# %% ../../../nbs/api/models/paper/05_loading.ipynb #e57e6656
 def _check_saved(
     said: dict,  # what tvp.json holds
     name: str,  # of the file, for messages

@@ -190,10 +190,16 @@ _PARAMETER_PREFIXES = (
     "patch_projection.",
     "language_model.",
 )
+
+# %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #3b8df880
 # a vision tower by itself, eva_vit_g.pth
 _VISION_TOWER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+
+
 # heads of BLIP-2's first stage of training
 _IGNORED_PREFIXES = ("Qformer.cls.", "itm_head.", "vision_proj.", "text_proj.", "temp")
+
+
 # EVA-CLIP's last block: BLIP-2 looks one block before the end
 _OPTIONAL_PREFIXES = ("vision_model.encoder.layers.39.",)
 _COMPUTED_BUFFERS = ("inv_freq", "position_ids")  # computed, not stored, by transformers
@@ -252,7 +258,7 @@ def resolve_file(
         return Path(place) / name if (Path(place) / name).is_file() else None
     return hub_file(str(place), name)
 
-
+# %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #f73f779c
 def weight_files(
     # a file, a folder, a hub id "owner/name", or a file on the hub "owner/name/file.pth"
     place: str | Path,
@@ -421,7 +427,7 @@ def expected_shapes(
         skeleton.all_tied_weights_keys
     )
 
-
+# %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #2beb67c4
 def _load_part(
     part: str,  # its name
     place: str | Path | dict[str, Tensor],  # where it lies; or a state dict

@@ -88,7 +88,7 @@ def _language_component(what: str, where: str, licence: str) -> WeightComponent:
     looked for beside it."""
     return WeightComponent("language_model", ("language_model.",), what, where, licence)
 
-
+# %% ../../../nbs/api/models/paper/00_specs.ipynb #3d511f39
 QFORMER_TOKENIZER_PART = WeightComponent(
     "qformer_tokenizer",
     (),
@@ -133,6 +133,8 @@ _FLAN_T5_XL = dict(
     tie_word_embeddings=False,
     decoder_start_token_id=0,
 )
+
+# %% ../../../nbs/api/models/paper/00_specs.ipynb #d791260c
 _OPT_2_7B = dict(
     model_type="opt",
     vocab_size=50272,
@@ -166,6 +168,8 @@ class PaperModel:
 # %% ../../../nbs/api/models/paper/00_specs.ipynb #485bbb5f
 _T5_XXL = "Salesforce/blip2-flan-t5-xxl"
 _OPT_HUB = "Salesforce/blip2-opt-2.7b"
+
+# %% ../../../nbs/api/models/paper/00_specs.ipynb #16fb5c6b
 PAPER_MODELS = {
     "minigpt4-7b": PaperModel(
         "MiniGPT-4, Vicuna-7B v0",

@@ -163,7 +163,7 @@ def _geometry(published: dict, *leave: str) -> dict:
         known.setdefault("intermediate_size", 4 * known["hidden_size"])
     return known
 
-
+# %% ../../../nbs/api/models/paper/04_visualglm_weights.ipynb #9d9d1423
 def _visualglm_config(
     published: dict,  # config.json or model_config.json; empty: the published model's
 ) -> VisualGLMConfig:  # the same geometry
