@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['check_learner_arguments', 'check_sources', 'check_gradient_options', 'check_batch_size', 'check_batch_divisible',
            'check_terms', 'check_optimizer', 'check_switches', 'check_prompt_finite', 'check_batch_finite',
-           'check_step_finite', 'explain_out_of_memory', 'renamed_parameters']
+           'check_step_finite', 'explain_out_of_memory']
 
 # %% ../../nbs/api/training/06_guards.ipynb #7e9a6cd8
-import functools
 import math
 import traceback
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -319,29 +317,3 @@ def explain_out_of_memory(
         "tvp.load_mllm(name, dtype='bfloat16', gradient_checkpointing=True), "
         f"quantization='8bit' or device_map='auto'. ({reason})"
     )
-
-# %% ../../nbs/api/training/06_guards.ipynb #4b976a3e
-def renamed_parameters(
-    **names: str,  # old name -> new name
-) -> Callable:  # decorator of a function or a method
-    "Let a function understand the old names of its parameters, with a FutureWarning."
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            for old, new in names.items():
-                if old not in kwargs:
-                    continue
-                if new in kwargs:
-                    raise TypeError(f"got both `{old}` and `{new}`: `{old}` is the old name.")
-                warnings.warn(
-                    f"`{old}` is now called `{new}`; the old name goes with the next release.",
-                    FutureWarning,
-                    stacklevel=2,
-                )
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate

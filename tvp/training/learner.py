@@ -16,9 +16,11 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
 from .._checkpoint import checkpoint_path
 
 # %% ../../nbs/api/training/09_learner.ipynb #14bec68b
@@ -43,6 +45,7 @@ from .checkpoint import CheckpointMixin, optimizer_config
 from .ensembles import ensemble_weights
 
 # %% ../../nbs/api/training/09_learner.ipynb #cb3feeaf
+from .._validation import renamed_parameters
 from tvp.training.guards import (
     check_batch_divisible,
     check_batch_size,
@@ -55,7 +58,6 @@ from tvp.training.guards import (
     check_switches,
     check_terms,
     explain_out_of_memory,
-    renamed_parameters,
 )
 from .losses import StepContext, TaskLoss, weighted_total
 from .optimizers import NormalizedGradient, cosine_epoch_schedule, parameter_groups

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .._validation import check_choice, check_str_list, parse_source_names
+from .._validation import check_choice, check_str_list, parse_source_names, renamed_parameters
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
-from .guards import renamed_parameters
 from .learner import Learner
 from .losses import tvp_losses
 from tvp.training.optimizers import (

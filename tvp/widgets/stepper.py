@@ -13,12 +13,11 @@ from typing import Any
 import pandas as pd
 
 from .._formatting import error_message
-from .._validation import check_choice, check_float, check_int
+from .._validation import check_choice, check_float, check_int, renamed_parameters
 from ..models.adapters import Mllm
 from ..models.zoo import load_zoo
 from ..tasks.loading import load_task
 from ..tasks.task import Task, check_task_like
-from ..training.guards import renamed_parameters
 from ..training.learner import Learner
 from ..training.recipes import check_zoo, get_recipe, make_learner
 from ..training.state import StepRecord
