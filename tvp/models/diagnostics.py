@@ -122,7 +122,8 @@ def _diagnose_gradient(
     size = images.shape[-1]
     pixels = images.clone().requires_grad_()
     width = round(size * 30 / 224)
-    mllm(pixels, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss.backward()
+    loss = mllm(pixels, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss
+    loss.backward()
     if pixels.grad is None:
         return DiagnosticResult(
             "gradient", False, "does not reach the pixels: a part of the model has no backward pass"
@@ -138,13 +139,21 @@ def _diagnose_gradient(
         return DiagnosticResult(
             "gradient", False, "does not reach the border: the model crops it away", 0.0
         )
+    with torch.no_grad():
+        again = mllm(images, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss
+    if not torch.isclose(loss, again, rtol=1e-3):
+        return DiagnosticResult(
+            "gradient",
+            False,
+            f"is of a loss in which chance plays a part: the same images gave {loss.item():.4g} "
+            f"and {again.item():.4g}; switch dropout off with model.eval()",
+        )
     measurable = mllm.dtype == torch.float32 and not _rounds_pixels(mllm, images)
     if measurable and (gap := _slope_gap(mllm, images, pixels.grad)) > 0.3:
         return DiagnosticResult(
             "gradient",
             False,
-            f"is {gap:.0%} away from the slope of the loss: a part of the model has no backward "
-            "pass, or chance plays a part",
+            f"is {gap:.0%} away from the slope of the loss: a part of the model has no backward pass",
         )
     lost = "" if share == 1 else f" ({1 - share:.1%} of the border is cropped away)"
     return DiagnosticResult(
