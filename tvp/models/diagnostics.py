@@ -139,9 +139,10 @@ def _diagnose_gradient(
         return DiagnosticResult(
             "gradient", False, "does not reach the border: the model crops it away", 0.0
         )
+    tolerance = 1e-5 if mllm.dtype == torch.float32 else 1e-2
     with torch.no_grad():
         again = mllm(images, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss
-    if not torch.isclose(loss, again, rtol=1e-3):
+    if not torch.isclose(loss, again, rtol=tolerance):
         return DiagnosticResult(
             "gradient",
             False,
