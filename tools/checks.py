@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import pypandoc
 import yaml
 from browser import missing, stepper_in_browser
-from documented import undocumented
+from documented import undocumented, without_entry
 from nbdev.config import get_config
 from pool import Job, quick, record, run_jobs, run_notebook, run_script, run_tutorial
 
@@ -237,8 +237,9 @@ def imports_layered():
 
 
 def public_documented():
-    "Every public symbol says what it is, what it takes and what it gives."
-    return undocumented()
+    """Every public symbol says what it is, what it takes and what it gives, and every public method
+    has an entry on the site."""
+    return undocumented() + without_entry()
 
 
 # --- pages ---------------------------------------------------------------------------------------

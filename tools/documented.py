@@ -5,9 +5,13 @@ docstring. Each parameter and field needs a comment on its line (nbdev's docment
 or unit, range), and so does a result that has a shape, a unit or parts. What says enough by itself
 needs none: a class of ours (it has its own page), a folder, what the docstring speaks of. A
 docstring that says "see `this`" leaves the parameters to this.
+
+Each public method also has an entry on the site: a cell `show_doc(Class.method)`, or that of the
+class it inherits from or is inherited by. Protocols have none: what fulfils them has.
 """
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -30,6 +34,8 @@ OBVIOUS = {
 }
 # their signatures are those of torch and transformers
 FOREIGN = {"forward", "backward", "extra_repr", "get_image_features"}
+FOREIGN |= {"get_input_embeddings", "set_input_embeddings", "save_pretrained"}
+FOREIGN |= {"prepare_for_tokenization", "convert_tokens_to_string"}
 SHAPED = r"\b(Tensor|ndarray|float|dict|tuple)\b"  # results with a shape, a unit or parts
 SHAPE = r"\([\w +*]+,[\w, +*]*\)|scalar"  # "(B, N)" or "a scalar" in a docstring
 
@@ -152,7 +158,61 @@ def undocumented(folder=ROOT / "tvp"):
     ]
 
 
+def shown_entries(folder):
+    "Class and method of each `show_doc(Class.method)` in the notebooks."
+    return {
+        tuple(entry)
+        for path in sorted(folder.rglob("*.ipynb"))
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+        for entry in re.findall(r"show_doc\((\w+)\.(\w+)", "".join(cell["source"]))
+    }
+
+
+def public_methods(tree):
+    "Class and name of each public method of a module, properties excepted."
+    for kind in tree.body:
+        if not isinstance(kind, ast.ClassDef) or kind.name not in listed(tree):
+            continue
+        if "Protocol" in map(ast.unparse, kind.bases):
+            continue
+        for part in kind.body:
+            if not isinstance(part, ast.FunctionDef) or part.name[0] == "_":
+                continue
+            decorators = " ".join(map(ast.unparse, part.decorator_list))
+            if part.name not in FOREIGN and not re.search("property|setter", decorators):
+                yield kind.name, part.name
+
+
+def without_entry(folder=ROOT / "tvp", notebooks=ROOT / "nbs"):
+    "Public methods that the site does not show."
+    paths = [path for path in sorted(folder.rglob("*.py")) if path.name[0] != "_"]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    bases = {
+        node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
+        for tree in trees.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def family(name):
+        "A class and all that it inherits from."
+        return {name}.union(*(family(base) for base in bases.get(name, ())))
+
+    shown = shown_entries(notebooks)
+    return [
+        f"tvp.{'.'.join(path.relative_to(folder).with_suffix('').parts)}.{kind}.{method} has no "
+        f"entry: a cell show_doc({kind}.{method}) makes one"
+        for path, tree in trees.items()
+        for kind, method in public_methods(tree)
+        if not any(
+            method == named and (kind in family(other) or other in family(kind))
+            for other, named in shown
+        )
+    ]
+
+
 if __name__ == "__main__":
-    found = undocumented()
+    found = undocumented() + without_entry()
     print(*found, f"{len(found)} symbols", sep="\n")
     sys.exit(bool(found))
