@@ -22,7 +22,7 @@ from .._formatting import error_message
 from .._validation import check_int
 from ..evaluation.results import TransferResults
 from ..evaluation.runs import TransferRun
-from ..evaluation.scoring import prefetch_files
+from .._prefetch import prefetch_files
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..models.paper.loading import check_weight_parts

@@ -19,7 +19,7 @@ from .._images import resize_images
 from .._validation import check_int, check_sequence, parse_source_names
 from ..evaluation.metrics import compute_metric
 from ..evaluation.runs import TransferRun
-from ..evaluation.scoring import CachedTask
+from ..tasks.task import CachedTask
 from ..evaluation.transfer import score_task
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt
