@@ -1,7 +1,7 @@
 """Where does a prompt stop helping? The studies behind nbs/explanations/06_bad_pictures.ipynb and 07_beyond_the_task.ipynb.
 
     python benchmarks/transfer_study.py train  --work DIR     # the prompts, if they are not there: those of the transfer study
-    python benchmarks/beyond_study.py tasks       --work DIR     # other pictures with the same answers, and other tasks
+    python benchmarks/beyond_study.py tasks       --work DIR     # other images with the same answers, and other tasks
     python benchmarks/beyond_study.py corruptions --work DIR     # nineteen corruptions at three severities; needs imagecorruptions
     python benchmarks/beyond_study.py collect     --work DIR     # tables into benchmarks/results
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gallery.py            # into tvp/data/gallery; about five minutes on one core
 
-The recipe, its range and the seed are fixed beforehand; test pictures are looked at once, for the
+The recipe, its range and the seed are fixed beforehand; test images are looked at once, for the
 table on the card.
 """
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --tiny                                 # the same at a tiny scale on the processor: does it run?
 
 Ours with and without remembered clean tokens, the released algorithm and the bare arithmetic take
-turns in one process on one model. For each: seconds, pictures per second, peak memory over the
+turns in one process on one model. For each: seconds, images per second, peak memory over the
 weights, share of the card's matrix rate (measured just before, same dtype), and how often the
 processor waited for the card. The weights are drawn on the card. torch.compile of the model is
 tried last; if it fails, the reason is recorded.
@@ -172,7 +172,7 @@ def table(results: dict) -> str:
         for kind, row in model["steps"].items():
             memory = "" if row["peak_gigabytes"] is None else f"{row['peak_gigabytes']:7.1f} GB"
             lines.append(
-                f"{model['model']:18} {kind:10} {row['pictures_per_second']:8.1f} pictures/s "
+                f"{model['model']:18} {kind:10} {row['pictures_per_second']:8.1f} images/s "
                 f"{memory} {row['share_of_matrix_rate']:6.1%} of the matrix rate, "
                 f"{sum(row['waits'].values())} waits"
             )

@@ -1,8 +1,8 @@
-"""What does it cost a prompt to be a picture? The study behind nbs/explanations/05_what_a_picture_can_hold.ipynb.
+"""What does it cost a prompt to be an image? The study behind nbs/explanations/05_what_a_picture_can_hold.ipynb.
 
-    python benchmarks/range_study.py tune     --work DIR     # the step length of `unit` and `uint8`, on validation pictures
+    python benchmarks/range_study.py tune     --work DIR     # the step length of `unit` and `uint8`, on validation images
     python benchmarks/range_study.py train    --work DIR     # all prompts
-    python benchmarks/range_study.py evaluate --work DIR     # all models, validation and test pictures; as JPEG on test pictures
+    python benchmarks/range_study.py evaluate --work DIR     # all models, validation and test images; as JPEG on test images
     python benchmarks/range_study.py collect  --work DIR     # tables into benchmarks/results
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2`

@@ -1,8 +1,8 @@
 """Does a prompt help models that never saw it? The study behind nbs/explanations/02_does_it_transfer.ipynb.
 
-    python benchmarks/transfer_study.py tune     --work DIR     # choose each method's numbers, on validation pictures; run it twice
+    python benchmarks/transfer_study.py tune     --work DIR     # choose each method's numbers, on validation images; run it twice
     python benchmarks/transfer_study.py train    --work DIR     # all prompts, for every training length
-    python benchmarks/transfer_study.py evaluate --work DIR     # all models, test pictures
+    python benchmarks/transfer_study.py evaluate --work DIR     # all models, test images
     python benchmarks/transfer_study.py collect  --work DIR     # tables into benchmarks/results
 
 Every stage skips what is there already, so it can be interrupted. `--shard 0/2` and `--shard 1/2`

@@ -1,9 +1,9 @@
 """What makes a prompt help models that it never saw? The study behind nbs/explanations/08_beyond_the_paper.ipynb.
 
-    python benchmarks/transfer_tricks.py ablate   --work DIR             # every trick alone, on validation pictures
-    python benchmarks/transfer_tricks.py search   --work DIR             # optuna puts tricks together, on validation pictures
+    python benchmarks/transfer_tricks.py ablate   --work DIR             # every trick alone, on validation images
+    python benchmarks/transfer_tricks.py search   --work DIR             # optuna puts tricks together, on validation images
     python benchmarks/transfer_tricks.py train    --work DIR --zoo ZOO   # the prompts of the comparison
-    python benchmarks/transfer_tricks.py evaluate --work DIR --zoo ZOO   # all models, test pictures, once
+    python benchmarks/transfer_tricks.py evaluate --work DIR --zoo ZOO   # all models, test images, once
     python benchmarks/transfer_tricks.py retain   --work DIR             # prompts on the tasks that they were not trained for
     python benchmarks/transfer_tricks.py agree    --work DIR             # what models want of a prompt
     python benchmarks/transfer_tricks.py drift    --work DIR             # what prompts do to features
@@ -80,7 +80,7 @@ class Setting:
     average: int = 0
 
 
-TEMPLATES = ["this is a photo of a {}", "a picture of a {}", "an image with a {}"]
+TEMPLATES = ["this is a photo of a {}", "an image of a {}", "an image with a {}"]
 NEW = "TVP-lens"  # the recipe that the search has led to
 LENS = {
     name: getattr(get_recipe(NEW), name)

@@ -403,7 +403,7 @@ def test_timing():
     photos = synthetic_photo_task(4)
     print(photos, len(photos.train.images.source(0)["bytes"]) // 1000, "kB each")
     row = time_loading(photos, 164, 4, rounds=2)
-    test_eq(sorted(row), ["pictures", "pictures_per_second", "size", "task"])
+    test_eq(sorted(row), ["images", "pictures_per_second", "size", "task"])
     assert row["pictures_per_second"]["first"]["median"] > 0
 
 
@@ -497,7 +497,7 @@ def test_command():
         with redirect_stdout(told), redirect_stderr(io.StringIO()):
             run.main(["--quick", "--only", "loading", "--json", str(file)])
         made = json.loads(file.read_text())
-        assert "pictures/s" in told.getvalue(), told.getvalue()
+        assert "images/s" in told.getvalue(), told.getvalue()
         test_eq(set(made) & {"step", "loading"}, {"loading"})
         assert "--json" in failing("--json", folder)
         assert "cannot write" in failing("--json", file / "below.json")

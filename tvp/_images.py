@@ -122,7 +122,7 @@ def open_encoded(
 def read_image(
     source: Any,  # path, bytes, dict with "bytes" or "path", uint8 array, or PIL image
     # for the message when it cannot be read; a function is asked only then
-    where: str | Callable[[], str] = "the picture",
+    where: str | Callable[[], str] = "the image",
 ) -> Image.Image:  # RGB
     "Read one image: decoded, upright and RGB."
     try:
@@ -155,14 +155,14 @@ def content_hash(
 
 # %% ../nbs/api/06_images.ipynb #d33e0386
 class LazyImages(Sequence):
-    """Images that are decoded when asked for: `pictures[3]` is RGB, `pictures[:3]` and `select`
+    """Images that are decoded when asked for: `images[3]` is RGB, `images[:3]` and `select`
     decode nothing."""
 
     def __init__(
         self,
         sources: Sequence,  # what `read_image` reads, one for each image; never read as a whole
         rows: Sequence[int] | None = None,  # which of them, in this order; None: all
-        name: str = "pictures",  # of the table they come from, for messages
+        name: str = "images",  # of the table they come from, for messages
     ):
         self.sources = sources
         self.rows = range(len(sources)) if rows is None else rows
@@ -172,7 +172,7 @@ class LazyImages(Sequence):
         return len(self.rows)
 
     def __repr__(self):
-        return f"Pictures({self.name!r}: {len(self)}, decoded when asked for)"
+        return f"LazyImages({self.name!r}: {len(self)}, decoded when asked for)"
 
     def select(self, rows: Sequence[int]) -> "LazyImages":
         "Select the images of some rows."
@@ -267,7 +267,7 @@ def to_tensor(
         )
     if getattr(image, "mode", None) != "RGB":
         raise ValueError(
-            "`image` must be an RGB picture, got "
+            "`image` must be an RGB image, got "
             f"{getattr(image, 'mode', type(image).__name__)}. Try image.convert('RGB')."
         )
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -327,7 +327,7 @@ def resize_images(
         check_type("generator", generator, (Generator, type(None))),
     )
     if not len(images):
-        raise ValueError("`images` must hold at least one picture, got none.")
+        raise ValueError("`images` must hold at least one image, got none.")
     tensors = [to_tensor(image) for image in images]
     if generator is None and len({t.shape for t in tensors}) == 1:
         return _fit_one(torch.stack(tensors), size, how, None) / 255
@@ -378,13 +378,13 @@ def open_image(
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, (str, os.PathLike)):
-        if not (path := check_path(source, "picture")).is_file():
-            raise FileNotFoundError(f"there is no picture at {str(path)!r}.")
+        if not (path := check_path(source, "image")).is_file():
+            raise FileNotFoundError(f"there is no image at {str(path)!r}.")
         check_file_size(path.stat().st_size, where)
         source = path
     elif not isinstance(source, (bytes, np.ndarray)):
         raise TypeError(
-            "`picture` must be a path, a PIL picture, bytes or an array, got "
+            "`image` must be a path, a PIL image, bytes or an array, got "
             f"{type(source).__name__}. A batch of tensors is composed with prompt(images)."
         )
     try:

@@ -438,7 +438,7 @@ def shared_line(row: dict) -> str:
     return (
         f"shared   {row['model']:18} {row['seconds']['shared']['median'] * 1000:8.1f} ms  "
         f"{row['questions']} questions about each of {row['pictures']} "
-        f"pictures: vs different pictures {figure(row['ratio'])}, in FLOPs {counted:.2f}, "
+        f"images: vs different images {figure(row['ratio'])}, in FLOPs {counted:.2f}, "
         f"scores differ by {row['largest_difference']:.0e}"
     )
 
@@ -468,7 +468,7 @@ def format_results(
         lines.append(
             f"ranking  {row['model']:18} {row['seconds']['ours']['median'] * 1000:8.1f} ms  "
             f"{row['candidates']:4} candidates, {row['tokens']:4} tokens, "
-            f"{row['pictures']} pictures: vs reference {figure(row['ratio'])}, scores up to "
+            f"{row['pictures']} images: vs reference {figure(row['ratio'])}, scores up to "
             f"{row['largest_score']:.0f} differ by {row['largest_difference']:.0e}"
         )
     lines += [shared_line(row) for row in results.get("shared", [])]
@@ -476,7 +476,7 @@ def format_results(
         rate = row["pictures_per_second"]
         share = row.get("share_of_a_step")
         lines.append(
-            f"loading  {row['task']:18} {rate['first']['median']:8.0f} pictures/s, again "
+            f"loading  {row['task']:18} {rate['first']['median']:8.0f} images/s, again "
             f"{rate['again']['median']:.0f}" + (f", {share:.1%} of a step" if share else "")
         )
     for row in results.get("memory", []):

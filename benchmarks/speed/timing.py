@@ -5,7 +5,7 @@ How long a step and a ranking take, beside the released code's loop and beside t
 A number of seconds says little: another machine, another number. Two ratios say more. The first is
 to the *reference*, the released code's algorithm on the same model (reference.py): how
 much faster is this? The second is to the *floor*: one forward pass of the source, the gradient of
-its input, and one pass of CLIP's picture tower with gradient, everything prepared beforehand. No
+its input, and one pass of CLIP's image tower with gradient, everything prepared beforehand. No
 implementation of TVP can be faster than that on the same kernels, so it says how much is still
 lost.
 
@@ -295,7 +295,7 @@ def time_ranking(
     return {
         "model": scene.name,
         "parameters": scene.source.model.num_parameters(),
-        "pictures": pictures,
+        "images": pictures,
         "candidates": candidates,
         "tokens": tokens,
         "largest_difference": gap,
@@ -323,7 +323,7 @@ def time_repeated_images(
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The shared images' row of the table."
     source = scene.source
-    rows = check_int("pictures", pictures) * check_int("questions", questions)
+    rows = check_int("images", pictures) * check_int("questions", questions)
     asked = [
         f"is there a {name} in the image"
         for name in candidate_names(questions, single_token_words(scene))
@@ -347,7 +347,7 @@ def time_repeated_images(
     return {
         "model": scene.name,
         "parameters": source.model.num_parameters(),
-        "pictures": pictures,
+        "images": pictures,
         "questions": questions,
         "largest_difference": gap,
         "gflops": flops,
@@ -408,6 +408,6 @@ def time_loading(
     return {
         "task": task.name,
         "size": size,
-        "pictures": len(task.train),
+        "images": len(task.train),
         "pictures_per_second": rate,
     }

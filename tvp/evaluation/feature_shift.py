@@ -72,7 +72,7 @@ def _map_shift(
     "Map a shift to another model's features: ridge regression on clean images, in its dual form."
     if len(clean) != len(other):
         raise ValueError(
-            f"`clean` and `other` must be of the same pictures, got {len(clean)} and "
+            f"`clean` and `other` must be of the same images, got {len(clean)} and "
             f"{len(other)} rows."
         )
     x = clean - clean.mean(0)

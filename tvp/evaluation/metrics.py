@@ -46,13 +46,13 @@ def as_scores(
     scores = _as_array("scores", scores).astype(np.float64, copy=False)
     if scores.ndim != 2 or 0 in scores.shape:
         raise ValueError(
-            "`scores` must have shape (pictures, candidates) with at least one of each, got "
+            "`scores` must have shape (images, candidates) with at least one of each, got "
             f"{scores.shape}."
         )
     if np.isnan(scores).any():
         rows = np.flatnonzero(np.isnan(scores).any(1))
         raise ValueError(
-            f"`scores` must not hold NaN, got NaN for {len(rows)} of {len(scores)} pictures, "
+            f"`scores` must not hold NaN, got NaN for {len(rows)} of {len(scores)} images, "
             "first in row "
             f"{rows[0]}. Check the prompt and the precision of the model: try float32."
         )
@@ -67,7 +67,7 @@ def as_labels(
     labels = _as_array("labels", labels)
     if labels.shape != scores.shape[:1]:
         raise ValueError(
-            f"`labels` must hold one number per picture, shape ({len(scores)},), got "
+            f"`labels` must hold one number per image, shape ({len(scores)},), got "
             f"{labels.shape}."
         )
     if not np.isin(labels, np.arange(scores.shape[1])).all():
@@ -131,7 +131,7 @@ def binary_metrics(
     labels = _as_array("labels", labels)
     if predicted.ndim != 1 or predicted.shape != labels.shape or not len(labels):
         raise ValueError(
-            "`predicted` and `labels` must hold one number for each picture (at least one), got "
+            "`predicted` and `labels` must hold one number for each image (at least one), got "
             f"shapes {predicted.shape} and {labels.shape}."
         )
     if not np.isin(np.concatenate([predicted, labels]), [0, 1]).all():
@@ -279,7 +279,7 @@ def bootstrap_interval(
     prompted = _as_array("prompted", prompted).astype(np.float64)
     if clean.ndim != 1 or clean.shape != prompted.shape or not len(clean):
         raise ValueError(
-            "`clean` and `prompted` must hold one number for each of the same pictures (at "
+            "`clean` and `prompted` must hold one number for each of the same images (at "
             "least one), "
             f"got shapes {clean.shape} and {prompted.shape}."
         )

@@ -131,7 +131,7 @@ def _caveats(runs: Iterable[TransferRun]) -> list[str]:
     sentences = [
         "One prompt seed: another seed gives another prompt, and the intervals do not cover that."
         if seeds == 1
-        else f"Means over {seeds} prompt seeds; the intervals are over pictures, not over seeds.",
+        else f"Means over {seeds} prompt seeds; the intervals are over images, not over seeds.",
         "Each model was trained once, with one seed of its own: a difference below two points "
         "means little, whatever its interval.",
     ]

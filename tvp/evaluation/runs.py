@@ -282,9 +282,9 @@ def group_runs(
             for run in group
         ):
             raise ValueError(
-                f"`runs` of task {task!r} and source {source!r} must be over the same pictures "
+                f"`runs` of task {task!r} and source {source!r} must be over the same images "
                 "with the same metric "
-                f"to be averaged, got {[len(run.labels) for run in group]} pictures. Evaluate "
+                f"to be averaged, got {[len(run.labels) for run in group]} images. Evaluate "
                 "them with the same "
                 "`split` and `limit`."
             )
@@ -398,7 +398,7 @@ def describe_runs(
     return (
         f"{names(run.title for run in runs)}; source {names(run.source for run in runs)}; "
         f"{names(method for run in runs for method in run.methods)}; {len(runs[0].targets)} models, "
-        f"{len(runs[0].labels)} pictures; seed {names(run.seed for run in runs)}"
+        f"{len(runs[0].labels)} images; seed {names(run.seed for run in runs)}"
     )
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #4eeded23

@@ -59,7 +59,7 @@ def _heading(runs: Sequence[TransferRun]) -> str:
     return (
         f"{first.title}: {first.headline} in % without a prompt, then the gain in points "
         "with its 95 % interval "
-        f"({len(first.labels):,} pictures, {over})"
+        f"({len(first.labels):,} images, {over})"
     )
 
 

@@ -97,7 +97,7 @@ def score_task(
     if rows := int(np.isnan(scores).any(1).sum()):
         raise ValueError(
             f"the scores of {mllm.name!r} must not be NaN, got NaN for {rows} of {len(scores)} "
-            f"pictures of {task.name!r} {'without a' if prompt is None else 'with the'} prompt. "
+            f"images of {task.name!r} {'without a' if prompt is None else 'with the'} prompt. "
             "Load the model in float32."
         )
     return scores, torch.cat(labels).numpy(), torch.cat(index).numpy()

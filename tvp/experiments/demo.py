@@ -112,7 +112,7 @@ class Demo:
         run = self.results.runs[0]
         train = len(self.task.split("train"))
         metadata = {
-            "task": f"{self.task.name}: {train:,} training and {len(run.labels):,} test pictures",
+            "task": f"{self.task.name}: {train:,} training and {len(run.labels):,} test images",
             "trained on": self.source,
             "evaluated on": ", ".join(run.targets),
             "prompt seeds": ", ".join(str(seed) for seed in self.prompts),
@@ -138,7 +138,7 @@ class Demo:
         samples = {}
         for name in self._representative_models():
             caption = (
-                f"{name} ({self.results.runs[0].target_group(name)}): test pictures drawn at "
+                f"{name} ({self.results.runs[0].target_group(name)}): test images drawn at "
                 "random, without and with TVP's prompt, the right answer in brackets, and what the "
                 "model answers."
             )
@@ -223,7 +223,7 @@ def run_demo(
         count = 0 if scores is None else sum(name in scores for name in zoo)
         known = f" ({count} of them taken over)" if count else ""
         say(
-            f"ask {len(list(zoo))} models{known} about the test pictures, without a prompt and "
+            f"ask {len(list(zoo))} models{known} about the test images, without a prompt and "
             f"with each of {len(methods)}"
         )
         demo._evaluate_prompts(seed, limit, scores)

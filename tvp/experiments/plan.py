@@ -191,12 +191,12 @@ class ReproductionPlan:
         seeds = ", ".join(map(str, self.seeds))
         train = (
             f"{', '.join(self.methods)}, seed {seeds}, "
-            f"{len(self.task.train):,} pictures to train on"
+            f"{len(self.task.train):,} images to train on"
             if self.recipes
             else "no training, a ready prompt"
         )
         return (
-            f"{self.task.name} on {self.source}: {train}; {test:,} test pictures; models "
+            f"{self.task.name} on {self.source}: {train}; {test:,} test images; models "
             f"{', '.join(self.zoo)}"
         )
 

@@ -138,7 +138,7 @@ def comparison_rows(
         return "" if math.isnan(low) else f" [{_format_percent(low, sign)}, {_format_percent(high, sign)}]"
 
     cells = [
-        ["method", "model", "role", "no prompt", "with prompt", "gain", "pictures", "published"]
+        ["method", "model", "role", "no prompt", "with prompt", "gain", "images", "published"]
     ]
     for row in compared.itertuples():
         cells.append(

@@ -16,23 +16,23 @@ from ..evaluation.results import TransferResults
 
 # %% ../../nbs/api/experiments/01_report.ipynb #8aeaba38
 _METHOD_DESCRIPTIONS = {
-    "none": "No prompt: the picture fills the canvas.",
-    "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size picture.",
+    "none": "No prompt: the image fills the canvas.",
+    "VP": "Visual prompting (Bahng et al. 2022): a pattern added over the full-size image.",
     "EVP": "Enhanced visual prompting (Wu et al. 2024): the "
-    "picture is shrunk, and a frame around it is "
+    "image is shrunk, and a frame around it is "
     "trained on the task loss alone.",
     "TVP": "Transferable visual prompting (Zhang et al. 2024): EVP's frame, trained with feature "
     "consistency (FCA) and task semantics (TSE) as well.",
     "TVP-lens": "TVP's losses, a frame, and a few trained numbers "
     "beside it: how sharply and how large the "
-    "picture itself is shown. An addition of this package.",
+    "image itself is shown. An addition of this package.",
 }
 
 # %% ../../nbs/api/experiments/01_report.ipynb #73c8382d
 def report_html(
     results: TransferResults,  # of one task and source, all seeds
     # PNG files: "transfer", and if there are any "prompt", "history"
-    pictures: Mapping[str, bytes],
+    images: Mapping[str, bytes],
     samples: Mapping[str, bytes] = {},  # caption -> PNG file
     facts: Mapping[str, Any] = {},  # what was run: shown as a table, with the versions
     description: str = "",  # of the task
@@ -46,7 +46,7 @@ def report_html(
         lead=f"A prompt of pixels, trained on {sources} alone, "
         "plugged into models that never saw it. "
         f"{description}",
-        images={"prompt": None, "history": None, **pictures},
+        images={"prompt": None, "history": None, **images},
         tables=results._repr_html_(),
         notes=results.sentences(),
         methods=[

@@ -102,14 +102,14 @@ def _data_deviations(
         lines.append(f"{plan.task.name} is none of the paper's data sets.")
     if rows and not plan.ready:
         lines.append(
-            f"Trained on {train:,} of the {sum(rows[:-1]):,} pictures of the training split; "
+            f"Trained on {train:,} of the {sum(rows[:-1]):,} images of the training split; "
             f"{valid:,} are kept for validation. "
-            "The reference's code trains on all of them, and validates on test pictures."
+            "The reference's code trains on all of them, and validates on test images."
         )
     if rows and n < rows[-1]:
-        lines.append(f"Tested on {n:,} of {rows[-1]:,} test pictures.")
+        lines.append(f"Tested on {n:,} of {rows[-1]:,} test images.")
     elif n < test:
-        lines.append(f"Tested on {n:,} of the {test:,} test pictures that were given.")
+        lines.append(f"Tested on {n:,} of the {test:,} test images that were given.")
     return lines
 
 # %% ../../nbs/api/experiments/04_reproduction.ipynb #9ce6337e
@@ -122,7 +122,7 @@ _METHOD_DEVIATIONS = {
     "the others; how long the paper trained it is not known here.",
 }
 _RNG_DEVIATION = (
-    "The order of the pictures and their flips come from other random numbers than the "
+    "The order of the images and their flips come from other random numbers than the "
     "reference's, so that no prompt is the same "
     "bit for bit."
 )
@@ -235,7 +235,7 @@ class Reproduction:
         seeds = f"; mean of {len(self.prompts)} prompt seeds" if len(self.prompts) > 1 else ""
         heading = (
             f"{self.plan.task.name}, prompts trained on {self.plan.source}: "
-            f"{self.compared.metric.iloc[0]} in %, 95 % intervals over pictures{seeds}"
+            f"{self.compared.metric.iloc[0]} in %, 95 % intervals over images{seeds}"
         )
         differences = [f"- {line}" for line in self.differences]
         note = self._published_note()
@@ -326,7 +326,7 @@ def _describe_prompt(prompt: VisualPrompt) -> str:
     values = prompt_statistics(prompt)
     return (
         f"{values['numbers']:,} numbers from {values['low']:.3f} to {values['high']:.3f}, norm "
-        f"{values['norm']:.2f}; {values['outside']:.1%} outside [0, 1], clipping to a picture "
+        f"{values['norm']:.2f}; {values['outside']:.1%} outside [0, 1], clipping to an image "
         f"keeps {values['energy kept']:.1%} of the energy"
     )
 

@@ -257,11 +257,11 @@ class Clip:
     def image_features(self, images: Tensor) -> Tensor:
         "(B, D) of unit length, differentiable with respect to the images (B, 3, H, W) in [0, 1]."
         check_images(images)
-        pictures = list(
+        as_bytes = list(
             images.to(self.model.device, torch.float32)
             * image_scale(self.processor.image_processor)
         )
-        pixels = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(
+        pixels = self.processor.image_processor(as_bytes, return_tensors="pt")["pixel_values"].to(
             self.model.dtype
         )
         return F.normalize(

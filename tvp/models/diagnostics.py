@@ -246,12 +246,12 @@ def _diagnose_visual_tokens(
     gap = (tokens - mllm.visual_tokens(images, _PROBE_INSTRUCTIONS)).abs().max().item()
     apart = (tokens[0] - tokens[1]).abs().max().item()
     text = (
-        f"{tokens.shape[1]} per picture, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
+        f"{tokens.shape[1]} per image, {tokens.shape[2]} wide; {gap:.0e} from a separate encode"
     )
     return DiagnosticResult(
         "tokens",
         _within_tolerance(mllm, gap) if apart else False,
-        text + ("" if apart else "; they do not depend on the picture"),
+        text + ("" if apart else "; they do not depend on the image"),
         gap,
     )
 
@@ -293,7 +293,7 @@ def _diagnose_batch_invariance(
     "Do an image's scores depend on its neighbor?"
     # some models rank with another wrapper than they are trained with
     gap = (_score_each_alone(mllm.scorer, images) - side_by_side()).abs().max().item()
-    text = f"a picture's scores move by {gap:.0e} beside another one"
+    text = f"an image's scores move by {gap:.0e} beside another one"
     return DiagnosticResult("batch", _within_tolerance(mllm, gap), text, gap)
 
 # %% ../../nbs/api/models/05_diagnostics.ipynb #5ccb29b7

@@ -88,7 +88,7 @@ def find_feature_module(
         return encoder
     raise TypeError(
         f"`model` must be an image-text model, got {type(model).__name__}, which takes no "
-        "pictures. "
+        "images. "
         "Load one with transformers.AutoModelForImageTextToText."
     )
 
@@ -162,7 +162,7 @@ def collect_visual_tokens(
     if features:
         return flatten_visual_tokens(features[0], batch, hasattr(owner, "get_image_features"))
     raise TypeError(
-        f"`model` must encode its pictures in its forward pass; {type(model).__name__} "
+        f"`model` must encode its images in its forward pass; {type(model).__name__} "
         f"never used {type(owner).__name__}. "
         "Load it with transformers.AutoModelForImageTextToText."
     )
@@ -368,7 +368,7 @@ class NoGradientError(ValueError):
     ):
         super().__init__(
             f"no gradient reaches the pixels through {name} ({type(model).__name__}): "
-            "it turns a picture into discrete tokens "
+            "it turns an image into discrete tokens "
             "(vector quantisation), whose choice has no derivative, or its layers have no "
             "backward pass (8-bit weights on a CPU). "
             "Train on another model; this one can still be a target."

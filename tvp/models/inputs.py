@@ -30,14 +30,14 @@ def check_images(
             key=str,
         )
         raise TypeError(
-            "`images` must be one tensor (B, 3, H, W) of pictures of one size, got a "
+            "`images` must be one tensor (B, 3, H, W) of images of one size, got a "
             f"{type(images).__name__} of {len(images)} with sizes "
             f"{sizes}. Bring them to one size first: tvp._images.resize_images, then torch.stack."
         )
     if not torch.is_tensor(images) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
         got = tuple(images.shape) if torch.is_tensor(images) else type(images).__name__
         raise ValueError(
-            f"`images` must be RGB pictures of shape (B, 3, H, W) with B > 0, got {got}. Add the "
+            f"`images` must be RGB images of shape (B, 3, H, W) with B > 0, got {got}. Add the "
             "batch dimension, convert to RGB."
         )
     if not images.is_floating_point():
@@ -65,13 +65,13 @@ def check_one_text_per_image(
     for name, values in texts.items():
         if isinstance(values, str):
             raise TypeError(
-                f"`{name}` must be a list with one text per picture, got one string. Use "
+                f"`{name}` must be a list with one text per image, got one string. Use "
                 f"[{values!r}] * {batch}."
             )
         if len(check_list(name, values)) != batch:
             raise ValueError(
-                f"`{name}` must have one text per picture, got {len(values)} texts for {batch} "
-                "pictures. Give one per picture."
+                f"`{name}` must have one text per image, got {len(values)} texts for {batch} "
+                "images. Give one per image."
             )
 
 # %% ../../nbs/api/models/03_inputs.ipynb #861f3c5a
@@ -520,7 +520,7 @@ class InstructionEncoder:
         except Exception as error:
             problem = error
         raise ValueError(
-            "`template` must put the picture into the text as the processor wants it, got "
+            "`template` must put the image into the text as the processor wants it, got "
             f"{text!r} ({problem}). "
             "Give a `template` with the image token: lambda instruction: '<image> ' + instruction."
         )

@@ -98,7 +98,7 @@ class CheckpointFiles:
             raise TypeError(
                 "`name_or_path` must be an image-text model (one of AutoModelForImageTextToText), "
                 f"got {self.name} of type {kind!r}, "
-                "which takes no pictures together with text. Choose another model: `tvp models` "
+                "which takes no images together with text. Choose another model: `tvp models` "
                 "lists some."
             )
         if "AutoModelForImageTextToText" in code:
@@ -123,7 +123,7 @@ class CheckpointFiles:
         trust_remote_code: bool = False,  # may the repository's own Python code be run?
     ):
         "The model's own preprocessing, differentiable."
-        missing = f"`name_or_path`: {self.name} has no processor for pictures and text"
+        missing = f"`name_or_path`: {self.name} has no processor for images and text"
         try:
             processor = load_auto_processor(
                 self.place, revision=self.revision, trust_remote_code=trust_remote_code
@@ -135,16 +135,16 @@ class CheckpointFiles:
                 f"{missing} ({error}). Save one beside the model: "
                 "processor.save_pretrained(FOLDER)."
             ) from None
-        pictures = getattr(processor, "image_processor", None)
-        if pictures is None:
+        images = getattr(processor, "image_processor", None)
+        if images is None:
             raise ValueError(
                 f"{missing}, only {type(processor).__name__}. Save one beside the model: "
                 "processor.save_pretrained(FOLDER)."
             )
-        if getattr(pictures, "backend", "torchvision") != "torchvision":
+        if getattr(images, "backend", "torchvision") != "torchvision":
             raise ValueError(
-                f"`name_or_path`: {self.name} prepares its pictures with "
-                f"{type(pictures).__name__}, "
+                f"`name_or_path`: {self.name} prepares its images with "
+                f"{type(images).__name__}, "
                 "which works on PIL images only: no gradient "
                 "reaches the pixels through it. Choose another model: `tvp models` lists some."
             )

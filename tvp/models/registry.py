@@ -32,7 +32,7 @@ def _estimate_training_memory(
     patches: int,  # positions in the vision tower per image
     tokens: int,  # visual tokens in the language model per image
     weights: str = "16 bit",  # a key of `_BYTES_PER_PARAMETER`
-    pictures: int = 4,  # in a batch
+    images: int = 4,  # in a batch
     checkpointing: bool = True,  # see `tvp.models.pretrained.enable_gradient_checkpointing`
 ) -> float:  # gigabytes (1e9 bytes)
     "Estimated memory for training a prompt."
@@ -41,7 +41,7 @@ def _estimate_training_memory(
     seen = patches * _estimated_activation_width(vision)
     read = (tokens + 50) * _estimated_activation_width(parameters - vision)
     return (
-        parameters * _BYTES_PER_PARAMETER[weights] + size * pictures * kept * (seen + read) + 1e9
+        parameters * _BYTES_PER_PARAMETER[weights] + size * images * kept * (seen + read) + 1e9
     ) / 1e9
 
 # %% ../../nbs/api/models/09_registry.ipynb #48b9aa11

@@ -40,13 +40,13 @@ def _prompt_title(
     if known.get("task"):
         what += f", {known['task']}"
     own = "".join(
-        f"\n{name} of the picture {', '.join(f'{value:.2f}' for value in values)}"
+        f"\n{name} of the image {', '.join(f'{value:.2f}' for value in values)}"
         for name, values in prompt.adjustment_values().items()
     )
     return (
         f"{what}\n{prompt.size} x {prompt.size}, values {delta.min():.2f} to "
         f"{delta.max():.2f}\nfull "
-        f"colour at ±{scale:.2f}{own}"
+        f"color at ±{scale:.2f}{own}"
     )
 
 # %% ../../nbs/api/plotting/04_prompts.ipynb #1556be18
@@ -71,7 +71,7 @@ def plot_prompt(
         ax.text(
             prompt.size / 2 - 0.5,
             prompt.size / 2 - 0.5,
-            f"picture\n{prompt.inner} x {prompt.inner}",
+            f"image\n{prompt.inner} x {prompt.inner}",
             ha="center",
             va="center",
             color="white",

@@ -199,7 +199,7 @@ def plot_transfer(
     _add_title(
         ax,
         f"{_task_title(df)}: one prompt, every model",
-        f"{df.n.iloc[0]:,} pictures, 95 % intervals",
+        f"{df.n.iloc[0]:,} images, 95 % intervals",
     )
     handles, labels = ax.get_legend_handles_labels()
     if (df.high[~df.method.isin(BASELINES)] < 0).any():

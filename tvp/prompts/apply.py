@@ -67,7 +67,7 @@ def _apply_to_image(
     side: int,  # of the images that `compose` takes, pixels
     resize_mode: str = "crop",  # "crop" or "letterbox"
     device: torch.device | str = "cpu",  # where `compose` takes them
-    where: str = "the picture",  # how messages name it
+    where: str = "the image",  # how messages name it
 ) -> Image.Image:  # RGB, size x size
     "Resize one image, prompt it, and round it to 8 bits."
     images = resize_images([_read_limited(image, side, resize_mode, where)], side, resize_mode)
@@ -95,7 +95,7 @@ def _find_images(
     if source.is_file():
         return {source: Path(source.name).with_suffix(".png")}
     if not source.is_dir():
-        raise FileNotFoundError(f"there is no picture or folder at {str(source)!r}.")
+        raise FileNotFoundError(f"there is no image or folder at {str(source)!r}.")
     files = [
         path
         for path in folder_files(source)
@@ -105,7 +105,7 @@ def _find_images(
     other = [path for path in files if path.suffix.lower() not in IMAGE_FORMATS]
     if not images:
         raise ValueError(
-            f"there is no picture in {str(source)!r}: looked for {', '.join(IMAGE_FORMATS)}."
+            f"there is no image in {str(source)!r}: looked for {', '.join(IMAGE_FORMATS)}."
         )
     if other:
         endings = join_names(sorted({path.suffix.lower() or path.name for path in other}), 5)
@@ -160,7 +160,7 @@ def _check_readable(
         return
     more = ""
     if len(errors) > 1:
-        more = f" {len(errors) - 1} more of the {len(images)} pictures cannot be read either."
+        more = f" {len(errors) - 1} more of the {len(images)} images cannot be read either."
     raise type(errors[0])(f"{errors[0]}{more} Nothing was written.")
 
 # %% ../../nbs/api/prompts/06_apply.ipynb #c384fa57
@@ -175,7 +175,7 @@ def _apply_to_folder(
 ) -> list[Path]:  # the PNG files, in the order of their names
     "Prompt every image of a folder."
     check_type("overwrite", overwrite, bool)
-    source = check_path(source, "picture")
+    source = check_path(source, "image")
     out = check_path(out, "out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder, {str(out)!r} is a file.")
@@ -224,9 +224,9 @@ def apply_prompt(
     "Prompt an image, or a folder of images, for programs that take nothing but images."
     if out is not None:
         return _apply_to_folder(compose, image, side, resize_mode, out, overwrite, device)
-    if isinstance(image, (str, os.PathLike)) and check_path(image, "picture").is_dir():
+    if isinstance(image, (str, os.PathLike)) and check_path(image, "image").is_dir():
         raise ValueError(
-            f"`out` must say where the pictures of the folder {str(image)!r} go. Try "
+            f"`out` must say where the images of the folder {str(image)!r} go. Try "
             "prompt.apply(folder, 'prompted')."
         )
     return _apply_to_image(compose, image, side, resize_mode, device)

@@ -142,14 +142,14 @@ def _provenance_table(
     rows = {
         "kind": f"{config.kind}, {config.width} pixels wide, on a canvas of {config.size} x "
         f"{config.size}",
-        "pictures": f"fitted to {config.inner} x {config.inner}",
+        "images": f"fitted to {config.inner} x {config.inner}",
         "range": config.range,
         **kept,
     }
     for name, values in state.adjustment_values().items():
         rows[name] = ", ".join(f"{value:.3f}" for value in values)
     if kept.get("steps") and kept.get("batch_size"):
-        rows["seen"] = f"{kept['steps']} updates of {kept['batch_size']} pictures"
+        rows["seen"] = f"{kept['steps']} updates of {kept['batch_size']} images"
     if seconds is not None:
         rows["time"] = (
             f"{format_duration(seconds)} on {state.delta.device.type}, {os.cpu_count()} cores, "
@@ -181,17 +181,17 @@ def _format_limitations(
     outside, kept = state.clipping_stats()
     energy = f", and {kept:.0%} of its energy is left" if state.config.kind == "border" else ""
     as_image = {
-        "uint8": "As a picture it loses nothing: `prompt.png` is the prompt, exactly.",
-        "unit": "As a picture it loses the fractions between 256 levels. `prompt.png` is for "
+        "uint8": "As an image it loses nothing: `prompt.png` is the prompt, exactly.",
+        "unit": "As an image it loses the fractions between 256 levels. `prompt.png` is for "
         "looking.",
-        "free": f"As a picture it is clipped: {outside:.0%} of its values lie outside [0, 1]"
+        "free": f"As an image it is clipped: {outside:.0%} of its values lie outside [0, 1]"
         f"{energy}. `prompt.png` is for looking.",
     }
     sentences = [as_image[state.config.range]]
     if phrase := _adjustment_phrase(state):
         sentences.append(
-            f"It also changes the {phrase} of the picture itself. `prompt.apply` does that; a "
-            "program that lays `prompt.png` over a picture does not."
+            f"It also changes the {phrase} of the image itself. `prompt.apply` does that; a "
+            "program that lays `prompt.png` over an image does not."
         )
     if results:
         sentences += results.caveats()
@@ -230,7 +230,7 @@ def prompt_card(
         "card.md",
         title=" ".join(str(value)[:80] for value in known) or f"{state.config.kind} prompt",
         place="around" if border else "over",
-        own=f", and the picture's own {phrase}" if phrase else "",
+        own=f", and the image's own {phrase}" if phrase else "",
         # as Python writes it, within a block of code
         name=Markdown(json.dumps(visible(name or "FOLDER"), ensure_ascii=False)),
         inner=state.config.inner,

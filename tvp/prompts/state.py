@@ -184,7 +184,7 @@ class PromptState:
             "range": config.range,
             "size": config.size,
             "width": config.width,
-            "pictures": f"{config.inner} x {config.inner}",
+            "images": f"{config.inner} x {config.inner}",
         }
         # what is measured wins over what the provenance says, and keeps its position
         values = self.describe_values()

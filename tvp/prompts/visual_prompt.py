@@ -251,20 +251,20 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         # path, PIL image, bytes or uint8 array; with `out` the path of an image or folder. A
         # function
         # is for `nn.Module.apply`
-        picture: Any,
+        image: Any,
         out: str | Path | None = None,  # folder for the prompted images; None: return one image
         fit: str | None = None,  # "crop" or "letterbox"; None: as the provenance says, else "crop"
         overwrite: bool = False,  # may files in `out` be replaced?
     ) -> Image.Image | list[Path]:  # the prompted image, or the files written
         "Prompt an image, or a folder of images, for programs that take nothing but images."
-        if callable(picture):
-            return super().apply(picture)
+        if callable(image):
+            return super().apply(image)
         positions = self.generator.get_state()
         resize_mode = resolve_resize_mode(fit, self.provenance)
         warn_if_clipped(self.state())
         try:
             return apply_prompt(
-                self, picture, self.inner, resize_mode, out, overwrite, self.delta.device
+                self, image, self.inner, resize_mode, out, overwrite, self.delta.device
             )
         finally:
             self.generator.set_state(positions)

@@ -174,7 +174,7 @@ def _stratified_split(
     labels = list(labels)
     if sum(sizes) >= len(labels):
         raise ValueError(
-            f"`sizes` must leave pictures for the test split: {sizes} of {len(labels)} items. "
+            f"`sizes` must leave images for the test split: {sizes} of {len(labels)} items. "
             "Try smaller ones."
         )
     train, rest = train_test_split(rows, train_size=sizes[0], stratify=labels, random_state=seed)
@@ -217,7 +217,7 @@ _TASKS = dict(  # name: (how a split is drawn, candidates, metric, description)
         _draw_shapes_task,
         SHAPES,
         "accuracy",
-        "Which of eight shapes is it? Low contrast, coloured blotches.",
+        "Which of eight shapes is it? Low contrast, colored blotches.",
     ),
     digits=(None, DIGITS, "accuracy", "Which digit is it? Real handwriting."),
     counting=(_draw_counting, tuple("1234"), "accuracy", "How many objects, one to four?"),
@@ -231,7 +231,7 @@ _TASKS = dict(  # name: (how a split is drawn, candidates, metric, description)
         _draw_agreement,
         ("no", "yes"),
         "yes-no",
-        "Is the quoted letter the initial of the colour in the picture?",
+        "Is the quoted letter the initial of the color in the image?",
     ),
 )
 

@@ -172,7 +172,7 @@ class CorruptedImages(Sequence):
     def __repr__(self):
         return (
             f"Corrupted({self.name} {self.severity}: {len(self)} "
-            "pictures, corrupted when asked for)"
+            "images, corrupted when asked for)"
         )
 
     def select(self, rows: Sequence[int]) -> "CorruptedImages":
@@ -231,18 +231,18 @@ def _load_cifar10_c(
             "`files` must be the folder of CIFAR-10-C, with "
             f"{name}.npy and labels.npy; {folder} is not."
         )
-    pictures = np.load(file, mmap_mode="r", allow_pickle=False)
+    images = np.load(file, mmap_mode="r", allow_pickle=False)
     labels = np.load(folder / "labels.npy", allow_pickle=False)
-    n, rest = divmod(len(pictures), 5)
-    if rest or len(labels) != len(pictures) or pictures.shape[1:] != (32, 32, 3):
+    n, rest = divmod(len(images), 5)
+    if rest or len(labels) != len(images) or images.shape[1:] != (32, 32, 3):
         raise ValueError(
-            f"{file.name} must hold five times as many pictures of 32 x 32 as there are in the "
-            f"test set, with as many labels; got {pictures.shape} and {len(labels)} labels."
+            f"{file.name} must hold five times as many images of 32 x 32 as there are in the "
+            f"test set, with as many labels; got {images.shape} and {len(labels)} labels."
         )
     rows = slice((severity - 1) * n, severity * n)
     labels = [list(candidates).index(classes[label]) for label in labels[rows]]
     return Split(
-        LazyImages(pictures[rows], name=f"{file.name}, severity {severity}"),
+        LazyImages(images[rows], name=f"{file.name}, severity {severity}"),
         [like.instructions[0]] * n,
         labels,
         [candidates[label] for label in labels],
@@ -279,7 +279,7 @@ class Corruption:
         return replace(
             task,
             **{split: bad},
-            description=f"{task.description} {split.capitalize()} pictures: {self}.".strip(),
+            description=f"{task.description} {split.capitalize()} images: {self}.".strip(),
         )
 
 # %% ../../nbs/api/tasks/11_corruptions.ipynb #aec4dd59

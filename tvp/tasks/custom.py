@@ -53,7 +53,7 @@ class _SizeLimitedImages(LazyImages):
         self,
         sources: Sequence,
         rows: Sequence[int] | None = None,
-        name: str = "pictures",
+        name: str = "images",
         # fit: of the task
         fit: str = "crop",
     ):
@@ -108,7 +108,7 @@ def _cell_text(
 class RawSplit:
     "Hold images with their answers in words."
 
-    pictures: LazyImages  # decoded when asked for
+    images: LazyImages  # decoded when asked for
     answers: Sequence[Any]  # text or numbers
     instructions: Sequence[Any]  # one for each image; the paper's where there is none
     # what is in each image, a noun phrase; the answer where there is none, or "scene" for yes and
@@ -119,7 +119,7 @@ class RawSplit:
         "Select some rows."
         columns = (self.answers, self.instructions, self.semantics)
         return RawSplit(
-            self.pictures.select(rows),
+            self.images.select(rows),
             *(None if column is None else [column[i] for i in rows] for column in columns),
         )
 
@@ -135,7 +135,7 @@ class RawSplit:
                 texts.append(_cell_text(value))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.pictures.where(i)}: the {name} {error}. Choose one."
+                    f"{self.images.where(i)}: the {name} {error}. Choose one."
                 ) from None
         return [text if text.strip() else "" for text in texts]
 
@@ -145,7 +145,7 @@ class RawSplit:
         answers = [text.strip() for text in self.texts("answer", self.answers)]
         if "" in answers:
             raise ValueError(
-                f"{self.pictures.where(answers.index(''))} has no answer. Fill it in, or leave "
+                f"{self.images.where(answers.index(''))} has no answer. Fill it in, or leave "
                 "out the row."
             )
         instructions = [
@@ -155,7 +155,7 @@ class RawSplit:
         semantics = self.texts(
             "semantics", [None] * len(answers) if self.semantics is None else self.semantics
         )
-        return RawSplit(self.pictures, answers, instructions, semantics)
+        return RawSplit(self.images, answers, instructions, semantics)
 
     def to_split(
         self,
@@ -169,7 +169,7 @@ class RawSplit:
         if None in labels:
             row = labels.index(None)
             raise ValueError(
-                f"{self.pictures.where(row)}: the answer must be one of {join_names(candidates)}; "
+                f"{self.images.where(row)}: the answer must be one of {join_names(candidates)}; "
                 f"got {self.answers[row]!r}."
             )
         yes_no = tuple(candidate.lower() for candidate in exact) == ("no", "yes")
@@ -177,7 +177,7 @@ class RawSplit:
             text or ("scene" if yes_no else answer)
             for text, answer in zip(self.semantics, self.answers)
         ]
-        return Split(self.pictures, self.instructions, labels, semantics)
+        return Split(self.images, self.instructions, labels, semantics)
 
     def group_by_split(
         self,
@@ -188,7 +188,7 @@ class RawSplit:
         if None in known:
             row = known.index(None)
             raise ValueError(
-                f"{self.pictures.where(row)}: the split must be train, valid or test; got "
+                f"{self.images.where(row)}: the split must be train, valid or test; got "
                 f"{names[row]!r}."
             )
         groups: dict[str, list[int]] = {}
@@ -259,9 +259,9 @@ def _split_by_content(
     rows = list(first.values())  # one for each image
     if len(rows) < len(prints) and max(Counter(split.labels[row] for row in rows).values()) == 1:
         raise ValueError(
-            f"{split.images.name}: of {len(prints)} pictures only {len(rows)} differ from all "
+            f"{split.images.name}: of {len(prints)} images only {len(rows)} differ from all "
             "before, not two of one class, so none can be set aside. "
-            "Add pictures, or name the splits: folders train, valid and test, or a column `split`."
+            "Add images, or name the splits: folders train, valid and test, or a column `split`."
         )
     held = {
         prints[rows[i]] for i in holdout_indices([split.labels[row] for row in rows], share, seed)
@@ -343,11 +343,11 @@ def _build_task(
     check_type("name", name, str), check_int("seed", seed, 0)
     parts = {which: part.clean() for which, part in parts.items()}
     for which, part in parts.items():
-        pictures = part.pictures
+        images = part.images
         parts[which] = replace(
             part,
-            pictures=_SizeLimitedImages(
-                pictures.sources, pictures.rows, pictures.name, more.get("fit", "crop")
+            images=_SizeLimitedImages(
+                images.sources, images.rows, images.name, more.get("fit", "crop")
             ),
         )
     if candidates is None:
@@ -464,8 +464,8 @@ def _split_folders(
         raise ValueError(
             f"{folder.name}: the folders {join_names([place.name for place in named])} are "
             "called like splits and hold folders, but the folders "
-            f"{join_names([place.name for place in beside], 5)} beside them hold pictures, too. "
-            "If all are classes, rename the former, or put their pictures "
+            f"{join_names([place.name for place in beside], 5)} beside them hold images, too. "
+            "If all are classes, rename the former, or put their images "
             "right into them; if not, move the latter elsewhere."
         )
     return {
@@ -482,29 +482,29 @@ def _image_files_by_class(
     classes = {}
     other = []
     for place in _folders(folder):
-        pictures = classes.setdefault(unicodedata.normalize("NFC", place.name).strip(), [])
+        images = classes.setdefault(unicodedata.normalize("NFC", place.name).strip(), [])
         for path in folder_files(place):
-            (pictures if path.suffix.lower() in endings else other).append(path)
+            (images if path.suffix.lower() in endings else other).append(path)
     if not classes:
         raise ValueError(
             f"{folder.name}: there must be a folder for each class, got "
             f"{join_names(sorted(os.listdir(folder)), 5) or 'nothing'}."
         )
-    empty = [name for name, pictures in classes.items() if not pictures]
+    empty = [name for name, images in classes.items() if not images]
     if empty:
         raise ValueError(
-            f"{folder.name}: the class {join_names(empty)} has no picture. Add some, or remove "
+            f"{folder.name}: the class {join_names(empty)} has no image. Add some, or remove "
             "the folder."
         )
-    lost = [path for pictures in classes.values() for path in pictures if not os.path.exists(path)]
+    lost = [path for images in classes.values() for path in images if not os.path.exists(path)]
     if lost:
         raise ValueError(
-            f"{folder.name}: {len(lost)} pictures are links to files that are not there, the "
+            f"{folder.name}: {len(lost)} images are links to files that are not there, the "
             f"first {lost[0]}. Fetch them, or remove the links."
         )
     if other:
         warnings.warn(
-            f"{folder.name}: {len(other)} files are left out because they are no pictures that "
+            f"{folder.name}: {len(other)} files are left out because they are no images that "
             f"Pillow reads ({join_names(sorted({path.suffix or path.name for path in other}), 5)})."
         )
     return classes
@@ -541,7 +541,7 @@ def _task_from_folder(
     return _build_task(
         options.pop("name", folder.name),
         parts,
-        **{"description": f"Pictures from the folder {folder.name}."} | options,
+        **{"description": f"Images from the folder {folder.name}."} | options,
     )
 
 # %% ../../nbs/api/tasks/09_custom.ipynb #a5f707f0
@@ -623,7 +623,7 @@ def _read_table(
     return rows
 
 # %% ../../nbs/api/tasks/09_custom.ipynb #636cb362
-def _table_pictures(
+def _table_images(
     file: Path,  # the table
     cells: Sequence[Any],  # paths relative to it
 ) -> LazyImages:
@@ -633,10 +633,10 @@ def _table_pictures(
         try:
             path = _cell_text(cell)
         except ValueError as error:
-            raise ValueError(f"row {row} of {file.name}: the picture's path {error}.") from None
+            raise ValueError(f"row {row} of {file.name}: the image's path {error}.") from None
         if not path.strip():
             raise ValueError(
-                f"row {row} of {file.name} has no picture. Fill in its path, or leave out the row."
+                f"row {row} of {file.name} has no image. Fill in its path, or leave out the row."
             )
         paths.append(file.parent / os.path.expanduser(str(cell)))
     return images_from_files(paths, file.name)
@@ -662,11 +662,11 @@ def _task_from_table(
         needed = [_column(columns, name) for name in (image, answer)]
     except ValueError as error:
         raise ValueError(f"{file.name}: {error}") from None
-    pictures = _table_pictures(file, [row.get(needed[0]) for row in rows])
+    images = _table_images(file, [row.get(needed[0]) for row in rows])
     text = CLASSIFICATION_INSTRUCTION if instruction == "instruction" else instruction
     asked = [row.get(instruction) if instruction in columns else text for row in rows]
     said = [row.get(semantics) for row in rows]
-    whole = RawSplit(pictures, [row.get(needed[1]) for row in rows], asked, said)
+    whole = RawSplit(images, [row.get(needed[1]) for row in rows], asked, said)
     parts = (
         whole.group_by_split([row.get(split) for row in rows])
         if split in columns

@@ -216,7 +216,7 @@ def _download_dataset(
         folder = Path(snapshot_download(source.hub, local_files_only=True, **how))
     except LocalEntryNotFoundError:
         raise ConnectionError(
-            f"{task}: its pictures are the data set {source.hub} on the Hugging Face hub, which "
+            f"{task}: its images are the data set {source.hub} on the Hugging Face hub, which "
             f"cannot be reached ({reason}), and they are not in the "
             f"hub's cache. Give a local copy: load_task({task!r}, data_dir=...)."
         ) from None
@@ -375,7 +375,7 @@ def image_column(
         return LazyImages(table[column], name=name)
     if feature_kind(feature) != "string":
         raise ValueError(
-            f"{name}: the column {column!r} must hold pictures or paths of pictures, got {feature}."
+            f"{name}: the column {column!r} must hold images or paths of images, got {feature}."
         )
     paths = [None if path is None else os.path.expanduser(path) for path in table[column]]
     return LazyImages(

@@ -49,21 +49,21 @@ def images_from_files(
     missing = [(row, path) for row, path in enumerate(paths) if path.name not in there[path.parent]]
     if missing:
         raise ValueError(
-            f"{name}: {len(missing)} of {len(paths)} pictures are not there, the first in row "
+            f"{name}: {len(missing)} of {len(paths)} images are not there, the first in row "
             f"{missing[0][0]}: {missing[0][1]}. "
-            "Is the archive of pictures unpacked beside the lists?"
+            "Is the archive of images unpacked beside the lists?"
         )
     return LazyImages(paths, name=name)
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #ab449a3e
 def classification_split(
-    pictures: LazyImages,  # decoded when asked for
+    images: LazyImages,  # decoded when asked for
     labels: Sequence[int],  # one for each image
     names: Sequence[str],  # of the classes
 ) -> Split:
     "Make a split of a recognition task, with the paper's instruction; TSE gets the class."
     return Split(
-        pictures,
+        images,
         [CLASSIFICATION_INSTRUCTION] * len(labels),
         list(labels),
         [names[i] for i in labels],
@@ -85,7 +85,7 @@ def _read_clevr_scenes(
 
 
 def counting_split(
-    pictures: LazyImages,  # decoded when asked for
+    images: LazyImages,  # decoded when asked for
     counts: Sequence[int],  # objects in each image
     candidates: Sequence[int],  # the numbers that are possible
 ) -> Split:
@@ -93,13 +93,13 @@ def counting_split(
     wrong = [(row, n) for row, n in enumerate(counts) if n not in candidates]
     if wrong:
         raise ValueError(
-            f"{pictures.name}: the number of objects must be one of "
+            f"{images.name}: the number of objects must be one of "
             f"{join_names(list(candidates))}, got {wrong[0][1]} in row {wrong[0][0]}"
             f"{f' and {len(wrong) - 1} more like it' if len(wrong) > 1 else ''}. Give `counts`, "
             "e.g. range(1, 11)."
         )
     return Split(
-        pictures,
+        images,
         [COUNTING_INSTRUCTION] * len(counts),
         [list(candidates).index(n) for n in counts],
         [count_phrase(n) for n in counts],
@@ -212,14 +212,14 @@ def parse_yes_no_labels(
 
 
 def yes_no_split(
-    pictures: LazyImages,  # decoded when asked for
-    images: Sequence[str],  # name of each image
+    images: LazyImages,  # decoded when asked for
+    names: Sequence[str],  # of each image
     questions: Sequence[str],
     labels: Sequence[int],  # 1 for yes
 ) -> Split:
     "Make a split of yes/no questions."
-    there = _objects_by_image(images, questions, labels)
-    return Split(pictures, list(questions), list(labels), [there[image] for image in images])
+    there = _objects_by_image(names, questions, labels)
+    return Split(images, list(questions), list(labels), [there[name] for name in names])
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #0f9ff0ad
 def group_split_indices(
@@ -238,7 +238,7 @@ def group_split_indices(
     ]
     if not all(rows):
         raise ValueError(
-            f"`share` must leave pictures on both sides, got {share} of {len(names)} pictures."
+            f"`share` must leave images on both sides, got {share} of {len(names)} images."
         )
     return rows[0], rows[1]
 
@@ -254,7 +254,7 @@ def split_by_image(
     return RawTask(
         ("no", "yes"),
         *map(questions.select, rows),
-        f"{place} about half of the pictures; the other half is for learning",
+        f"{place} about half of the images; the other half is for learning",
         [images[row] for row in rows[0]],
     )
 
@@ -265,14 +265,14 @@ def _read_pope_questions(
 ) -> tuple[Split, list[str]]:  # questions; name of each image
     "A question file of POPE (Li et al. 2023)."
     rows = read_jsonl(file, ("image", "text", "label"))
-    images = [row["image"] for row in rows]
-    pictures = images_from_files([folder / image for image in images], file.name)
+    names = [row["image"] for row in rows]
+    images = images_from_files([folder / name for name in names], file.name)
     return yes_no_split(
-        pictures,
         images,
+        names,
         [row["text"] for row in rows],
         parse_yes_no_labels([row["label"] for row in rows], file.name),
-    ), images
+    ), names
 
 # %% ../../nbs/api/tasks/07_original_archives.ipynb #a075e58f
 def load_pope_archive(
@@ -298,7 +298,7 @@ def load_pope_archive(
     train, others = _read_pope_questions(Path(train_file).expanduser(), coco)
     if both := set(images) & set(others):
         raise ValueError(
-            f"`train_file` must be about other pictures than those tested on, got {len(both)} "
+            f"`train_file` must be about other images than those tested on, got {len(both)} "
             "that are in both."
         )
     return RawTask(("no", "yes"), train, test, f"all {len(test):,} {subset} questions", others)
@@ -313,9 +313,9 @@ def _read_hateful_memes(
     "Memes with their text, in the words of the paper (Kiela et al. 2020)."
     rows = read_jsonl(file, ("img", "text"))
     labels = parse_yes_no_labels([row.get("label") for row in rows], f"hateful_memes, {file.name}")
-    pictures = images_from_files([file.parent / row["img"] for row in rows], file.name)
+    images = images_from_files([file.parent / row["img"] for row in rows], file.name)
     return Split(
-        pictures,
+        images,
         [_HATEFUL_MEMES_TEMPLATE.format(row["text"]) for row in rows],
         labels,
         [f'meme that says "{row["text"]}"' for row in rows],

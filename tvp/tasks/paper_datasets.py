@@ -344,7 +344,7 @@ PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
     "clevr": PaperTaskSpec(_load_clevr, "How many objects, three to ten?", fit="letterbox"),
     "hateful_memes": PaperTaskSpec(
         _load_hateful_memes,
-        "Are picture and text together hateful? Licence: "
+        "Are image and text together hateful? Licence: "
         "Meta's, for research, not to be passed on.",
         "auroc",
         "letterbox",

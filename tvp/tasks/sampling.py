@@ -54,9 +54,9 @@ def make_few_shot_task(
     "Make the same task with a stratified sample of its training images."
     rows = _stratified_indices(task.train.labels, take, seed)
     what = (
-        f"{take} training pictures of each class"
+        f"{take} training images of each class"
         if isinstance(take, int)
-        else f"{take:.3g} of the training pictures"
+        else f"{take:.3g} of the training images"
     )
     return replace(
         task,
@@ -77,13 +77,13 @@ def holdout_indices(
     several = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not len(several):
         raise ValueError(
-            "there must be a class with two pictures or more to hold some out, got "
-            f"{len(labels)} pictures of as many classes."
+            "there must be a class with two images or more to hold some out, got "
+            f"{len(labels)} images of as many classes."
         )
     held = several[_stratified_indices(labels[several], share, seed)].tolist()
     if len(held) == len(labels):
         raise ValueError(
-            f"`share` must leave pictures for training, got {share} of {len(labels)} pictures."
+            f"`share` must leave images for training, got {share} of {len(labels)} images."
         )
     return held
 

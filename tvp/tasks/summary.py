@@ -33,7 +33,7 @@ def _inspect_image(
     try:
         return content_hash(source), size or open_encoded(source).size
     except UNREADABLE as error:
-        where = images.where(i) if isinstance(images, LazyImages) else f"picture {i}"
+        where = images.where(i) if isinstance(images, LazyImages) else f"image {i}"
         raise ValueError(
             f"{where} cannot be read: {error}. Replace it, or leave out its row."
         ) from error
@@ -90,13 +90,13 @@ def class_warnings(
         counts = Counter(task.split(name).labels)
         missing = [str(c) for i, c in enumerate(task.candidates) if not counts[i]]
         if missing:
-            notes.append(f"{name}: no picture of {join_names(missing, 5)}")
+            notes.append(f"{name}: no image of {join_names(missing, 5)}")
     label, most = counts.most_common(1)[0]
     share = most / len(task.test)
     if share > 1.5 / len(task.candidates) and share > 0.6:
         notes.append(
             f"test: always answering {task.candidates[label]!r} would be right for {share:.0%} "
-            "of the pictures"
+            "of the images"
         )
     return notes
 
@@ -133,7 +133,7 @@ def _split_row(
     counts = Counter(split.labels).values()
     return dict(
         split=name,
-        pictures=len(split),
+        images=len(split),
         classes=len(counts),
         fewest=min(counts),
         most=max(counts),
@@ -156,7 +156,7 @@ def summarize_task(
         rows.append(row)
         if before:
             notes.append(
-                f"{name}: {len(before)} of its pictures are in an earlier split as well "
+                f"{name}: {len(before)} of its images are in an earlier split as well "
                 f"({join_names(before, 5)})"
             )
     candidates = f"{len(task.candidates)} candidates ({join_names(task.candidates)})"

@@ -136,7 +136,7 @@ class Task:
         "Refuse a split that is empty, or whose labels are not indices of candidates."
         labels = check_type(name, self.split(name), Split).labels
         if not len(labels):
-            raise ValueError(f"`{name}` must hold at least one picture, got an empty split.")
+            raise ValueError(f"`{name}` must hold at least one image, got an empty split.")
         n = len(self.candidates)
         wrong = [(row, label) for row, label in enumerate(labels) if not 0 <= label < n]
         if wrong:

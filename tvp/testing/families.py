@@ -918,14 +918,14 @@ def _get_family(
 
 
 def _make_chat_template(
-    picture: str,  # what stands for an image
+    image: str,  # what stands for an image
     begin: str = "",  # what stands before everything
 ) -> str:  # a Jinja template
     "A chat as `USER: <image> what is it? ASSISTANT:`"
     return (
         begin
         + "{% for m in messages %}{{ m['role'] | upper }}: {% for part in m['content'] %}{{ '"
-        + picture.replace("\n", "\\n")
+        + image.replace("\n", "\\n")
         + "' if part['type'] == 'image' else part['text'] }}{% endfor %} {% endfor %}{% if "
         "add_generation_prompt %}ASSISTANT:{% endif %}"
     )

@@ -149,7 +149,7 @@ def check_batch_size(
         batch_size,
         1,
         rows,
-        f"{task.name!r} has {rows} pictures to train on. Try batch_size={min(16, rows)}.",
+        f"{task.name!r} has {rows} images to train on. Try batch_size={min(16, rows)}.",
     )
 
 # %% ../../nbs/api/training/06_guards.ipynb #4b7d705c

@@ -34,7 +34,7 @@ def _check_image_batch(
     ):
         raise ValueError(
             f"`images` must be floats (B, 3, S, S), got {images.dtype} {tuple(images.shape)}. "
-            "For a single picture pass images[None]."
+            "For a single image pass images[None]."
         )
 
 

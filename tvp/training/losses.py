@@ -200,7 +200,7 @@ def _check_tse_options(
             == 1
         ):
             raise ValueError(
-                f"`template` must contain {{}} once, where the picture's content goes, got "
+                f"`template` must contain {{}} once, where the image's content goes, got "
                 f"{template!r}."
             )
     check_int("crops", term.crops, 0)
@@ -210,7 +210,7 @@ def _check_tse_options(
     if len(several) < 2 or len(set(several)) < len(several):
         raise ValueError(
             f"`captions` must be at least two, each once, got {several}. Name what else could be "
-            "in the picture, or pass None."
+            "in the image, or pass None."
         )
 
 # %% ../../nbs/api/training/01_losses.ipynb #38c879c7
@@ -229,7 +229,7 @@ def _clip_caption_score(
         return clip.logit_scale * (features * texts).sum(-1).mean()
     if unknown := sorted(set(semantics) - set(captions)):
         raise ValueError(
-            f"`captions` must name what the pictures show; {', '.join(map(repr, unknown))} is "
+            f"`captions` must name what the images show; {', '.join(map(repr, unknown))} is "
             f"not among them: {list(captions)}."
         )
     # (B, N)
