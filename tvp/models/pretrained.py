@@ -214,7 +214,7 @@ def _resolve_cached(
 # %% ../../nbs/api/models/07_pretrained.ipynb #112f4976
 def _locked(name: str) -> str:
     return (
-        f"`name_or_path`: {name} is gated. Accept its licence at https://huggingface.co/{name}, "
+        f"`name_or_path`: {name} is gated. Accept its license at https://huggingface.co/{name}, "
         "log in with `hf auth login` "
         "(or set HF_TOKEN), and try again."
     )

@@ -54,7 +54,7 @@ class ModelInfo:
     type: str  # transformers' model type
     parameters: float  # billions
     vision: float  # billions of them in the vision tower
-    licence: str  # as its page says
+    license: str  # as its page says
     input: str  # what its processor makes of an image
     size: int  # canvas, pixels
     patches: int  # positions in the vision tower for one canvas
@@ -115,7 +115,7 @@ def registry_frame():  # a pandas DataFrame, one row per model, indexed by its s
         "id",
         "type",
         "parameters",
-        "licence",
+        "license",
         "gated",
         "checked",
         "input",
@@ -138,8 +138,8 @@ def registry_frame():  # a pandas DataFrame, one row per model, indexed by its s
 # %% ../../nbs/api/models/09_registry.ipynb #3471ff2a
 _REGISTRY_LEGEND = """\
 None of these was tried with its real weights (no network); its type was, as a tiny random model.
-B: billions of parameters. licence: as on the model's page; "?" could not be looked up.
-gated: first accept the licence on https://huggingface.co/<hub id>, then `hf auth login`.
+B: billions of parameters. license: as on the model's page; "?" could not be looked up.
+gated: first accept the license on https://huggingface.co/<hub id>, then `hf auth login`.
 canvas, border: VisualPrompt(size, width) for this model alone; models that share a prompt share its canvas.
 GB: ESTIMATED memory for training a prompt, batch of 4, gradient_checkpointing=True. 4 bit: quantization.
 16 bit: say dtype="float16" for BLIP-2, InstructBLIP and Kosmos-2: their weights are published in float32.
@@ -156,11 +156,11 @@ def _lines(rows: list[tuple[str, ...]]) -> list[str]:
 
 def format_registry() -> str:
     "The known models as plain text."
-    where = [("model", "B", "licence", "hub id")]
+    where = [("model", "B", "license", "hub id")]
     needs = [("model", "input", "canvas", "border", "GB 16 bit", "GB 4 bit", "T4")]
     for row in REGISTRY.values():
-        licence = row.licence + ("" if row.checked else "?") + (", gated" if row.gated else "")
-        where.append((row.name, f"{row.parameters:.1f}", licence, row.id))
+        license = row.license + ("" if row.checked else "?") + (", gated" if row.gated else "")
+        where.append((row.name, f"{row.parameters:.1f}", license, row.id))
         memory = (f"{row.prompt_memory(way):.0f}" for way in ("16 bit", "4 bit"))
         needs.append(
             (row.name, row.input, str(row.size), str(row.width), *memory, row.t4_precision or "-")

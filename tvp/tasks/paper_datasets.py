@@ -315,7 +315,7 @@ def _load_hateful_memes(
     "Hateful Memes from the official folder."
     if data_dir is None:
         raise ValueError(
-            f"{name}: it has no hub id, because its licence (Meta, for research, not to be "
+            f"{name}: it has no hub id, because its license (Meta, for research, not to be "
             "passed on) must be accepted in person at "
             "hatefulmemeschallenge.com. Give the folder with train.jsonl and img: "
             f"load_task({name!r}, data_dir=...)."
@@ -344,7 +344,7 @@ PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
     "clevr": PaperTaskSpec(_load_clevr, "How many objects, three to ten?", fit="letterbox"),
     "hateful_memes": PaperTaskSpec(
         _load_hateful_memes,
-        "Are image and text together hateful? Licence: "
+        "Are image and text together hateful? License: "
         "Meta's, for research, not to be passed on.",
         "auroc",
         "letterbox",

@@ -56,7 +56,7 @@ class WeightComponent:
     fills: tuple[str, ...]  # beginnings of the parameters it is asked for; none: a tokenizer
     what: str  # in words
     where: str  # hub id or address
-    licence: str  # as its authors state it
+    license: str  # as its authors state it
     needed: bool = True  # False: found by itself where it usually lies
 
 # %% ../../../nbs/api/models/paper/00_specs.ipynb #4766842c
@@ -69,7 +69,7 @@ _BRIDGE_PREFIXES = (
     "vision_model.post_layernorm.",
 )
 ALL_PREFIXES = ("vision_model.", "language_model.", *_BRIDGE_PREFIXES)
-_VICUNA_LICENSE = "LLaMA's licence, not for commercial use"
+_VICUNA_LICENSE = "LLaMA's license, not for commercial use"
 
 
 def _vision_component(lender: str) -> WeightComponent:
@@ -83,10 +83,10 @@ def _vision_component(lender: str) -> WeightComponent:
     )
 
 
-def _language_component(what: str, where: str, licence: str) -> WeightComponent:
+def _language_component(what: str, where: str, license: str) -> WeightComponent:
     """The language model: what it is, where it is published, under what license; its tokenizer is
     looked for beside it."""
-    return WeightComponent("language_model", ("language_model.",), what, where, licence)
+    return WeightComponent("language_model", ("language_model.",), what, where, license)
 
 # %% ../../../nbs/api/models/paper/00_specs.ipynb #3d511f39
 QFORMER_TOKENIZER_PART = WeightComponent(
@@ -161,7 +161,7 @@ class PaperModel:
     text: dict  # config of its language model at full size
     parts: tuple[WeightComponent, ...]  # later ones win where two have the same parameter
     whole: str = ""  # hub id of the whole model in one place
-    licence: str = ""  # of the whole
+    license: str = ""  # of the whole
     note: str = ""  # what else one has to know
     loader: str = ""  # "module:function" that reads files of another kind
 
@@ -297,12 +297,12 @@ PAPER_MODELS |= {
                 "BSD-3-Clause",
             ),
             _language_component(
-                "OPT-2.7B", "facebook/opt-2.7b", "OPT's licence, not for commercial use"
+                "OPT-2.7B", "facebook/opt-2.7b", "OPT's license, not for commercial use"
             ),
             _TOKENIZER_PART,
         ),
         _OPT_HUB,
-        "MIT; OPT under its own licence",
+        "MIT; OPT under its own license",
         "Not one of the paper's six; wrapped as LAVIS trains it.",
     ),
     "visualglm-6b": PaperModel(
@@ -317,7 +317,7 @@ PAPER_MODELS |= {
                 "all of it: the hub's folder, or SwissArmyTransformer's "
                 "(mp_rank_00_model_states.pt beside model_config.json)",
                 "zai-org/visualglm-6b",
-                "Apache-2.0 (code), the VisualGLM-6B licence (weights)",
+                "Apache-2.0 (code), the VisualGLM-6B license (weights)",
             ),
             WeightComponent(
                 "tokenizer",
@@ -329,7 +329,7 @@ PAPER_MODELS |= {
             ),
         ),
         "zai-org/visualglm-6b",
-        "the VisualGLM-6B licence",
+        "the VisualGLM-6B license",
         loader="tvp.models.paper.visualglm_weights:_load_visualglm",
     ),
 }
@@ -344,12 +344,12 @@ def describe_required_weights(
     paper = PAPER_MODELS[name]
     lines = [f"{name} ({PAPER_MODELS[name].title}). {PAPER_MODELS[name].note}".strip()]
     if paper.whole:
-        lines += [f"Whole: weights={paper.whole!r} (licence: {paper.licence}).", "Or in parts:"]
+        lines += [f"Whole: weights={paper.whole!r} (license: {paper.license}).", "Or in parts:"]
     for part in paper.parts:
-        licence = f" (licence: {part.licence})" if part.licence else ""
+        license = f" (license: {part.license})" if part.license else ""
         lines.append(
             f"  weights[{part.name!r}]{'' if part.needed else ', optional'}: {part.what}; from "
-            f"{part.where}{licence}"
+            f"{part.where}{license}"
         )
     return "\n".join(
         [
