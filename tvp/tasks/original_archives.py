@@ -21,6 +21,7 @@ import numpy as np
 
 from .._formatting import join_names
 from .._images import LazyImages, is_hidden
+from .._loading import parse_json
 from .drawing import CLASSIFICATION_INSTRUCTION, COUNTING_INSTRUCTION, count_phrase
 from .task import Split
 
@@ -78,10 +79,17 @@ def _read_clevr_scenes(
     file = folder / "scenes" / f"CLEVR_{split}_scenes.json"
     if not file.exists():
         raise ValueError(f"clevr: there must be a file {file}.")
-    scenes = json.loads(file.read_text(encoding="utf-8-sig"))["scenes"]
-    return [folder / "images" / split / scene["image_filename"] for scene in scenes], [
-        len(scene["objects"]) for scene in scenes
-    ]
+    content = parse_json(file.read_text(encoding="utf-8-sig"), file.name)
+    try:
+        names, counts = zip(
+            *((scene["image_filename"], len(scene["objects"])) for scene in content["scenes"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file.name} must hold CLEVR's `scenes`, each with `image_filename` and `objects`; got "
+            f"{type(error).__name__}: {error}. Download it again."
+        ) from None
+    return [folder / "images" / split / name for name in names], list(counts)
 
 
 def counting_split(
@@ -156,7 +164,7 @@ def read_jsonl(
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path.name}, line {number}: must be a JSON object, got "
                     f"{line.strip()[:60]!r} ({error})."

@@ -340,9 +340,8 @@ def _draw_accuracy(
     if not len(frame) and not previous_runs:
         return
     _draw_unseen(axes[1], frame, _training_color(training))
-    axes[0].set_ylabel(
-        f"{pd.concat([*(previous_runs or {}).values(), frame]).metric.iloc[0]} in %", fontsize=8
-    )
+    measured = next(run for run in [frame, *(previous_runs or {}).values()] if len(run))
+    axes[0].set_ylabel(f"{measured.metric.iloc[0]} in %", fontsize=8)
     axes[0].legend(fontsize=8, frameon=False, loc="best")
 
 # %% ../../nbs/api/widgets/04_figures.ipynb #3c646af1
