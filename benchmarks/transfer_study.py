@@ -222,11 +222,11 @@ def collect(work: Path, mine) -> None:
     write(RESULTS / "transfer_lengths.csv", valid.summary().round(4).to_csv(index=False))
     from tvp.plotting.transfer import plot_transfer
 
-    picture = RESULTS.parent.parent / "nbs" / "images" / "transfer.png"
-    picture.parent.mkdir(exist_ok=True)
+    figure_file = RESULTS.parent.parent / "nbs" / "images" / "transfer.png"
+    figure_file.parent.mkdir(exist_ok=True)
     plot_transfer(
         test.mean().query("task == 'shapes' and source == 'tiny-minigpt4' and method != 'frame'")
-    ).figure.savefig(picture, dpi=150, bbox_inches="tight")
+    ).figure.savefig(figure_file, dpi=150, bbox_inches="tight")
 
 
 def run_stage(

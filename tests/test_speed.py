@@ -231,10 +231,10 @@ def test_models():
     mllm = bench_mllm("mini")
     clip = bench_clip("mini")
     print(mllm)
-    pictures = torch.rand(2, 3, 48, 48)
+    images = torch.rand(2, 3, 48, 48)
     print(
-        mllm.visual_tokens(pictures, ["this is a photo of a"] * 2).shape,
-        clip.image_features(pictures).shape,
+        mllm.visual_tokens(images, ["this is a photo of a"] * 2).shape,
+        clip.image_features(images).shape,
     )
     with expect_fail(ValueError, "name"):
         bench_mllm("huge")
@@ -243,7 +243,7 @@ def test_models():
 
     for name in ("mini-instructblip", "mini-llava"):
         scores = bench_mllm(name).rank(
-            pictures, ["this is a photo of a"] * 2, ["babe", "bedu bafi"]
+            images, ["this is a photo of a"] * 2, ["babe", "bedu bafi"]
         )
         assert scores.shape == (2, 2) and scores.isfinite().all()
     test_eq(bench_mllm("mini", dtype=torch.bfloat16).dtype, torch.bfloat16)
@@ -279,20 +279,20 @@ def test_models():
 def test_reference():
     "The released loop computes what ours does, and what its authors recorded."
     mllm = bench_mllm("mini")
-    pictures = torch.rand(2, 3, 48, 48)
-    ours = mllm.processor.image_processor(list(pictures * 255), return_tensors="pt")["pixel_values"]
-    pixels = normalize_pixels(mllm.processor, pictures)
+    images = torch.rand(2, 3, 48, 48)
+    ours = mllm.processor.image_processor(list(images * 255), return_tensors="pt")["pixel_values"]
+    pixels = normalize_pixels(mllm.processor, images)
     test_close(pixels, ours, 1e-5)
 
     instructions = ["this is a photo of a"] * 2
     test_close(
         visual_tokens(mllm, pixels, instructions),
-        mllm.visual_tokens(pictures, instructions),
+        mllm.visual_tokens(images, instructions),
         1e-4,
     )
     test_close(
         language_loss(mllm, pixels, instructions, ["babe", "bedu bafi"]),
-        mllm(pictures, instructions, ["babe", "bedu bafi"]).loss,
+        mllm(images, instructions, ["babe", "bedu bafi"]).loss,
         1e-4,
     )
 
@@ -311,8 +311,8 @@ def test_reference():
     with expect_fail(TypeError, "get_image_features"):
         ReferenceLoop(48, 6, tiny_mllm("git"), clip)
 
-    scores = reference_rank(mllm, pictures, instructions, candidate_names(4))
-    test_close(scores, mllm.rank(pictures, instructions, candidate_names(4)), 1e-4)
+    scores = reference_rank(mllm, images, instructions, candidate_names(4))
+    test_close(scores, mllm.rank(images, instructions, candidate_names(4)), 1e-4)
     print(scores)
 
     # On three kinds of models, after several steps: relative differences, of the scores the largest
@@ -342,9 +342,9 @@ def test_reference():
         print(gaps.map("{:.1e}".format))
 
     with expect_fail(TypeError, "decoder"):
-        reference_rank(tiny_mllm("blip2-t5"), pictures, instructions, ["cat"])
+        reference_rank(tiny_mllm("blip2-t5"), images, instructions, ["cat"])
     with expect_fail(TypeError, "candidates"):
-        reference_rank(mllm, pictures, instructions, [])
+        reference_rank(mllm, images, instructions, [])
 
 
 def test_timing():
@@ -383,12 +383,12 @@ def test_timing():
         assert gap < 1e-3
 
     for name in ("mini-llava", "tiny-minigpt4"):
-        row = time_ranking(make_setup(name), candidates=10, pictures=2, rounds=2)
+        row = time_ranking(make_setup(name), candidates=10, num_images=2, rounds=2)
         print(name, row["tokens"], "tokens,", f"largest difference {row['largest_difference']:.1e}")
         assert row["largest_difference"] < 1e-4
 
     for name in ("mini-instructblip", "mini-llava", "tiny-instructblip"):
-        row = time_repeated_images(make_setup(name), pictures=4, questions=6, rounds=2)
+        row = time_repeated_images(make_setup(name), num_images=4, questions=6, rounds=2)
         print(
             f"{name:18} {row['gflops']['shared']:.1f} of {row['gflops']['different']:.1f} GFLOPs, "
             f"largest difference {row['largest_difference']:.0e}"
@@ -403,8 +403,8 @@ def test_timing():
     photos = synthetic_photo_task(4)
     print(photos, len(photos.train.images.source(0)["bytes"]) // 1000, "kB each")
     row = time_loading(photos, 164, 4, rounds=2)
-    test_eq(sorted(row), ["images", "pictures_per_second", "size", "task"])
-    assert row["pictures_per_second"]["first"]["median"] > 0
+    test_eq(sorted(row), ["images", "images_per_second", "size", "task"])
+    assert row["images_per_second"]["first"]["median"] > 0
 
 
 def test_run():

@@ -676,10 +676,16 @@ def _evaluate(prompt, task, zoo, **how):
     help="Evaluate on images with fog, motion_blur, jpeg_compression, ...; severity 1 to 5, 3 if "
     "not given.",
 )
+@click.option(
+    "--mode",
+    type=click.Choice(["rank", "generate"]),
+    default="rank",
+    help="Rank the candidates, or let the models answer in their own words.",
+)
 @_option_out(None, "File for the results, .csv.")
 @_option_force
 @click.pass_obj
-def _command_evaluate(run, prompt, task, data_dir, models, corruption, out, force) -> None:
+def _command_evaluate(run, prompt, task, data_dir, models, corruption, mode, out, force) -> None:
     """Evaluate a saved prompt on every model, with and without it.
 
     PROMPT is a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the reference's
@@ -695,6 +701,7 @@ def _command_evaluate(run, prompt, task, data_dir, models, corruption, out, forc
         "targets": models,
         "seed": prompt.provenance.get("seed", 0),
         "corruption": corruption and [_parse_corruption(text) for text in corruption],
+        "mode": mode,
     }
     task = _task(name, data_dir, public=True)
     zoo = _zoo(*models or [])
@@ -712,6 +719,7 @@ def _command_evaluate(run, prompt, task, data_dir, models, corruption, out, forc
         "prompt": checksum(pixels, str(prompt.provenance)),
         "models": models or list(zoo),
         "corruption": corruption,
+        "mode": mode,
     }
     with run.hold(out, force, ".csv") as file:
         parts = Parts(run.kept, settings)

@@ -388,7 +388,7 @@ def bench_instruction(
 
 def bench_task(
     name: str,  # one of MODEL_SHAPES
-    pictures: int = 8,  # in each split
+    num_images: int = 8,  # in each split
     classes: int = 10,  # names, so candidates
 ) -> Task:
     "Noise with names."
@@ -397,12 +397,12 @@ def bench_task(
     generator = torch.Generator().manual_seed(0)
     side = shape.size - 2 * shape.width
     names = [f"{a} {b}" for a, b in zip(words[::2], words[1::2])]
-    labels = [i % classes for i in range(pictures)]
+    labels = [i % classes for i in range(num_images)]
     images = torch.randint(
-        0, 256, (pictures, 3, side, side), dtype=torch.uint8, generator=generator
+        0, 256, (num_images, 3, side, side), dtype=torch.uint8, generator=generator
     )
     split = Split(
-        images, [bench_instruction(shape)] * pictures, labels, [names[label] for label in labels]
+        images, [bench_instruction(shape)] * num_images, labels, [names[label] for label in labels]
     )
     return Task(f"bench-{name}", split, split, split, names)
 

@@ -364,7 +364,7 @@ def loading_rows(
     if paper:
         row["share_of_a_step"] = (
             paper["batch"]
-            / row["pictures_per_second"]["first"]["median"]
+            / row["images_per_second"]["first"]["median"]
             / paper["seconds"]["cached"]["median"]
         )
     return [row, small]
@@ -437,7 +437,7 @@ def shared_line(row: dict) -> str:
     counted = row["gflops"]["shared"] / row["gflops"]["different"]
     return (
         f"shared   {row['model']:18} {row['seconds']['shared']['median'] * 1000:8.1f} ms  "
-        f"{row['questions']} questions about each of {row['pictures']} "
+        f"{row['questions']} questions about each of {row['images']} "
         f"images: vs different images {figure(row['ratio'])}, in FLOPs {counted:.2f}, "
         f"scores differ by {row['largest_difference']:.0e}"
     )
@@ -468,12 +468,12 @@ def format_results(
         lines.append(
             f"ranking  {row['model']:18} {row['seconds']['ours']['median'] * 1000:8.1f} ms  "
             f"{row['candidates']:4} candidates, {row['tokens']:4} tokens, "
-            f"{row['pictures']} images: vs reference {figure(row['ratio'])}, scores up to "
+            f"{row['images']} images: vs reference {figure(row['ratio'])}, scores up to "
             f"{row['largest_score']:.0f} differ by {row['largest_difference']:.0e}"
         )
     lines += [shared_line(row) for row in results.get("shared", [])]
     for row in results.get("loading", []):
-        rate = row["pictures_per_second"]
+        rate = row["images_per_second"]
         share = row.get("share_of_a_step")
         lines.append(
             f"loading  {row['task']:18} {rate['first']['median']:8.0f} images/s, again "

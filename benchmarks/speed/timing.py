@@ -274,14 +274,14 @@ def single_token_words(
 def time_ranking(
     scene: BenchmarkSetup,
     candidates: int,  # how many
-    pictures: int,  # in the batch
+    num_images: int,  # in the batch
     rounds: int,  # measured
     wait: Callable | None = None,  # as in `time_interleaved`
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The ranking's row of the table."
     names = candidate_names(candidates, single_token_words(scene))
-    images = torch.rand(pictures, 3, scene.size, scene.size, device=scene.source.device)
-    instructions = [scene.task.train.instructions[0]] * pictures
+    images = torch.rand(num_images, 3, scene.size, scene.size, device=scene.source.device)
+    instructions = [scene.task.train.instructions[0]] * num_images
     tokens = sum(len(scene.source.text.answer_ids(instructions[0], name)) for name in names)
     contestants = {
         "ours": lambda: scene.source.rank(images, instructions, names),
@@ -295,7 +295,7 @@ def time_ranking(
     return {
         "model": scene.name,
         "parameters": scene.source.model.num_parameters(),
-        "images": pictures,
+        "images": num_images,
         "candidates": candidates,
         "tokens": tokens,
         "largest_difference": gap,
@@ -316,20 +316,20 @@ def time_ranking(
 
 def time_repeated_images(
     scene: BenchmarkSetup,
-    pictures: int,  # in the batch
+    num_images: int,  # in the batch
     questions: int,  # about each of them
     rounds: int,  # measured
     wait: Callable | None = None,  # as in `time_interleaved`
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The shared images' row of the table."
     source = scene.source
-    rows = check_int("images", pictures) * check_int("questions", questions)
+    rows = check_int("images", num_images) * check_int("questions", questions)
     asked = [
         f"is there a {name} in the image"
         for name in candidate_names(questions, single_token_words(scene))
-    ] * pictures
+    ] * num_images
     different = torch.rand(rows, 3, scene.size, scene.size, device=source.device)
-    shared = different[:pictures].repeat_interleave(questions, 0)
+    shared = different[:num_images].repeat_interleave(questions, 0)
     contestants = {
         name: partial(source.rank, images, asked, ["no", "yes"])
         for name, images in (("shared", shared), ("different", different))
@@ -347,7 +347,7 @@ def time_repeated_images(
     return {
         "model": scene.name,
         "parameters": source.model.num_parameters(),
-        "images": pictures,
+        "images": num_images,
         "questions": questions,
         "largest_difference": gap,
         "gflops": flops,
@@ -363,7 +363,7 @@ def time_repeated_images(
 
 
 def synthetic_photo_task(
-    pictures: int,  # in each split
+    num_images: int,  # in each split
     height: int = 375,  # pixels
     width: int = 500,  # pixels
 ) -> Task:
@@ -372,7 +372,7 @@ def synthetic_photo_task(
 
     generator = torch.Generator().manual_seed(0)
     files = []
-    for _ in range(pictures):
+    for _ in range(num_images):
         rough = torch.rand(1, 3, height // 25, width // 25, generator=generator)
         smooth = F.interpolate(rough, (height, width), mode="bicubic").clamp(0, 1)[0]
         noisy = smooth + 0.04 * torch.randn(3, height, width, generator=generator)
@@ -381,7 +381,7 @@ def synthetic_photo_task(
         Image.fromarray(pixels).save(file, "jpeg", quality=90)
         files.append({"bytes": file.getvalue()})
     split = Split(
-        LazyImages(files), ["this is a photo of a"] * pictures, [0] * pictures, ["cat"] * pictures
+        LazyImages(files), ["this is a photo of a"] * num_images, [0] * num_images, ["cat"] * num_images
     )
     return Task("photos", split, split, split, ["cat", "dog"])
 
@@ -409,5 +409,5 @@ def time_loading(
         "task": task.name,
         "size": size,
         "images": len(task.train),
-        "pictures_per_second": rate,
+        "images_per_second": rate,
     }
