@@ -23,6 +23,7 @@ from .._formatting import join_names
 from tvp._images import (
     IMAGE_FORMATS,
     check_image_size,
+    closing_file,
     folder_files,
     open_image,
     read_image,
@@ -56,8 +57,9 @@ def _read_limited(
 ) -> Image.Image:  # RGB
     "Read an image within the limits of size and format."
     opened = open_image(image, where)
-    check_image_size(*opened.size, side, resize_mode, where)
-    return read_image(opened, where)
+    with closing_file(opened, image):
+        check_image_size(*opened.size, side, resize_mode, where)
+        return read_image(opened, where)
 
 
 @torch.no_grad()

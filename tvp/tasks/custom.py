@@ -30,6 +30,7 @@ from tvp._images import (
     folder_files,
     image_endings,
     is_hidden,
+    closing_file,
     open_encoded,
     read_image,
 )
@@ -83,8 +84,9 @@ class _SizeLimitedImages(LazyImages):
             image = open_encoded(source)
         except UNREADABLE:
             return read_image(source, where)  # says why not
-        check_image_size(*image.size, _MAX_SHORT_SIDE, self.fit, where)
-        return read_image(image, where)
+        with closing_file(image, source):
+            check_image_size(*image.size, _MAX_SHORT_SIDE, self.fit, where)
+            return read_image(image, where)
 
 # %% ../../nbs/api/tasks/09_custom.ipynb #749eb9f0
 def _cell_text(

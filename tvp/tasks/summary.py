@@ -16,7 +16,7 @@ import pandas as pd
 from torch import Tensor
 
 from .._formatting import join_names
-from .._images import UNREADABLE, LazyImages, content_hash, open_encoded
+from .._images import UNREADABLE, LazyImages, closing_file, content_hash, open_encoded
 from .._markup import render
 
 # %% ../../nbs/api/tasks/03_summary.ipynb #58db8ee5
@@ -31,7 +31,11 @@ def _inspect_image(
         return content_hash(source), tuple(source.shape[:0:-1])
     size = images[i].size if read else None
     try:
-        return content_hash(source), size or open_encoded(source).size
+        if size is None:
+            image = open_encoded(source)
+            with closing_file(image, source):
+                size = image.size
+        return content_hash(source), size
     except UNREADABLE as error:
         where = images.where(i) if isinstance(images, LazyImages) else f"image {i}"
         raise ValueError(
