@@ -9,14 +9,17 @@ __all__ = ['FIELDS', 'parse_json', 'check_fields', 'read_json', 'read_index', 'l
 # %% ../nbs/api/03_loading.ipynb #df4a53ba
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # what is refused is refused before torch is imported
+    from torch import Tensor, nn
 
 # %% ../nbs/api/03_loading.ipynb #c9a1c477
 _POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
@@ -330,7 +333,7 @@ def _check_safetensors(
 
 def load_safetensors(
     path: str | Path,
-) -> dict[str, Tensor]:  # mapped from the disk, on the CPU
+) -> "dict[str, Tensor]":  # mapped from the disk, on the CPU
     "Read the tensors of a safetensors file."
     from safetensors.torch import load_file
 
@@ -342,6 +345,8 @@ def load_pth(
     path: str | Path,  # what torch.save wrote
 ) -> Any:  # tensors and plain values, on the CPU, mapped from the disk where the format allows it
     "Read a torch file without running anything in it."
+    import torch
+
     path = Path(path)
     name = f"{path.name} of {_called(path.parent)}"
     with path.open("rb") as file:
@@ -389,16 +394,29 @@ _CODE_FILES = (
 )
 
 # %% ../nbs/api/03_loading.ipynb #1b86cfe7
+def _is_known_type(
+    model_type: str,  # in a config.json
+) -> bool:
+    """Tell whether transformers has a type of model. Importing it takes seconds: where that has not
+    happened yet, nobody has registered a type, and one that its tables do not name is not there."""
+    if "transformers" not in sys.modules:
+        tables = Path(find_spec("transformers").origin).parent / "models" / "auto"
+        quoted = f'"{model_type}"'
+        if not any(quoted in file.read_text(encoding="utf-8") for file in tables.glob("*.py")):
+            return False
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
 def check_code(
     config: dict,  # config.json
     name: str,  # of the model, for messages
 ) -> None:
     "Refuse a configuration that cannot be used without its repository's code."
-    from transformers import CONFIG_MAPPING
-
     for part in _objects(config):
         kind = part.get("model_type")
-        if part.get("auto_map") and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        if part.get("auto_map") and not (isinstance(kind, str) and _is_known_type(kind)):
             raise ValueError(
                 f"`trust_remote_code` must be True for {name}: the type {str(kind)[:60]!r} in "
                 "its config.json is not part of transformers and "
@@ -471,6 +489,8 @@ def loading_errors(
     what: str,  # the class that reads it
 ) -> Iterator[None]:
     "Say in one line which place could not be read, and why."
+    import torch
+
     place = Path(place)
     name = _called(place)
     try:
@@ -546,7 +566,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
     **options,  # dtype, device_map, quantization_config, revision
-) -> nn.Module:  # in evaluation mode
+) -> "nn.Module":  # in evaluation mode
     """Load a model with all of its weights, which must be safetensors unless `use_safetensors` says
     otherwise (transformers reads others with `weights_only=True`)."""
     model, report = from_pretrained(
@@ -569,8 +589,8 @@ def load_model(
 def build_model(
     model_class: type,  # of transformers, or of ours
     config,  # its config
-    weights: dict[str, Tensor],  # all of them
+    weights: "dict[str, Tensor]",  # all of them
     **options,  # dtype, device_map, quantization_config
-) -> nn.Module:  # in evaluation mode
+) -> "nn.Module":  # in evaluation mode
     "Make a model of weights that are in memory already; no file is read."
     return model_class.from_pretrained(None, config=config, state_dict=weights, **options).eval()

@@ -436,9 +436,14 @@ def _command_check(model: str) -> int:
 
     MODEL is a name from `tvp models`, a folder, or owner/name on the hub.
     """
-    from tvp.models.zoo import load_mllm
+    from tvp._loading import check_folder
 
     try:
+        # what is refused is refused before torch and transformers are imported, which takes seconds
+        if set("/\\") & set(model) and not (Path(model).expanduser() / "tvp.json").exists():
+            check_folder(Path(model).expanduser())
+        from tvp.models.zoo import load_mllm
+
         mllm = load_mllm(model)
     except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
         said = error.args[0] if isinstance(error, KeyError) else error
