@@ -14,12 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:  # what is refused is refused before torch is imported
-    from torch import Tensor, nn
 
 # %% ../nbs/api/03_loading.ipynb #c9a1c477
 _POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
@@ -333,7 +330,7 @@ def _check_safetensors(
 
 def load_safetensors(
     path: str | Path,
-) -> "dict[str, Tensor]":  # mapped from the disk, on the CPU
+) -> dict[str, Any]:  # name: tensor, mapped from the disk, on the CPU
     "Read the tensors of a safetensors file."
     from safetensors.torch import load_file
 
@@ -566,7 +563,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,  # may the repository's own Python code be run?
     **options,  # dtype, device_map, quantization_config, revision
-) -> "nn.Module":  # in evaluation mode
+) -> Any:  # the model, in evaluation mode
     """Load a model with all of its weights, which must be safetensors unless `use_safetensors` says
     otherwise (transformers reads others with `weights_only=True`)."""
     model, report = from_pretrained(
@@ -589,8 +586,8 @@ def load_model(
 def build_model(
     model_class: type,  # of transformers, or of ours
     config,  # its config
-    weights: "dict[str, Tensor]",  # all of them
+    weights: dict[str, Any],  # name: tensor, all of them
     **options,  # dtype, device_map, quantization_config
-) -> "nn.Module":  # in evaluation mode
+) -> Any:  # the model, in evaluation mode
     "Make a model of weights that are in memory already; no file is read."
     return model_class.from_pretrained(None, config=config, state_dict=weights, **options).eval()
