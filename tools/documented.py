@@ -53,11 +53,11 @@ def listed(tree):
 class Module:
     "One file of tvp/ and its public symbols."
 
-    def __init__(self, path, classes):
+    def __init__(self, path, bases):
         self.source = path.read_text(encoding="utf-8")
         self.tree = ast.parse(self.source)
         self.lines = self.source.splitlines()
-        self.classes = classes
+        self.bases = bases  # each class of the package: names of what it inherits from
 
     def comment(self, node):
         "Whether a comment follows a node on its line, or stands above it."
@@ -67,12 +67,12 @@ class Module:
 
     def ours(self, annotation):
         "Whether an annotation names a class of ours, which has its own page."
-        return bool(set(re.findall(r"\w+", ast.unparse(annotation))) & self.classes)
+        return bool(set(re.findall(r"\w+", ast.unparse(annotation))) & self.bases.keys())
 
     def said(self, name, node, docstring):
         "Whether a parameter or a field says what it is."
         known = (
-            name in map(str.lower, self.classes)
+            name in map(str.lower, self.bases)
             if node.annotation is None
             else self.ours(node.annotation)
         )
@@ -145,16 +145,42 @@ class Module:
             ):
                 yield name, missing
 
+    def family(self, name):
+        "A class and all that it inherits from."
+        return {name}.union(*map(self.family, self.bases.get(name, ())))
 
-def undocumented(folder=ROOT / "tvp"):
+    def methods(self):
+        "Class and name of each public method that is neither a property nor another library's."
+        for name, node in self.symbols():
+            kind, _, method = name.partition(".")
+            if not method or method == "__init__" or method in FOREIGN:
+                continue
+            decorators = " ".join(map(ast.unparse, node.decorator_list))
+            if "Protocol" not in self.bases[kind] and not re.search("property|setter", decorators):
+                yield kind, method
+
+
+def public_modules(folder=ROOT / "tvp"):
+    "Each public module by its dotted name."
+    bases = {}
+    modules = {
+        ".".join(("tvp", *path.relative_to(folder).with_suffix("").parts)): Module(path, bases)
+        for path in sorted(folder.rglob("*.py"))
+        if path.name[0] != "_"
+    }
+    for module in modules.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = {ast.unparse(base).split(".")[-1] for base in node.bases}
+    return modules
+
+
+def undocumented():
     "All public symbols that lack something."
-    paths = [path for path in sorted(folder.rglob("*.py")) if path.name[0] != "_"]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
-    classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return [
-        f"tvp.{'.'.join(path.relative_to(folder).with_suffix('').parts)}.{name} does not say: {', '.join(missing)}"
-        for path in paths
-        for name, missing in Module(path, classes).undocumented()
+        f"{place}.{name} does not say: {', '.join(missing)}"
+        for place, module in public_modules().items()
+        for name, missing in module.undocumented()
     ]
 
 
@@ -169,44 +195,15 @@ def shown_entries(folder):
     }
 
 
-def public_methods(tree):
-    "Class and name of each public method of a module, properties excepted."
-    for kind in tree.body:
-        if not isinstance(kind, ast.ClassDef) or kind.name not in listed(tree):
-            continue
-        if "Protocol" in map(ast.unparse, kind.bases):
-            continue
-        for part in kind.body:
-            if not isinstance(part, ast.FunctionDef) or part.name[0] == "_":
-                continue
-            decorators = " ".join(map(ast.unparse, part.decorator_list))
-            if part.name not in FOREIGN and not re.search("property|setter", decorators):
-                yield kind.name, part.name
-
-
-def without_entry(folder=ROOT / "tvp", notebooks=ROOT / "nbs"):
+def without_entry(notebooks=ROOT / "nbs"):
     "Public methods that the site does not show."
-    paths = [path for path in sorted(folder.rglob("*.py")) if path.name[0] != "_"]
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
-    bases = {
-        node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
-        for tree in trees.values()
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-    }
-
-    def family(name):
-        "A class and all that it inherits from."
-        return {name}.union(*(family(base) for base in bases.get(name, ())))
-
     shown = shown_entries(notebooks)
     return [
-        f"tvp.{'.'.join(path.relative_to(folder).with_suffix('').parts)}.{kind}.{method} has no "
-        f"entry: a cell show_doc({kind}.{method}) makes one"
-        for path, tree in trees.items()
-        for kind, method in public_methods(tree)
+        f"{place}.{kind}.{method} has no entry: a cell show_doc({kind}.{method}) makes one"
+        for place, module in public_modules().items()
+        for kind, method in module.methods()
         if not any(
-            method == named and (kind in family(other) or other in family(kind))
+            method == named and (kind in module.family(other) or other in module.family(kind))
             for other, named in shown
         )
     ]
