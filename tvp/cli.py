@@ -446,8 +446,7 @@ def _command_check(model: str) -> int:
 
         mllm = load_mllm(model)
     except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
-        said = error.args[0] if isinstance(error, KeyError) else error
-        raise UsageError(f"cannot load {model}: {said}") from None
+        raise UsageError(f"cannot load {model}: {error_message(error)}") from None
     check = mllm.check()
     print(check)
     return 0 if check.ok else 1

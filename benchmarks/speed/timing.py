@@ -323,7 +323,7 @@ def time_repeated_images(
 ) -> dict:  # for the results: medians, spreads, ratio, the largest difference of a score
     "The shared images' row of the table."
     source = scene.source
-    rows = check_int("images", num_images) * check_int("questions", questions)
+    rows = check_int("num_images", num_images) * check_int("questions", questions)
     asked = [
         f"is there a {name} in the image"
         for name in candidate_names(questions, single_token_words(scene))

@@ -16,7 +16,18 @@ import pandas as pd
 
 from .._files import write_atomic
 from .._validation import check_choice, check_type, parse_source_names
-from .runs import TransferRun, csv_text, describe_runs, group_runs, merge_runs, metric_details, results_frame, rows_by_group, rows_by_target, rows_frame
+from tvp.evaluation.runs import (
+    TransferRun,
+    csv_text,
+    describe_runs,
+    group_runs,
+    merge_runs,
+    metric_details,
+    results_frame,
+    rows_by_group,
+    rows_by_target,
+    rows_frame,
+)
 from .tables import TransferTable, tables_html, transfer_table
 from ..plotting.transfer import plot_matrix, plot_transfer
 

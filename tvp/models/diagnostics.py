@@ -139,16 +139,8 @@ def _diagnose_gradient(
         return DiagnosticResult(
             "gradient", False, "does not reach the border: the model crops it away", 0.0
         )
-    tolerance = 1e-5 if mllm.dtype == torch.float32 else 1e-2
-    with torch.no_grad():
-        again = mllm(images, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss
-    if not torch.isclose(loss, again, rtol=tolerance):
-        return DiagnosticResult(
-            "gradient",
-            False,
-            f"is of a loss in which chance plays a part: the same images gave {loss.item():.4g} "
-            f"and {again.item():.4g}; switch dropout off with model.eval()",
-        )
+    if chance := _find_chance(mllm, images, loss):
+        return DiagnosticResult("gradient", False, chance)
     measurable = mllm.dtype == torch.float32 and not _rounds_pixels(mllm, images)
     if measurable and (gap := _slope_gap(mllm, images, pixels.grad)) > 0.3:
         return DiagnosticResult(
@@ -165,6 +157,22 @@ def _diagnose_gradient(
     )
 
 # %% ../../nbs/api/models/05_diagnostics.ipynb #2b406300
+@torch.no_grad()
+def _find_chance(
+    mllm: MultimodalModel,  # the adapter
+    images: Tensor,  # (2, 3, S, S)
+    loss: Tensor,  # of these images, scalar
+) -> str | None:  # what is wrong; None: the same images give the same loss
+    "Tell whether chance plays a part in a loss."
+    again = mllm(images, _PROBE_INSTRUCTIONS, _PROBE_ANSWERS).loss
+    if torch.isclose(loss, again, rtol=1e-5 if mllm.dtype == torch.float32 else 1e-2):
+        return None
+    return (
+        f"is of a loss in which chance plays a part: the same images gave {loss.item():.4g} "
+        f"and {again.item():.4g}; switch dropout off with model.eval()"
+    )
+
+
 @torch.no_grad()
 def _rounds_pixels(
     mllm: MultimodalModel,  # the adapter

@@ -135,16 +135,16 @@ class CheckpointFiles:
                 f"{missing} ({error}). Save one beside the model: "
                 "processor.save_pretrained(FOLDER)."
             ) from None
-        images = getattr(processor, "image_processor", None)
-        if images is None:
+        image_processor = getattr(processor, "image_processor", None)
+        if image_processor is None:
             raise ValueError(
                 f"{missing}, only {type(processor).__name__}. Save one beside the model: "
                 "processor.save_pretrained(FOLDER)."
             )
-        if getattr(images, "backend", "torchvision") != "torchvision":
+        if getattr(image_processor, "backend", "torchvision") != "torchvision":
             raise ValueError(
                 f"`name_or_path`: {self.name} prepares its images with "
-                f"{type(images).__name__}, "
+                f"{type(image_processor).__name__}, "
                 "which works on PIL images only: no gradient "
                 "reaches the pixels through it. Choose another model: `tvp models` lists some."
             )

@@ -249,8 +249,7 @@ class VisualPrompt(ModelHubMixin, nn.Module):
     def apply(
         self,
         # path, PIL image, bytes or uint8 array; with `out` the path of an image or folder. A
-        # function
-        # is for `nn.Module.apply`
+        # function is for `nn.Module.apply`
         image: Any,
         out: str | Path | None = None,  # folder for the prompted images; None: return one image
         fit: str | None = None,  # "crop" or "letterbox"; None: as the provenance says, else "crop"

@@ -108,10 +108,10 @@ def build_visualglm_adapter(
         )
     size = config.vision_config.image_size
     # bicubic, CLIP's mean and deviation
-    images = BlipImageProcessor(size={"height": size, "width": size})
+    image_processor = BlipImageProcessor(size={"height": size, "width": size})
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
     processor = MarkerProcessor(
-        images, tokenizer, config.num_query_tokens, image_token, alone=("[gMASK]", "<sop>")
+        image_processor, tokenizer, config.num_query_tokens, image_token, alone=("[gMASK]", "<sop>")
     )
     return Mllm(model, processor, _INSTRUCTION_TEMPLATE.format, name=name, end="<eop>")
 
