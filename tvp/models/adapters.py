@@ -36,7 +36,12 @@ from tvp.models.inputs import (
     check_processor,
     image_scale,
 )
-from .ranking import ImageDeduplicator, rank
+from tvp.models.ranking import (
+    ImageDeduplicator,
+    candidate_token_ids,
+    rank,
+    score_candidates,
+)
 from .torch_settings import with_torch_settings
 from .transformers_compat import drop_recording_hooks
 
@@ -51,6 +56,19 @@ class MllmOutput:
     layers: tuple[Tensor, ...] = ()
 
 # %% ../../nbs/api/models/06_adapters.ipynb #091d2b43
+def _check_answers(
+    answers: list[str],  # one per image
+    candidates: list[str],  # among which each must be
+) -> None:
+    "Every answer is one of the candidates."
+    if unknown := sorted(set(answers) - set(candidates)):
+        raise ValueError(
+            f"`candidates` must contain every answer, {unknown[0]!r} is not among them: "
+            f"{list(candidates)[:10]}. Add it, or train over the whole vocabulary: "
+            "candidates=None."
+        )
+
+
 class Mllm:
     """A frozen multimodal language model: images in [0, 1] and instructions in, losses and scores
     out."""
@@ -119,23 +137,43 @@ class Mllm:
         images: Tensor,  # (B, 3, H, W) in [0, 1]
         instructions: list[str],  # one per image
         answers: list[str],  # one per image
+        # N possible answers: the loss is the cross-entropy of the right one among them, by the
+        # scores of `rank`; None: of each token among the whole vocabulary
+        candidates: list[str] | None = None,
     ) -> MllmOutput:  # all of it differentiable with respect to the images
         "Compute the answers' cross-entropy and the visual tokens of the same forward pass."
-        inputs = self.model_inputs(images, instructions)
         check_one_text_per_image(len(images), answers=answers)
-        ids, mask = self.text.collate_answers(instructions, answers, self.end)
-        ids = ids.to(self.device)
-        mask = mask.to(self.device)
+        plan = None
+        if candidates is not None:
+            _check_answers(answers, candidates)
+            plan = candidate_token_ids(self, images, instructions, candidates)
         with (
             capture_visual_features(self.owner) as features,
             capture_hidden_states(self.blocks) as layers,
         ):
-            logits = answer_logits(self.model, inputs, ids, mask)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
+            if plan is None:
+                loss = self._vocabulary_loss(images, instructions, answers)
+            else:
+                right = [candidates.index(answer) for answer in answers]
+                scores = score_candidates(self, images, instructions, plan)
+                loss = F.cross_entropy(scores, torch.tensor(right, device=scores.device))
+                # one pass per candidate, where there is no faster way, shows them again and again
+                del layers[len(self.blocks) :]
         if images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise NoGradientError(self.name, self.model)
         tokens = collect_visual_tokens(self.model, self.owner, features, len(images))
         return MllmOutput(loss, tokens, split_hidden_states_by_image(layers, len(images)))
+
+    def _vocabulary_loss(
+        self, images: Tensor, instructions: list[str], answers: list[str]
+    ) -> Tensor:  # scalar
+        "Mean cross-entropy per answer token."
+        inputs = self.model_inputs(images, instructions)
+        ids, mask = self.text.collate_answers(instructions, answers, self.end)
+        ids = ids.to(self.device)
+        mask = mask.to(self.device)
+        logits = answer_logits(self.model, inputs, ids, mask)
+        return F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
 
     @with_torch_settings
     def count_tokens(self, instructions: list[str], answers: list[str]) -> int:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CandidateTokenIds', 'token_log_probs', 'score_sequentially', 'PrefixTree', 'build_prefix_tree', 'tree_attention_mask',
-           'ImageDeduplicator', 'rank']
+           'ImageDeduplicator', 'rank', 'candidate_token_ids', 'score_candidates']
 
 # %% ../../nbs/api/models/04_ranking.ipynb #cca3cf22
 import copy
@@ -306,7 +306,10 @@ def _score_decoder_batch(
     from transformers.modeling_outputs import BaseModelOutput
 
     batch = len(attention_mask)
-    cache = copy.deepcopy(cache)
+    layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    # a cache of its own around the same tensors, which are replaced, not written to
+    cache = copy.deepcopy(cache, {id(tensor): tensor for tensor in tensors})
     fill = decoder_start_token_id(mllm.model)
     cache.batch_repeat_interleave(len(plan))
     rows = [torch.tensor([ids], device=mllm.device) for ids in plan]
@@ -513,6 +516,21 @@ def _verify_packed_ranking(
         _disable_packed_ranking(mllm, f"does not work ({type(error).__name__}: {error})")
     return False
 
+
+def _ensure_verified(
+    mllm: MultimodalModel,  # the adapter
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    instructions: list[str],  # one per image
+    plan: CandidateTokenIds,  # the task's candidates
+) -> None:
+    "Find out at first use whether the fast way is right, on the shortest and longest instruction."
+    if mllm.packed is not None:
+        return
+    by_length = sorted(range(len(images)), key=lambda row: len(instructions[row]))
+    ends = sorted({by_length[0], by_length[-1]})
+    inputs = mllm.model_inputs(images[ends], [instructions[row] for row in ends])
+    mllm.packed = _verify_packed_ranking(mllm, inputs, plan)
+
 # %% ../../nbs/api/models/04_ranking.ipynb #7be94b17
 def _score_group(
     mllm: MultimodalModel,  # the adapter
@@ -531,14 +549,13 @@ def _score_group(
     return score_sequentially(mllm, inputs, plan)
 
 # %% ../../nbs/api/models/04_ranking.ipynb #2e5506f8
-@torch.no_grad()
-def rank(
+def _group_by_token_ids(
     mllm: MultimodalModel,  # the adapter
     images: Tensor,  # (B, 3, H, W) in [0, 1]
     instructions: list[str],  # one per image
-    candidates: list[str],  # N possible answers, the same for all images
-) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
-    "Score candidate answers, each normalized by its own length."
+    candidates: list[str],  # N possible answers
+) -> dict[CandidateTokenIds, list[int]]:  # the candidates' tokens, and the rows where they are these
+    "Check what is to be scored. Nearly always one group: instructions seldom change tokens."
     check_images(images)
     check_one_text_per_image(len(images), instructions=instructions)
     _check_candidates(candidates)
@@ -549,23 +566,55 @@ def rank(
         # once, at the right size: it also tells how an answer begins
         mllm.text.row(instruction, size)
         plans[instruction] = tuple(mllm.text.answer_ids(instruction, c) for c in candidates)
-    # nearly always one: the instruction seldom changes a candidate's tokens
     for row, instruction in enumerate(instructions):
         groups[plans[instruction]].append(row)
     for instruction, plan in plans.items():
         _check_distinct(candidates, plan, instruction)
+    return groups
+
+
+@torch.no_grad()
+def rank(
+    mllm: MultimodalModel,  # the adapter
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    instructions: list[str],  # one per image
+    candidates: list[str],  # N possible answers, the same for all images
+) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
+    "Score candidate answers, each normalized by its own length."
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
-
-    def select(rows):
-        return mllm.model_inputs(images[rows], [instructions[row] for row in rows])
-
-    def length(row):
-        return len(instructions[row])
-
-    for plan, rows in groups.items():
-        if mllm.packed is None:
-            ends = sorted({min(rows, key=length), max(rows, key=length)})
-            mllm.packed = _verify_packed_ranking(mllm, select(ends), plan)
+    for plan, rows in _group_by_token_ids(mllm, images, instructions, candidates).items():
+        own = [instructions[row] for row in rows]
+        _ensure_verified(mllm, images[rows], own, plan)
         with mllm.deduplicator.active():
-            scores[rows] = _score_group(mllm, select(rows), plan)
+            scores[rows] = _score_group(mllm, mllm.model_inputs(images[rows], own), plan)
     return scores
+
+# %% ../../nbs/api/models/04_ranking.ipynb #acb93ea1
+@torch.no_grad()
+def candidate_token_ids(
+    mllm: MultimodalModel,  # the adapter
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    instructions: list[str],  # one per image
+    candidates: list[str],  # N possible answers, the same for all images
+) -> CandidateTokenIds:  # N
+    "Turn candidates into tokens, which must be the same ones behind every instruction."
+    groups = _group_by_token_ids(mllm, images, instructions, candidates)
+    if len(groups) > 1:
+        raise ValueError(
+            f"`candidates` must be the same tokens behind every instruction, but {mllm.name}'s "
+            f"tokenizer cuts them in {len(groups)} ways behind these. Train over the whole "
+            "vocabulary: candidates=None."
+        )
+    (plan,) = groups
+    _ensure_verified(mllm, images, instructions, plan)
+    return plan
+
+
+def score_candidates(
+    mllm: MultimodalModel,  # the adapter
+    images: Tensor,  # (B, 3, H, W) in [0, 1]
+    instructions: list[str],  # one per image
+    plan: CandidateTokenIds,  # N candidates, from `candidate_token_ids`
+) -> Tensor:  # (B, N) mean log-likelihood per token, differentiable with respect to the images
+    "Score candidate answers as `rank` does."
+    return _score_group(mllm, mllm.model_inputs(images, instructions), plan)

@@ -8,6 +8,7 @@ __all__ = ['optimizer_config', 'describe_callable', 'update_config', 'Checkpoint
 # %% ../../nbs/api/training/11_checkpoint.ipynb #5aa80205
 import copy
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -66,6 +67,8 @@ def _loss_config(
     own = {}
     if is_dataclass(term):
         own = {field.name: getattr(term, field.name) for field in fields(term)}
+    if not own.get("relative", True):
+        del own["relative"]  # checkpoints of earlier versions do not know it
     return _plain_attributes({"weight": term.weight, "sign": term.sign} | own)
 
 # %% ../../nbs/api/training/11_checkpoint.ipynb #7ed165e4
@@ -238,6 +241,8 @@ class CheckpointMixin:
             "gradient_filters": [describe_callable(each) for each in self.gradient_filters],
             "average_last_steps": self.average_last_steps,
             "adjust": list(self.prompt.adjust),
+            "relative weights": [t.name for t in self.losses if getattr(t, "relative", False)],
+            "candidates": list(self.candidates or []),
         }
         return {name: value for name, value in options.items() if value}
 
@@ -341,6 +346,10 @@ class CheckpointMixin:
         set_rng_states(state["random"])
         self.records = records
         self.state = restored
+        device = self.device
+        for record in records[len(records) - restored.step :][-self.task_losses.maxlen :]:
+            if not math.isnan(record.task):
+                self.task_losses.append(torch.tensor(record.task, device=device))
         self.weight_averaging.sums = [
             total.to(parameter.device)
             for total, parameter in zip(state.get("summed", []), self.prompt.parameters())

@@ -8,6 +8,7 @@ __all__ = ['CleanFeatureCache', 'UpdateMixin', 'LoopMixin', 'Learner']
 # %% ../../nbs/api/training/09_learner.ipynb #9a38e1b3
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -127,6 +128,8 @@ class UpdateMixin:
         self.optimizer.step()
         self._clamp_adjustments()
         self.pending_metrics.append(metrics)
+        if "task" in metrics.losses:
+            self.task_losses.append(metrics.losses["task"].float())
         self._notify("after_step", metrics)
         return metrics
 
@@ -147,7 +150,8 @@ class UpdateMixin:
             images, prompted = self._transform_both(transform, images, prompted)
         output = None
         if source is not None:  # the one encode with gradient: the answer's loss and visual tokens
-            output = source(prompted, batch.instructions, batch.answers)
+            among = {} if self.candidates is None else {"candidates": self.candidates}
+            output = source(prompted, batch.instructions, batch.answers, **among)
         if token_weight is not None:
             output = SimpleNamespace(**vars(output) | {"loss": output.loss * token_weight})
         return self.compute_losses(images, prompted, output, batch, source, losses)
@@ -170,6 +174,7 @@ class UpdateMixin:
             output,
             self._clean_tokens(source),
             self.prompt.generator,
+            self.running_task_loss,
         )
         total, values = weighted_total(losses, context)
         values = {name: value.detach().to(total) for name, value in values.items()}
@@ -207,6 +212,17 @@ class UpdateMixin:
             found.append(replace(metrics, total=metrics.total.detach()))
         return self.all_reduce(Gradients.of(self.prompt), StepMetrics.mean(found))
 
+    @property
+    def running_task_loss(self) -> Tensor | None:  # scalar, on the device; None: no update yet
+        "Average the task loss over the last updates, for weights that are relative to it."
+        return torch.stack(list(self.task_losses)).mean() if self.task_losses else None
+
+    @property
+    def candidates(self) -> Sequence[str] | None:  # None: the task loss is over the vocabulary
+        "Return the answers among which the task loss looks for the right one."
+        tasks = [term for term in self.losses if isinstance(term, TaskLoss)]
+        return tasks[0].candidates if tasks else None
+
     def losses_by_source(self) -> list[tuple[Mllm | None, list]]:
         "Pair each source with its losses; the losses that need no source come last, once."
         if len(self.sources) == 1:
@@ -223,7 +239,9 @@ class UpdateMixin:
     ) -> Iterator[tuple[Batch, Tensor | None, Callable | None]]:
         "List what one source looks at in an update: each micro-batch, in each input transform."
         weights = [None] * len(micro_batches)
-        if source is not None and len(micro_batches) * self.accelerator.num_processes > 1:
+        parts = len(micro_batches) * self.accelerator.num_processes
+        # over candidates every image counts alike
+        if source is not None and parts > 1 and self.candidates is None:
             weights = token_weights(source, micro_batches, self.accelerator)
         for transform in self.input_transforms or [None]:
             for batch, weight in zip(micro_batches, weights):
@@ -444,6 +462,7 @@ class LoopMixin(UpdateMixin):
         self.stop_requested = False
         self.stop_agreed = False
         self.weight_averaging.sums = []
+        self.task_losses.clear()
         if "epochs" in self.provenance:  # what the recipe had planned
             self.provenance["epochs"] = epochs
 
@@ -567,6 +586,8 @@ class Learner(LoopMixin, CheckpointMixin):
         self.state = TrainState()
         self.records: list[StepRecord] = []
         self.pending_metrics: list[StepMetrics] = []  # of updates not read yet
+        # of the last updates, on the device; see `running_task_loss`
+        self.task_losses: deque[Tensor] = deque(maxlen=16)
         self.stop_requested = False  # by this process
         self.stop_agreed = False  # by all of them
         # images that change never come back

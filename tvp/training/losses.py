@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'StepContext', 'TaskLoss', 'euclidean_distance', 'cosine_distance', 'relative_distance',
-           'FeatureConsistency', 'LayerConsistency', 'TaskSemantics', 'weighted_total', 'check_losses', 'tvp_losses']
+           'FeatureConsistency', 'LayerConsistency', 'TaskSemantics', 'relative_weight', 'weighted_total',
+           'check_losses', 'tvp_losses']
 
 # %% ../../nbs/api/training/01_losses.ipynb #0a5ceb55
 import math
@@ -35,6 +36,8 @@ class StepContext:
     # where a loss that draws anything takes it from, so that a checkpoint holds its state; None:
     # nothing is drawn
     generator: torch.Generator | None = None
+    # mean of the task loss over the last updates, for weights relative to it; None: there are none
+    task_loss: Tensor | None = None
 
     @cached_property
     def clean_tokens(self) -> Tensor:  # (B, T, D)
@@ -68,17 +71,35 @@ def _check_weight(
             "Its sign is built in: TSE is already subtracted."
         )
 
+# %% ../../nbs/api/training/01_losses.ipynb #6593e703
+def _check_distinct_texts(
+    name: str,  # of the parameter
+    texts,  # as handed in
+) -> None:
+    "At least two texts, each once."
+    several = check_str_list(name, texts)
+    if len(several) < 2 or len(set(several)) < len(several):
+        raise ValueError(
+            f"`{name}` must be at least two, each once, got {several}. Name what else could be "
+            "in the image, or pass None."
+        )
+
 # %% ../../nbs/api/training/01_losses.ipynb #c104704a
 @dataclass
 class TaskLoss:
     "Cross-entropy of the answer (TVP, sec. 3; all that VP and EVP have)."
 
     weight: float = 1.0  # factor in the total, >= 0
+    # answers that the right one is told from, by the scores of `Mllm.rank`; None: the cross-entropy
+    # of each of its tokens among the whole vocabulary, which is the paper's
+    candidates: Sequence[str] | None = None
     name = "task"
     sign = 1
 
     def __post_init__(self):
         _check_weight(self)
+        if self.candidates is not None:
+            _check_distinct_texts("candidates", self.candidates)
 
     def __call__(self, context: StepContext) -> Tensor:  # scalar
         return context.output.loss
@@ -136,6 +157,7 @@ class FeatureConsistency:
     weight: float  # factor in the total, >= 0; the paper's is 0.005 on CIFAR-10
     # how far is measured: a name in DISTANCES; the paper's is euclidean
     distance: str = "euclidean"
+    relative: bool = False  # is the weight relative to the task loss? see `relative_weight`
     name = "fca"
     sign = 1
 
@@ -145,6 +167,12 @@ class FeatureConsistency:
     def __call__(self, context: StepContext) -> Tensor:  # scalar
         # (B, T, D) both
         return _mean_token_distance(self.distance, context.output.visual_tokens, context.clean_tokens)
+
+    def unit(self, context: StepContext) -> Tensor | float:  # scalar
+        "Return what the distance is large or small beside: the mean length of a clean token."
+        if self.distance != "euclidean":
+            return 1.0
+        return context.clean_tokens.float().norm(dim=-1).mean()
 
 # %% ../../nbs/api/training/01_losses.ipynb #de9b3b82
 @dataclass
@@ -204,14 +232,8 @@ def _check_tse_options(
                 f"{template!r}."
             )
     check_int("crops", term.crops, 0)
-    if term.captions is None:
-        return
-    several = check_str_list("captions", term.captions)
-    if len(several) < 2 or len(set(several)) < len(several):
-        raise ValueError(
-            f"`captions` must be at least two, each once, got {several}. Name what else could be "
-            "in the image, or pass None."
-        )
+    if term.captions is not None:
+        _check_distinct_texts("captions", term.captions)
 
 # %% ../../nbs/api/training/01_losses.ipynb #38c879c7
 def _clip_caption_score(
@@ -287,6 +309,7 @@ class TaskSemantics:
     crops: int = 0  # so many random crops of the image, the mean over them; 0: the whole image
     # all that an image could show: makes it contrastive; None: only the true caption counts
     captions: Sequence[str] | None = None
+    relative: bool = False  # is the weight relative to the task loss? see `relative_weight`
     name = "tse"
     sign = -1
     needs_source = False  # once per update, however many sources there are
@@ -310,7 +333,25 @@ class TaskSemantics:
             ]
         ).mean()
 
+    def unit(self, context: StepContext) -> float:
+        "Return what the score is large or small beside: CLIP's scale, so that a cosine is left."
+        clips = _ensure_list(self.clip)
+        return sum(clip.logit_scale for clip in clips) / len(clips)
+
 # %% ../../nbs/api/training/01_losses.ipynb #335db493
+def relative_weight(
+    term,  # a loss with `relative` and `unit`
+    context: StepContext,
+    values: dict[str, Tensor],  # unweighted values of the losses of this step
+) -> Tensor | float:  # scalar, no gradient
+    """Weigh a term by the task loss that is left: `weight * task_loss / unit`. In the first update
+    the task loss is that of the step itself; a term that is weighed without it waits."""
+    task_loss = context.task_loss
+    if task_loss is None:
+        task_loss = values["task"].detach() if "task" in values else 0.0
+    return term.weight * task_loss / term.unit(context)
+
+
 def weighted_total(
     losses: list,  # callables with name, weight and sign
     context: StepContext,
@@ -318,7 +359,12 @@ def weighted_total(
     "Total loss of a step: the sum of sign * weight * value."
     # models may be on devices of their own
     values = {term.name: term(context).to(context.prompted.device) for term in losses}
-    return sum(term.sign * term.weight * values[term.name] for term in losses), values
+    total = 0
+    for term in losses:
+        is_relative = getattr(term, "relative", False)
+        weight = relative_weight(term, context, values) if is_relative else term.weight
+        total = total + term.sign * weight * values[term.name]
+    return total, values
 
 # %% ../../nbs/api/training/01_losses.ipynb #ad3ae28f
 def check_losses(
@@ -336,6 +382,12 @@ def check_losses(
     names = [term.name for term in losses]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`losses` must hold at least one loss, each name once, got {names}.")
+    relative = [term.name for term in losses if getattr(term, "relative", False)]
+    if relative and "task" not in names:
+        raise ValueError(
+            f"`losses` must hold TaskLoss() where a weight is relative to it, as that of "
+            f"{relative[0]} is; got {names}."
+        )
     return list(losses)
 
 # %% ../../nbs/api/training/01_losses.ipynb #5f2f6751
@@ -343,6 +395,8 @@ def tvp_losses(
     fca: float = 0.005,  # weight of Feature Consistency Alignment, 0 leaves it out
     tse: float = 0.001,  # weight of Task Semantics Enrichment, 0 leaves it out
     clip: Clip | None = None,  # needed when tse > 0
+    relative: bool = False,  # are both weights relative to the task loss? see `relative_weight`
+    candidates: Sequence[str] | None = None,  # of `TaskLoss`; None: the whole vocabulary
 ) -> list:  # [TaskLoss, FeatureConsistency, TaskSemantics] without those of weight 0
     """The losses of TVP; with both weights 0, those of EVP. The defaults are the paper's for
     CIFAR-10."""
@@ -350,5 +404,7 @@ def tvp_losses(
         raise ValueError(
             f"`clip` is needed for TSE (tse={tse}). Pass clip=zoo.clip, or tse=0 for no TSE."
         )
-    terms = [TaskLoss(), FeatureConsistency(fca), *([TaskSemantics(tse, clip)] if tse != 0 else [])]
+    terms = [TaskLoss(candidates=candidates), FeatureConsistency(fca, relative=relative)]
+    if tse != 0:
+        terms.append(TaskSemantics(tse, clip, relative=relative))
     return [term for term in terms if term.weight]

@@ -41,6 +41,8 @@ class Recipe:
     warmup: int | None = None
     fca: float = 0.0  # weight of Feature Consistency Alignment
     tse: float = 0.0  # weight of Task Semantics Enrichment
+    relative: bool = False  # both relative to the task loss, see tvp.training.losses
+    candidates: bool = False  # is the task loss over the task's candidates alone?
     augment: bool = False  # random crops and flips, as far as the task allows
     # of the prompt's pixels: "free", "unit" or "uint8"; see tvp.prompts.pixel_ops.PIXEL_RANGES
     range: str = "free"
@@ -145,7 +147,13 @@ def make_learner(
         range=recipe.range,
         adjust=recipe.adjust,
     )
-    losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None)
+    losses = tvp_losses(
+        recipe.fca,
+        recipe.tse,
+        zoo.clip if recipe.tse else None,
+        recipe.relative,
+        task.candidates if recipe.candidates else None,
+    )
     schedule = (
         cosine_epoch_schedule
         if recipe.warmup is None
