@@ -168,7 +168,10 @@ class FeatureConsistency:
         # (B, T, D) both
         return _mean_token_distance(self.distance, context.output.visual_tokens, context.clean_tokens)
 
-    def unit(self, context: StepContext) -> Tensor | float:  # scalar
+    def unit(
+        self,
+        context: StepContext,
+    ) -> Tensor | float:  # scalar
         "Return what the distance is large or small beside: the mean length of a clean token."
         if self.distance != "euclidean":
             return 1.0
@@ -333,7 +336,10 @@ class TaskSemantics:
             ]
         ).mean()
 
-    def unit(self, context: StepContext) -> float:
+    def unit(
+        self,
+        context: StepContext,
+    ) -> float:  # e^s
         "Return what the score is large or small beside: CLIP's scale, so that a cosine is left."
         clips = _ensure_list(self.clip)
         return sum(clip.logit_scale for clip in clips) / len(clips)
