@@ -86,6 +86,14 @@ def make_control(
         **traits,
     )
 
+# %% ../../nbs/api/widgets/05_stepper_view.ipynb #f302f64f
+def _weight_options(
+    weight: float,  # that must be among them, >= 0
+) -> list[tuple[str, float]]:  # label and value, the smallest first
+    "List the weights that a slider offers, evenly on a logarithmic scale."
+    decades = [float(f"{digit}e{decade}") for decade in range(-3, 1) for digit in (1, 2, 5)]
+    return [(f"{value:g}", value) for value in sorted({0.0, *decades, 10.0, weight})]
+
 # %% ../../nbs/api/widgets/05_stepper_view.ipynb #3bb6ef90
 class _StepperControls:
     "Show and change the settings of a stepper: menus, sliders and buttons."
@@ -119,18 +127,24 @@ class _StepperControls:
 
     def _make_sliders(self) -> dict:  # name of the setting -> widget
         "Make the sliders; they take effect when they are let go."
-        from ipywidgets import FloatLogSlider, FloatSlider, IntSlider
+        from ipywidgets import FloatLogSlider, IntSlider, SelectionSlider
 
         settings = self.stepper.settings
         still = {"continuous_update": False}
         rate = {"base": 10, "min": -1, "max": 3, "step": 0.05, "readout_format": ".3g"} | still
-        weight = {"min": 0.0, "max": 0.05, "step": 0.001, "readout_format": ".3f"} | still
         width = {"min": 1, "max": self.stepper.zoo.size // 3} | still
         return {
             "lr": make_control(FloatLogSlider, "learning rate", settings["lr"], **rate),
             "width": make_control(IntSlider, "border", settings["width"], **width),
-            "fca": make_control(FloatSlider, "FCA weight", settings["fca"], **weight),
-            "tse": make_control(FloatSlider, "TSE weight", settings["tse"], **weight),
+        } | {
+            name: make_control(
+                SelectionSlider,
+                f"{name.upper()} weight",
+                settings[name],
+                options=_weight_options(settings[name]),
+                **still,
+            )
+            for name in ("fca", "tse")
         }
 
     def _make_buttons(self) -> dict:  # name of the action -> widget
@@ -202,6 +216,8 @@ class _StepperControls:
         self._syncing_thread = get_ident()
         try:
             for name, control in self.settings.items():
+                if name in ("fca", "tse"):
+                    control.options = _weight_options(stepper.settings[name])
                 control.value = stepper.settings[name]
             self.image_index.max = stepper.training.n_images - 1
             self.image_index.value = stepper.image_index
