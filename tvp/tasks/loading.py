@@ -12,6 +12,7 @@ from typing import Any
 
 from .bundled import load_bundled_task
 from .custom import load_custom_task
+from .easy_vqa import load_easy_vqa
 from .paper_datasets import list_paper_tasks, load_paper_task
 from .task import Task
 
@@ -31,7 +32,8 @@ def load_task(
     name: Any,
     /,
     data_dir: str | Path | None = None,  # where a public data set lies; None: the Hugging Face hub
-    # passed on to `tvp.tasks.paper_datasets.load_paper_task` or `tvp.tasks.custom.load_custom_task`
+    # passed on to `tvp.tasks.paper_datasets.load_paper_task`, `tvp.tasks.custom.load_custom_task`
+    # or `tvp.tasks.easy_vqa.load_easy_vqa`
     **options,
 ) -> Task:
     "Load a task by its name, or from your own images."
@@ -49,6 +51,10 @@ def load_task(
                 "Dataset alone."
             )
         return load_custom_task(name, **options)
+    if name == "easy-vqa":
+        if data_dir:
+            raise TypeError("the task 'easy-vqa' is a package of its own and takes no data_dir.")
+        return load_easy_vqa(**options)
     # "pope-random" is one of three in "pope"
     if name.partition("-")[0] in list_paper_tasks():
         return load_paper_task(name, data_dir, **options)
@@ -58,6 +64,5 @@ def load_task(
         if there
         else ""
     )
-    raise KeyError(
-        f"`name` must be one of {', '.join(task_names() + list_paper_tasks())}; got {name!r}.{own}"
-    )
+    known = [*task_names(), *list_paper_tasks(), "easy-vqa"]
+    raise KeyError(f"`name` must be one of {', '.join(known)}; got {name!r}.{own}")
