@@ -8,6 +8,9 @@ __all__ = ['load_easy_vqa']
 # %% ../../nbs/api/tasks/09b_easy_vqa.ipynb #205f4d83
 from typing import Any
 
+import numpy as np
+
+from .._validation import check_float
 from .custom import load_custom_task
 from .task import Task
 
@@ -29,6 +32,8 @@ def load_easy_vqa(
     seed: int = 0,  # of the draw
 ) -> Task:
     "Load easy-VQA from the installed package: its own training and test split, all questions."
+    if check_float("valid", valid, above=True) >= 1:
+        raise ValueError(f"`valid` must be a share in (0, 1), got {valid!r}. Try 0.1.")
     try:
         import easy_vqa
     except ImportError:
@@ -38,15 +43,20 @@ def load_easy_vqa(
         ) from None
     from datasets import DatasetDict
 
+    train = _questions_table(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths())
+    test = _questions_table(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths())
+    numbers = np.array(easy_vqa.get_train_questions()[2])  # of each question's image
+    images = np.random.default_rng(seed).permutation(np.unique(numbers))
+    held = np.isin(numbers, images[: max(1, round(valid * len(images)))])
     tables = DatasetDict(
-        train=_questions_table(easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
-        test=_questions_table(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+        train=train.select(np.flatnonzero(~held)),
+        valid=train.select(np.flatnonzero(held)),
+        test=test,
     )
     return load_custom_task(
         tables,
         name="easy-vqa",
         candidates=easy_vqa.get_answers(),
-        valid=valid,
         seed=seed,
         check=False,
         fit="letterbox",
