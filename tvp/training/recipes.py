@@ -128,7 +128,7 @@ def get_recipe(
         )
     return replace(RECIPES[preset][method], **changes)
 
-# %% ../../nbs/api/training/12_recipes.ipynb #e1d8444b
+# %% ../../nbs/api/training/12_recipes.ipynb #432c37ca
 def _border_norm(
     size: int,  # side of the canvas, pixels
     width: int,  # of the border, pixels
@@ -149,6 +149,7 @@ def _derive_steps(
     recipe: Recipe,  # with its canvas and border
     steps_per_epoch: int,
     epochs: int,
+    share: float,  # of the way that TVP's border goes
 ) -> dict[str, Any]:  # lr, and what else belongs to the optimizer
     "Derive the learning rates from the way that a border is to go."
     if recipe.momentum is not None:
@@ -156,13 +157,13 @@ def _derive_steps(
         return {"lr": 40 * (recipe.size / 224) ** 1.5, "warmup": warmup}
     # the cosine by epoch leaves (epochs + 1) / 2 epochs of full steps
     updates = steps_per_epoch * (epochs + 1) / 2
-    step = min(_LONGEST_STEP, _TRAVEL / updates)
+    step = min(_LONGEST_STEP, share * _TRAVEL / updates)
     rates = {"lr": step * _border_norm(recipe.size, recipe.width)}
     if recipe.adjust:
         rates["adjust_lr"] = min(0.06, _LENS_TRAVEL / updates)
     return rates
 
-# %% ../../nbs/api/training/12_recipes.ipynb #6d71f7ee
+# %% ../../nbs/api/training/12_recipes.ipynb #3ac1bbb5
 def derive_recipe(
     method: str,  # VP, EVP, TVP or TVP-lens
     size: int,  # side of the canvas, pixels: the model's own input size
@@ -180,13 +181,14 @@ def derive_recipe(
         return otherwise if value is None else check_int(name, value)
 
     size = given("size", check_int("size", size))
-    share = (15 if method == "TVP-lens" else 30) / 224
-    recipe = replace(recipe, size=size, width=given("width", max(1, round(share * size))))
+    share = 0.5 if method == "TVP-lens" else 1.0
+    width = given("width", max(1, round(share * 30 / 224 * size)))
+    recipe = replace(recipe, size=size, width=width)
     batch_size = given("batch_size", min(16, max(1, images // 4)))
     steps_per_epoch = max(1, images // batch_size)
-    updates = _PAPER_UPDATES * (images / _PAPER_IMAGES) ** 0.5
+    updates = share * _PAPER_UPDATES * (images / _PAPER_IMAGES) ** 0.5
     epochs = given("epochs", max(1, round(updates / steps_per_epoch)))
-    derived = _derive_steps(recipe, steps_per_epoch, epochs)
+    derived = _derive_steps(recipe, steps_per_epoch, epochs, share)
     derived |= {"batch_size": batch_size, "epochs": epochs, "augment": epochs == 1}
     if recipe.tse:
         derived["tse"] = 0.1 / logit_scale
@@ -196,7 +198,7 @@ def derive_recipe(
     }
     return replace(recipe, **{n: v for n, v in rounded.items() if changes.get(n) is None})
 
-# %% ../../nbs/api/training/12_recipes.ipynb #c6c5d715
+# %% ../../nbs/api/training/12_recipes.ipynb #3616ea21
 _NUMBER = (int, float)
 _FIELD_TYPES = {
     "name": str,
@@ -243,7 +245,7 @@ def check_zoo(
         f"tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own."
     )
 
-# %% ../../nbs/api/training/12_recipes.ipynb #c19e8459
+# %% ../../nbs/api/training/12_recipes.ipynb #15fa3930
 _LARGEST_CANVAS = 448  # of the rule, pixels
 
 
