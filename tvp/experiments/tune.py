@@ -124,7 +124,7 @@ class Trial:
 
     parameters: dict[str, Any]  # field of Recipe -> value
     scores: dict[str, float]  # model -> score on validation images; empty where training failed
-    seconds: float
+    seconds: float  # for training and scoring; after an interruption, of the rest
     error: str | None = None  # what went wrong
 
     @property
@@ -234,17 +234,23 @@ class TuningResults:
 
     def _sentences(self) -> list[str]:
         "Say what was found, and what it is worth."
-        best, first = self.trials[self.best_trial], self.trials[0]
-        points = [f"{100 * score:.1f}" for score in (best.score, first.score, self.clean_score)]
+        scores = [self.trials[self.best_trial].score, self.trials[0].score, self.clean_score]
+        best, first, clean = (f"{100 * score:.1f}" for score in scores)
+        found = (
+            f"{self.title}: the best of {len(self.trials)} trials is number {self.best_trial} with "
+            f"{best}; the recipe that the search began with has {first}, and without a prompt it "
+            f"is {clean} ({self.metric} in %, validation images, mean over "
+            f"{', '.join(self.clean)})."
+        )
+        warning = (
+            "The best of many on the same images looks better than it is: what its prompt is worth "
+            "say the test images, asked once."
+        )
         failed = sum(not trial.scores for trial in self.trials)
         return [
-            f"{self.title}: the best of {len(self.trials)} trials is number {self.best_trial} with "
-            f"{points[0]}; the recipe that the search began with has {points[1]}, and without a "
-            f"prompt it is {points[2]} ({self.metric} in %, validation images, mean over "
-            f"{', '.join(self.clean)}).",
-            "The best of many on the same images looks better than it is: what its prompt is worth "
-            "say the test images, asked once.",
-            *([f"{failed} could not be trained; see the column `error`."] if failed else []),
+            found,
+            warning,
+            *([f"{failed} could not be trained: see `df.error`."] * (failed > 0)),
         ]
 
     def __repr__(self) -> str:
@@ -286,7 +292,20 @@ class _Search:
     models: list[str]  # whose scores are averaged
     limit: int | None  # validation images at most
     seed: int
-    parts: Parts
+    parts: Parts | None = None  # where the trials are kept
+
+    def settings(self) -> dict:  # names and numbers, nested
+        "List what decides the results of a search, for its `Parts`."
+        return {
+            "method": self.method,
+            "task": task_settings(self.task),
+            "sources": _names(self.source),
+            "models": self.models,
+            "recipe": asdict(self.start),
+            "space": self.space,
+            "limit": self.limit,
+            "seed": self.seed,
+        }
 
     def score_models(
         self,
@@ -326,7 +345,8 @@ class _Search:
         "Train and score one recipe."
         start = time.monotonic()
         checkpoint = self.parts.folder / f"training-{number}.safetensors"
-        scores, error = {}, None
+        scores = {}
+        error = None
         try:
             scores = self.score_models(self._train(parameters, checkpoint))
         except ValueError as problem:
@@ -415,37 +435,25 @@ def tune(
     models = _names(source) + _check_unseen(unseen, zoo, _names(source))
     folder = check_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "method": method,
-        "task": task_settings(task),
-        "models": models,
-        "sources": _names(source),
-        "recipe": asdict(start),
-        "space": space,
-        "limit": limit,
-        "seed": seed,
-    }
+    search = _Search(method, zoo, source, task, start, space, models, limit, seed)
     with RunLock(folder):
-        parts = Parts(folder / PARTS, settings)
-        search = _Search(method, zoo, source, task, start, space, models, limit, seed, parts)
+        search.parts = Parts(folder / PARTS, search.settings())
         results = search.results()
         while len(results.trials) < trials and time.monotonic() < end:
-            number = len(results.trials)
-            trial = search.run_trial(number, search.next_parameters(results.trials))
+            trial = search.run_trial(len(results.trials), search.next_parameters(results.trials))
             results.trials.append(trial)
             results.save(folder)
-            say(_describe(number, trials, results))
+            say(_describe(trials, results))
     return results
 
 
 def _describe(
-    number: int,  # of the trial that was made
     count: int,  # of trials in all
     results: TuningResults,
 ) -> str:
-    "Tell how a trial went, in a line."
-    trial = results.trials[number]
+    "Tell how the last trial went, in a line."
+    trial = results.trials[-1]
     best = results.trials[results.best_trial].score
     values = ", ".join(f"{name} {_format(_label(v))}" for name, v in trial.parameters.items())
     score = "failed" if trial.error else f"{100 * trial.score:.1f} (best {100 * best:.1f})"
-    return f"trial {number + 1} of {count}: {score}; {values}"
+    return f"trial {len(results.trials)} of {count}: {score}; {values}"
