@@ -130,7 +130,10 @@ class Trial:
     @property
     def score(self) -> float:  # NaN where training failed
         "Average over the models, each of which counts the same."
-        return sum(self.scores.values()) / len(self.scores) if self.scores else math.nan
+        if not self.scores:
+            return math.nan
+        # equal shares of right answers are equal scores, whatever order they are added in
+        return round(sum(self.scores.values()) / len(self.scores), 9)
 
 # %% ../../nbs/api/experiments/06_tune.ipynb #1303a10f
 @contextmanager

@@ -39,6 +39,8 @@ def _draw_trials(ax, df: pd.DataFrame, name: str) -> None:
         ax.margins(x=0.3)
     elif df[name].min() > 0 and df[name].max() >= 5 * df[name].min():
         _use_log_scale(ax)
+    elif pd.api.types.is_integer_dtype(df[name]):
+        ax.locator_params(axis="x", integer=True, min_n_ticks=1)
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
