@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -41,7 +41,7 @@ from ..prompts.pixel_ops import PIXEL_RANGES
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
 from ..training.checkpoint import task_settings
-from ..training.recipes import Recipe, choose_recipe, get_recipe, make_learner
+from ..training.recipes import Recipe, choose_recipe, make_learner
 
 # %% ../../nbs/api/experiments/06_tune.ipynb #bc766dde
 def search_space(
@@ -72,9 +72,9 @@ def _check_space(
     hint = "Try {'lr': (5.0, 50.0), 'range': ['free', 'uint8']}."
     if not check_type("space", space, Mapping, hint):
         raise ValueError(f"`space` must name at least one field of Recipe, got none. {hint}")
-    get_recipe("TVP", **dict.fromkeys(space))  # knows its fields
-    if "name" in space:
-        raise ValueError("`space` must not hold `name`: search for each method by itself.")
+    known = [field.name for field in fields(Recipe) if field.name != "name"]
+    for name in space:
+        check_choice("space", name, known)
     for name, values in space.items():
         several = isinstance(values, list) and len(values) > 1
         if not several and not _is_range(values, name in _WHOLE):

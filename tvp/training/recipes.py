@@ -228,6 +228,11 @@ def read_recipe(
     if isinstance(recipe, Mapping):
         return dict(recipe)
     path = check_path(recipe, "recipe")
+    if not path.is_file():
+        raise FileNotFoundError(
+            "`recipe` must be a Recipe, fields by name, or a file made by Recipe.save; there is no "
+            f"file {str(path)!r}."
+        )
     values = check_fields(read_json(path), path.name, _FIELD_TYPES)
     return values | ({"adjust": tuple(values["adjust"])} if "adjust" in values else {})
 
