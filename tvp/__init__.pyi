@@ -26,3 +26,4 @@ from .models.zoo import Zoo as Zoo
 from .models.zoo import load_clip as load_clip
 from .models.zoo import load_mllm as load_mllm
 from .models.zoo import load_zoo as load_zoo
+from .experiments.tune import tune as tune

@@ -143,11 +143,14 @@ class Zoo(Mapping):
         keep: int | None = None,  # models in memory at a time; None: all
         # name: where its files are, as far as that is known
         places: Mapping[str, _ModelLocation] = {},
+        # whose recipes fit these models: "tiny", "paper", or "auto", the rule for any model
+        preset: str = "auto",
     ):
         self._load = load
         self._towers = towers
         self.size = size
         self.width = width
+        self.preset = preset
         self.keep = keep
         self._places = places
         self._models = {}
@@ -255,6 +258,7 @@ def tiny_zoo(
         CANVAS_SIZE,
         BORDER_WIDTH,
         lambda: load_tiny_clip(Path(folder)),
+        preset="tiny",
     )
 
 # %% ../../nbs/api/models/10_zoo.ipynb #33b3e57f
@@ -280,6 +284,7 @@ def _paper_zoo(
         _load_paper_clip,
         keep=1,
         places={n: weights.get(n, n) for n in PAPER_SIX},
+        preset="paper",
     )
 
 # %% ../../nbs/api/models/10_zoo.ipynb #c06d5edd
