@@ -212,6 +212,8 @@ _FIELD_TYPES = {
     "warmup": int,
     "fca": _NUMBER,
     "tse": _NUMBER,
+    "relative": bool,
+    "candidates": bool,
     "augment": bool,
     "range": str,
     "adjust": list,
