@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .._files import write_atomic
+from .._formatting import GATED
 from .._validation import check_choice, check_type, parse_source_names
 from tvp.evaluation.runs import (
     TransferRun,
@@ -30,7 +31,6 @@ from tvp.evaluation.runs import (
     rows_frame,
 )
 from .tables import TransferTable, tables_html, transfer_table
-from ..plotting.style import GATED
 from ..plotting.transfer import plot_matrix, plot_transfer
 
 # %% ../../nbs/api/evaluation/06_results.ipynb #81c04a60

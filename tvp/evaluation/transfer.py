@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._checkpoint import Parts
-from .._formatting import join_names
+from .._formatting import GATED, join_names
 from .._prefetch import prefetch
 from .._validation import check_choice, check_int, check_str_list, check_type, parse_source_names
 from .gate import GateDecision, gated_scores
@@ -29,7 +29,6 @@ from .distributed import all_gather_objects, merge_shards, partition_models, ran
 from .._prefetch import prefetch_files
 from ..models.adapters import Mllm
 from ..models.torch_settings import torch_settings
-from ..plotting.style import GATED
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Batch, Task, check_task_like
 

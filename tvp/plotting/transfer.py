@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from .._formatting import GATED
 from .._validation import check_choice, check_type, parse_source_names
-from .style import BASELINES, GATED, METHOD_COLORS, TARGET_GROUPS, method_style
+from .style import BASELINES, METHOD_COLORS, TARGET_GROUPS, method_style
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #9344fdc5
 def _check_one_mode(df: pd.DataFrame) -> None:
