@@ -32,7 +32,6 @@ PROMPTS = (
     ("EVP", "tiny-llava", 0),
     ("TVP", "tiny-minigpt4", 0),
     ("TVP-lens", "tiny-llava-siglip", 0),
-    ("TVP-lens", "tiny-minigpt4", 1),
 )
 GALLERY = ("TVP", "tiny-minigpt4", 0)  # this one comes with the package
 TEST_IMAGES = 300
