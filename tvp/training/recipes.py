@@ -8,6 +8,7 @@ __all__ = ['PAPER_METHODS', 'RECIPES', 'Recipe', 'get_recipe', 'check_zoo', 'mak
 # %% ../../nbs/api/training/12_recipes.ipynb #2212643b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch.optim import Optimizer
 from .._validation import check_choice, check_str_list, parse_source_names, renamed_parameters
 from ..models.adapters import Mllm
 from ..prompts.visual_prompt import VisualPrompt
+from ..tasks.descriptions import read_descriptions
 from ..tasks.task import Task
 from .learner import Learner
-from .losses import tvp_losses
+from .losses import TaskSemantics, tvp_losses
 from tvp.training.optimizers import (
     NormalizedGradient,
     cosine_epoch_schedule,
@@ -119,6 +121,22 @@ def check_zoo(
         f"tvp.load_zoo('tiny'), or tvp.load_zoo({{name: place}}) for models of your own."
     )
 
+# %% ../../nbs/api/training/12_recipes.ipynb #82cb05af
+def _read_captions(
+    descriptions: str | Path | Mapping | None,  # as in `make_learner`
+    recipe: Recipe,
+    task: Task,
+) -> str | Mapping:  # `template` of TSE
+    "Find out what TSE compares images with."
+    if descriptions is None:
+        return TaskSemantics.template
+    if not recipe.tse:
+        raise ValueError(
+            f"`descriptions` must be None for {recipe.name}: they are for TSE, which it does not "
+            "have. Use TVP."
+        )
+    return read_descriptions(descriptions, task)
+
 # %% ../../nbs/api/training/12_recipes.ipynb #6b36e111
 @renamed_parameters(scale="preset")
 def make_learner(
@@ -128,10 +146,14 @@ def make_learner(
     task: Task,
     seed: int = 0,  # of the order of images and of VP's start
     preset: str = "tiny",  # whose numbers: "tiny" or "paper"
+    # what TSE compares images with: a JSON file of sentences about each class (see
+    # `tvp.tasks.descriptions`), or class -> sentences; None: "this is a photo of a {}"
+    descriptions: str | Path | Mapping[str, Sequence[str]] | None = None,
     **overrides,  # other values for fields of Recipe, e.g. lr=20, epochs=2
 ) -> Learner:  # ready to fit
     "A learner with a fresh prompt, set up as a recipe says."
     recipe = get_recipe(method, preset, **overrides)
+    captions = _read_captions(descriptions, recipe, task)
     names = check_str_list(
         "source", parse_source_names(source) if isinstance(source, (str, list, tuple)) else source
     )
@@ -145,7 +167,7 @@ def make_learner(
         range=recipe.range,
         adjust=recipe.adjust,
     )
-    losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None)
+    losses = tvp_losses(recipe.fca, recipe.tse, zoo.clip if recipe.tse else None, captions)
     schedule = (
         cosine_epoch_schedule
         if recipe.warmup is None
@@ -168,4 +190,7 @@ def make_learner(
         "source": " + ".join(names),
         "epochs": recipe.epochs,
     }
+    if descriptions is not None:
+        named = isinstance(descriptions, (str, Path))
+        learner.provenance["descriptions"] = Path(descriptions).name if named else "of each class"
     return learner
