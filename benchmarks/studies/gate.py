@@ -38,7 +38,9 @@ TEST_IMAGES = 300
 RESULTS = Path(__file__).parents[1] / "results" / "gate.csv"
 
 
-def get_prompt(work: Path, zoo: Zoo, task: str, method: str, source: str, seed: int) -> VisualPrompt:
+def get_prompt(
+    work: Path, zoo: Zoo, task: str, method: str, source: str, seed: int
+) -> VisualPrompt:
     "Load a prompt from the gallery or from an earlier run, or train it."
     if (method, source, seed) == GALLERY:
         return load_prompt(f"{task}-tvp")

@@ -25,7 +25,12 @@ from .generated_answers import are_numbers, score_answers
 from .results import TransferResults
 from .runs import MODES, TransferRun
 from ..tasks.task import CachedTask
-from .distributed import all_gather_objects, merge_shards, partition_models, rank_and_world_size
+from tvp.evaluation.distributed import (
+    all_gather_objects,
+    merge_shards,
+    partition_models,
+    rank_and_world_size,
+)
 from .._prefetch import prefetch_files
 from ..models.adapters import Mllm
 from ..models.torch_settings import torch_settings
@@ -293,9 +298,7 @@ def _make_run(
     scores = {key: scored for key, (scored, _, _) in found.items()}
     _, labels, index = next(iter(found.values()))
     scores |= gated_scores(scores, fields["decisions"])
-    return TransferRun(
-        task.name, source, seed, task.metric, labels, scores, index=index, **fields
-    )
+    return TransferRun(task.name, source, seed, task.metric, labels, scores, index=index, **fields)
 
 # %% ../../nbs/api/evaluation/07_transfer.ipynb #2c1f284e
 def run_evaluation(

@@ -348,7 +348,9 @@ def load_pope_archive(
     coco = _image_folder(coco_dir, folder, ("val2014", "images"), folder)
     test, images = _read_pope_questions(folder / f"coco_pope_{subset}.json", coco)
     beside = folder / "train" / f"coco_train_pope_{subset}.json"
-    train_file = Path(train_file).expanduser() if train_file else beside if beside.exists() else None
+    train_file = (
+        Path(train_file).expanduser() if train_file else beside if beside.exists() else None
+    )
     if train_file is None and train_image_dir:
         raise ValueError(
             "`train_image_dir` must be None where there are no questions about its images: give "

@@ -353,8 +353,7 @@ PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
     "clevr": PaperTaskSpec(_load_clevr, "How many objects, three to ten?", fit="letterbox"),
     "hateful_memes": PaperTaskSpec(
         _load_hateful_memes,
-        "Are image and text together hateful? License: "
-        "Meta's, for research, not to be passed on.",
+        "Are image and text together hateful? License: Meta's, for research, not to be passed on.",
         "auroc",
         "letterbox",
     ),
