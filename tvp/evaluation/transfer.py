@@ -287,6 +287,17 @@ def _decide_all(
     }
 
 
+def _known_towers(
+    zoo: Mapping[str, Mllm],
+    names: Sequence[str],  # of models, maybe of some that are not in the zoo
+) -> dict[str, str | None]:  # model -> family of its vision tower
+    "Ask the zoo which models share a tower; a plain dictionary does not know."
+    towers = dict.fromkeys(name for name in names if name in list(zoo))
+    if not hasattr(zoo, "tower"):
+        return towers
+    return {name: zoo.tower(name) for name in towers}
+
+
 def _make_run(
     task: Task,
     source: str | None,
@@ -310,9 +321,9 @@ def run_evaluation(
     source: str | None,  # trained on this model; None: what the prompts say
     seed: int,
     mode: str = "rank",  # one of `MODES`
-    split: str = "test",
-    limit: int | None = None,
-    parts: Parts | MutableMapping[str, Any] | None = None,
+    split: str = "test",  # of each task
+    limit: int | None = None,  # at most so many images of each
+    parts: Parts | MutableMapping[str, Any] | None = None,  # as in `evaluate_transfer`
     # task and number of its validation images that the gate decides on; None: no gate
     gate: tuple[Task, int] | None = None,
     **how,  # batch_size
@@ -330,11 +341,7 @@ def run_evaluation(
     shard = _score_models(zoo, shard_names, prompts, asked, part, parts, suffix, mode=mode, **how)
     found = merge_shards(all_gather_objects(shard))
     decisions = {} if gate is None else _decide_all(found, len(tasks), names, prompts)
-    towers = dict.fromkeys(
-        name for name in [*names, *parse_source_names(source)] if name in list(zoo)
-    )
-    if hasattr(zoo, "tower"):
-        towers = {name: zoo.tower(name) for name in towers}
+    towers = _known_towers(zoo, [*names, *parse_source_names(source)])
     runs = []
     for number, (task, conditions) in enumerate(tasks):
         order = [(method, name) for name in names for method in ("none", *prompts)]
