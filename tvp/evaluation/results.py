@@ -15,10 +15,12 @@ import numpy as np
 import pandas as pd
 
 from .._files import write_atomic
+from .._formatting import GATED
 from .._validation import check_choice, check_type, parse_source_names
 from tvp.evaluation.runs import (
     TransferRun,
     csv_text,
+    decisions_frame,
     describe_runs,
     group_runs,
     merge_runs,
@@ -125,13 +127,34 @@ def _harm_sentences(
     tried = models[models.method != "none"]
     harmed = tried[tried.high < 0]
     if not len(harmed):
-        return [f"No prompt harms a model beyond chance ({len(tried)} pairs of prompt and model)."]
+        pairs = (~tried.method.str.endswith(GATED)).sum()
+        return [f"No prompt harms a model beyond chance ({pairs} pairs of prompt and model)."]
     sentences = []
     for method, rows in harmed.groupby("method", sort=False):
         names = ", ".join(f"{row.target} ({100 * row.gain:+.1f})" for row in rows.itertuples())
         count = (tried.method == method).sum()
         sentences.append(
             f"{method} harms {names}: negative transfer on {len(rows)} of {count} models."
+        )
+    return sentences
+
+# %% ../../nbs/api/evaluation/06_results.ipynb #fcaf1ce8
+def _gate_sentences(
+    models: pd.DataFrame,  # `TransferResults.mean()`
+    decisions: pd.DataFrame,  # `TransferResults.decisions()`
+) -> list[str]:  # one sentence for each method
+    "Say how often the gate uses a prompt, and what becomes of the mean gain."
+    sentences = []
+    for method, rows in decisions.groupby("method", sort=False):
+        plain, gated = (
+            100 * models[models.method == name].gain.mean() for name in (method, method + GATED)
+        )
+        images = ", ".join(map(str, sorted(set(rows.images))))
+        what = "models" if rows.seed.nunique() == 1 else "pairs of model and prompt seed"
+        sentences.append(
+            f"The gate, asked with {images} labeled images for each model, uses {method} for "
+            f"{rows.use.sum()} of {len(rows)} {what}: the mean gain over all models goes from "
+            f"{plain:+.1f} to {gated:+.1f} points."
         )
     return sentences
 
@@ -146,7 +169,7 @@ def _caveats(runs: Iterable[TransferRun]) -> list[str]:
         "Each model was trained once, with one seed of its own: a difference below two points "
         "means little, whatever its interval.",
     ]
-    if any(run.mode == "generate" for run in runs):
+    if any(run.mode != "rank" for run in runs):
         sentences.append(
             "The models answered in their own words: an answer that names no candidate counts as "
             "wrong, so a gain may be one in form alone."
@@ -252,6 +275,10 @@ class TransferResults:
         "Select the rows of `mean` whose whole interval is below 0."
         return self.mean().query("high < 0").reset_index(drop=True)
 
+    def decisions(self) -> pd.DataFrame:
+        "List for which model the gate uses which prompt; empty where it was not asked."
+        return self._frame("decisions", lambda: decisions_frame(self.runs))
+
     def details(self) -> pd.DataFrame:
         "List every value that the metrics give, not only the headline."
         return self._frame("details", lambda: metric_details(self.runs))
@@ -305,7 +332,11 @@ class TransferResults:
     def _better_method_sentences(self, method: str = "TVP") -> list[str]:
         "Name the methods, and where, that beat this one; `sentences` compares EVP and TVP-lens."
         told = ("none", method, "EVP", "TVP-lens")
-        rivals = [rival for rival in self.methods if rival not in told and method in self.methods]
+        rivals = [
+            rival
+            for rival in self.methods
+            if rival not in told and method in self.methods and not rival.endswith(GATED)
+        ]
         rows = [row for rival in rivals for row in self.compare(rival, method).to_dict("records")]
         return [
             f"{row['method']} does better than {method} on {_group_phrase(row)}, by "
@@ -320,7 +351,7 @@ class TransferResults:
 
     def sentences(self) -> list[str]:
         "Say everything that a report says about results of one task and source, in order."
-        methods = [method for method in self.methods if method != "none"]
+        methods = [m for m in self.methods if m != "none" and not m.endswith(GATED)]
         best = "TVP" if "TVP" in methods else methods[-1]
         return (
             self.gain_sentences(best)
@@ -328,6 +359,7 @@ class TransferResults:
             + self.compare_sentences("TVP-lens", "TVP")
             + self._better_method_sentences("TVP")
             + self.negative_transfer_sentences()
+            + _gate_sentences(self.mean(), self.decisions())
             + self.caveats()
         )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIDY_COLUMNS', 'MODES', 'TransferRun', 'group_runs', 'rows_by_target', 'rows_by_group', 'merge_runs', 'results_frame',
-           'rows_frame', 'describe_runs', 'metric_details', 'csv_text', 'read_csv']
+           'rows_frame', 'describe_runs', 'metric_details', 'decisions_frame', 'csv_text', 'read_csv']
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #b2b86647
 import csv
@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .._validation import check_choice, parse_source_names
+from .gate import GateDecision
 from .generated_answers import answer_metrics
 from tvp.evaluation.metrics import (
     METRICS,
@@ -48,7 +49,9 @@ TIDY_COLUMNS = [
 
 # further columns, where a run has them
 _CONDITION_COLUMNS = ("trained_on", "corruption", "severity", "mode")
-MODES = ("rank", "generate")  # candidates are ranked, or the model answers in its own words
+# candidates are ranked, or the model answers in its own words, which are read by our rules or, where
+# a number is asked for, searched for it as the paper does
+MODES = ("rank", "generate", "generate-substring")
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #cfc9cc21
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class TransferRun:
     corruption: str | None = None  # what was done to the images; None: nothing
     severity: int | None = None  # of the corruption, 1 to 5
     mode: str = "rank"  # one of `MODES`: how the models were asked
+    # (method, target) -> what the gate says, where it was asked; `scores` then has "TVP, gated", too
+    decisions: dict[tuple[str, str], GateDecision] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         "Check every array once; whatever is computed later takes them as they are."
@@ -99,8 +104,10 @@ class TransferRun:
             title += f", {self.corruption} {self.severity}"
         if self.trained_on and self.trained_on != self.task:
             title += f" (prompts for {self.trained_on})"
-        if self.mode == "generate":
+        if self.mode != "rank":
             title += ", generated answers"
+        if self.mode == "generate-substring":
+            title += " searched for the number"
         return title
 
     @property
@@ -175,7 +182,7 @@ class _MetricValues(dict):
 
     def __missing__(self, key: tuple[str, str]) -> dict[str, float]:
         scores = self.run.scores[key]
-        if self.run.mode == "generate":
+        if self.run.mode != "rank":
             self[key] = answer_metrics(self.run.metric, scores, self.run.labels)
         else:
             self[key] = METRICS[self.run.metric](scores, self.run.labels)
@@ -365,7 +372,12 @@ def merge_runs(
                     f"`results` for {key} must be over the same models, got {run.targets} and "
                     f"{other.targets}."
                 )
-            run = replace(other, scores=other.scores | run.scores, towers=other.towers | run.towers)
+            run = replace(
+                other,
+                scores=other.scores | run.scores,
+                towers=other.towers | run.towers,
+                decisions=other.decisions | run.decisions,
+            )
         merged[key] = run
     return list(merged.values())
 
@@ -422,6 +434,21 @@ def metric_details(
             for method, target in run.scores
         ]
     )
+
+# %% ../../nbs/api/evaluation/04_runs.ipynb #e098be4a
+def decisions_frame(
+    runs: Iterable[TransferRun],
+) -> pd.DataFrame:  # empty where the gate was not asked
+    "Tabulate for which model a prompt is used, and on what evidence."
+    columns = ["task", "method", "source", "target", "group", "seed"]
+    columns += ["images", "fixed", "broken", "gain", "p_value", "use"]
+    rows = []
+    for run in runs:
+        for (method, target), decision in run.decisions.items():
+            names = [run.task, method, run.source, target, run.target_group(target), run.seed]
+            counts = [decision.images, decision.fixed, decision.broken]
+            rows.append([*names, *counts, decision.gain, decision.p_value, decision.use])
+    return pd.DataFrame(rows, columns=columns)
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #18c35806
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # an apostrophe more tells "'=1" from "=1"

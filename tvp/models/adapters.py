@@ -88,6 +88,9 @@ class Mllm:
         # template for scores where it differs from the loss's (InstructBLIP as the reference ranks
         # with it); None: the same
         ranking=None,
+        # template for free answers where it differs from the loss's (the paper's models are asked for
+        # a short answer); None: the same
+        generation=None,
     ):
         check_processor(processor)
         self.model = freeze_model(model)
@@ -106,6 +109,9 @@ class Mllm:
             self._scorer = Mllm(
                 self.model, processor, ranking, name, straight_through=straight_through
             )
+        self._speaker = None  # likewise for free answers
+        if generation is not None:
+            self._speaker = Mllm(self.model, processor, generation, name, end, straight_through)
 
     @property
     def scorer(self) -> "Mllm":  # the adapter that ranks
@@ -238,6 +244,8 @@ class Mllm:
     ) -> list[str]:  # one text per image, cut at the end symbol
         "Say what the model says, most likely token by most likely token."
         check_int("max_new_tokens", max_new_tokens)
+        if self._speaker is not None:
+            return self._speaker.generate(images, instructions, max_new_tokens)
         inputs = self.model_inputs(images, instructions)
         taken = 1 if self.text.seq2seq else inputs["input_ids"].shape[1]
         room = self.text.limits.get("input_ids", float("inf")) - taken

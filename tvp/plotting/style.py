@@ -9,6 +9,8 @@ __all__ = ['TARGET_GROUPS', 'BASELINES', 'METHOD_COLORS', 'method_style', 'figur
 import io
 from typing import Any
 
+from .._formatting import GATED
+
 # %% ../../nbs/api/plotting/01_style.ipynb #e804f5df
 TARGET_GROUPS = ["source", "unseen, same tower", "unseen, other tower", "unseen"]
 BASELINES = ("none", "frame")  # no prompt, and a border of zeros: nothing was learned
@@ -40,7 +42,10 @@ def method_style(
     from what is left for others."""
     styles = {}
     others = 0
-    for method in methods:
+    for method in dict.fromkeys(methods):
+        if (base := method.removesuffix(GATED)) in styles:
+            styles[method] = styles[base] | {"linestyle": ":"}
+            continue
         if method in METHOD_COLORS:
             color = METHOD_COLORS[method]
             marker = _METHOD_MARKERS[method]
@@ -49,7 +54,7 @@ def method_style(
             color = _OTHER_COLORS[others % 4]
             marker = "pPX*"[others % 4]
             line = _OTHER_LINES[others % 4]
-            others += method not in styles
+            others += 1
         styles[method] = dict(color=color, marker=marker, linestyle=line)
     return styles
 

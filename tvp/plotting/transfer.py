@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from .._formatting import GATED
 from .._validation import check_choice, check_type, parse_source_names
 from .style import BASELINES, METHOD_COLORS, TARGET_GROUPS, method_style
 
@@ -27,7 +28,7 @@ def _check_one_mode(df: pd.DataFrame) -> None:
 
 def _task_title(df: pd.DataFrame) -> str:
     "Name the task, and say where answers were generated."
-    generated = "mode" in df and df["mode"].iloc[0] == "generate"
+    generated = "mode" in df and df["mode"].iloc[0] != "rank"
     return df.task.iloc[0] + (", generated answers" if generated else "")
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #1b1381f3
@@ -102,7 +103,7 @@ def _draw_methods(ax, df: pd.DataFrame, x: Mapping[str, float], styles: Mapping[
         ax.vlines(at, clean, prompted, color=style["color"], lw=5, alpha=0.25, zorder=2)
         face = (
             dict(mec=style["color"], mfc="white", mew=1.3)
-            if method in BASELINES
+            if method in BASELINES or method.endswith(GATED)
             else dict(mec="white", mew=0.6)
         )
         ax.errorbar(

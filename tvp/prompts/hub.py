@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from .._files import check_path, write_atomic
-from .._formatting import format_duration, package_versions
+from .._formatting import GATED, format_duration, package_versions
 from .._loading import check_fields, parse_json
 from .._markup import Markdown, markdown_code, render, visible
 from .png import save_png
@@ -81,6 +81,10 @@ class CardResults(Protocol):
         "The rows of `mean` that are harmed beyond chance."
         ...
 
+    def decisions(self) -> pd.DataFrame:
+        "Rows by method and model: what the gate said, see `tvp.evaluation.gate`; may be empty."
+        ...
+
     def caveats(self) -> list[str]:
         "What the results cannot tell, in sentences."
         ...
@@ -89,6 +93,7 @@ class CardResults(Protocol):
 def _result_cells(
     row: Mapping[str, Any],  # of `mean` or `summary`
     with_method: bool,  # as the first cell
+    gate: str | None,  # what the gate said, as the last cell; None: no such cell
 ) -> list[str]:
     "Format one row of the table of results."
     gain, low, high = (100 * value + 0.0 for value in (row["gain"], row["low"], row["high"]))
@@ -100,25 +105,68 @@ def _result_cells(
         f"{100 * row['prompted']:.1f}",
         Markdown(gain + " ▼" if row["high"] < 0 else gain),
     ]
-    return [escape_markdown(row["method"]), *cells] if with_method else cells
+    if with_method:
+        cells.insert(0, escape_markdown(row["method"]))
+    return cells if gate is None else [*cells, gate]
+
+
+def _gate_verdict(
+    row: Mapping[str, Any],  # of `mean` or `summary`
+    decisions: pd.DataFrame,  # `results.decisions()`
+) -> str | None:  # None: the gate was not asked about any model
+    "Say whether a prompt is used for a model; a dash for a group."
+    if not len(decisions):
+        return None
+    same = (decisions.method == row["method"]) & (decisions.target == row.get("target"))
+    use = decisions.use[same]
+    if use.nunique() > 1:
+        return f"use, {use.sum()} of {len(use)} seeds"
+    return "–" if not len(use) else "use" if use.all() else "leave out"
+
+
+def _learned(
+    frame: pd.DataFrame,  # `results.mean()` or `.summary()`
+) -> pd.DataFrame:
+    "Select the rows of prompts as they are, without those behind the gate."
+    return frame[(frame.method != "none") & ~frame.method.str.endswith(GATED)]
 
 
 def _results_table(
     results: CardResults,  # of one task and source
 ) -> str:  # markdown
     "Tabulate models by group, with the gain over no prompt and its interval."
-    models = results.mean().query("method != 'none'")
-    groups = results.summary().query("method != 'none'")
+    models = _learned(results.mean())
+    groups = _learned(results.summary())
+    decisions = results.decisions()
     several = models.method.nunique() > 1
     heading = ["group", "model", "without, %", "with, %", Markdown("gain, points [95 % interval]")]
-    rows = [["method", *heading] if several else heading]
+    heading = ["method"] * several + heading + ["gate"] * bool(len(decisions))
+    rows = [heading]
+
+    def cells(row):
+        return _result_cells(row, several, _gate_verdict(row, decisions))
+
     for method, of_method in models.groupby("method", sort=False):
         for group, part in of_method.groupby("group", sort=False):
-            rows += [_result_cells(row, several) for row in part.to_dict("records")]
+            rows += [cells(row) for row in part.to_dict("records")]
             if len(part) > 1:
                 mean = groups[(groups.method == method) & (groups.group == group)]
-                rows += [_result_cells(row, several) for row in mean.to_dict("records")]
+                rows += [cells(row) for row in mean.to_dict("records")]
     return markdown_table(rows)
+
+# %% ../../nbs/api/prompts/07_hub.ipynb #f5fe0469
+def _gate_metadata(
+    results: CardResults | None,  # of one task and source
+) -> dict[str, list[dict]]:  # empty where the gate was not asked
+    "List the gate's decisions for a card's metadata; a model with several seeds is left out."
+    if not results:
+        return {}
+    rows = results.decisions().drop_duplicates("target", keep=False)
+    listed = [
+        dict(model=row.target, images=row.images, fixed=row.fixed, broken=row.broken, use=row.use)
+        for row in rows.itertuples()
+    ]
+    return {"gate": listed} if listed else {}
 
 # %% ../../nbs/api/prompts/07_hub.ipynb #f182a9d4
 def _prompt_hash(
@@ -238,9 +286,15 @@ def prompt_card(
         results=results and _results_table(results),
         count=results and sum(run.labels.size for run in results.runs) // len(results.runs),
         seeds=results and ", ".join(str(run.seed) for run in results.runs),
+        gate=", ".join(map(str, sorted(set(results.decisions().images)))) if results else "",
         limits=_format_limitations(state, results),
     )
-    data = ModelCardData(library_name="tvp", license=license, tags=["visual-prompting", "tvp"])
+    data = ModelCardData(
+        library_name="tvp",
+        license=license,
+        tags=["visual-prompting", "tvp"],
+        **_gate_metadata(results),
+    )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 # %% ../../nbs/api/prompts/07_hub.ipynb #5980ee35

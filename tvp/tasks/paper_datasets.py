@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from .._validation import check_choice
 from tvp.tasks.hub_datasets import (
     HubDatasetSpec,
     image_column,
@@ -21,6 +22,7 @@ from tvp.tasks.hub_datasets import (
     load_from_sources,
 )
 from tvp.tasks.original_archives import (
+    POPE_SPLITS,
     RawTask,
     classification_split,
     counting_split,
@@ -30,6 +32,7 @@ from tvp.tasks.original_archives import (
     load_listed_archive,
     load_pope_archive,
     parse_yes_no_labels,
+    split_at_half,
     split_by_image,
     yes_no_split,
 )
@@ -276,17 +279,22 @@ def _load_pope(
     seed: int,
     subset: str = "adversarial",  # "random", "popular" or "adversarial"
     coco_dir: str | Path | None = None,  # COCO's val2014, for the official question files
-    train_file: str | Path | None = None,  # official questions about other images to learn from
+    train_file: str | Path | None = None,  # questions about other images to learn from
+    train_image_dir: str | Path | None = None,  # COCO's train2014, for `train_file`
+    split: str = "full",  # "full": tested on all questions; "paper": on the first half of the file
 ) -> RawTask:
     "POPE: is there such an object?"
     if subset not in _POPE:
         raise ValueError(f"{name}: `subset` must be one of {', '.join(_POPE)}; got {subset!r}.")
+    check_choice("split", split, POPE_SPLITS)
     if data_dir is not None and (Path(data_dir).expanduser() / f"coco_pope_{subset}.json").exists():
-        return load_pope_archive(data_dir, subset, coco_dir, train_file, seed)
-    if coco_dir or train_file:
+        return load_pope_archive(
+            data_dir, subset, coco_dir, train_file, seed, train_image_dir, split
+        )
+    if coco_dir or train_file or train_image_dir:
         raise ValueError(
-            f"{name}: `coco_dir` and `train_file` need `data_dir` with the official "
-            f"coco_pope_{subset}.json."
+            f"{name}: `coco_dir`, `train_file` and `train_image_dir` need `data_dir` with the "
+            f"official coco_pope_{subset}.json."
         )
     only = [
         replace(source, files={subset: source.files[subset]}, rows={subset: source.rows[subset]})
@@ -302,7 +310,8 @@ def _load_pope(
         list(table["question"]),
         labels,
     )
-    return split_by_image(questions, images, f"{place}, {subset} questions", seed)
+    divide = split_by_image if split == "full" else split_at_half
+    return divide(questions, images, f"{place}, {subset} questions", seed)
 
 # %% ../../nbs/api/tasks/08_paper_datasets.ipynb #18979281
 def _load_hateful_memes(
@@ -344,8 +353,7 @@ PUBLIC_TASKS: dict[str, PaperTaskSpec] = {
     "clevr": PaperTaskSpec(_load_clevr, "How many objects, three to ten?", fit="letterbox"),
     "hateful_memes": PaperTaskSpec(
         _load_hateful_memes,
-        "Are image and text together hateful? License: "
-        "Meta's, for research, not to be passed on.",
+        "Are image and text together hateful? License: Meta's, for research, not to be passed on.",
         "auroc",
         "letterbox",
     ),

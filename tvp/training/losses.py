@@ -9,7 +9,7 @@ __all__ = ['DISTANCES', 'StepContext', 'TaskLoss', 'euclidean_distance', 'cosine
 
 # %% ../../nbs/api/training/01_losses.ipynb #0a5ceb55
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -213,6 +213,22 @@ def _ensure_list(
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _check_template(
+    template,  # of a caption, or captions for each content
+) -> None:
+    "One gap in a template; a list of texts for each content."
+    if isinstance(check_type("template", template, (str, Mapping)), Mapping):
+        if not template:
+            raise ValueError("`template` must have captions for what the images show, got none.")
+        for what, texts in template.items():
+            check_str_list(f"template[{what!r}]", texts)
+    elif not template.count("{}") == template.count("{") == template.count("}") == 1:
+        raise ValueError(
+            f"`template` must contain {{}} once, where the image's content goes, got "
+            f"{template!r}."
+        )
+
+
 def _check_tse_options(
     term,  # a TaskSemantics
 ) -> None:
@@ -224,33 +240,41 @@ def _check_tse_options(
                 f"{str(clip)[:60]!r}. Pass clip=zoo.clip."
             )
     for template in _ensure_list(term.template) or [term.template]:
-        if (
-            not check_type("template", template, str).count("{}")
-            == template.count("{")
-            == template.count("}")
-            == 1
-        ):
-            raise ValueError(
-                f"`template` must contain {{}} once, where the image's content goes, got "
-                f"{template!r}."
-            )
+        _check_template(template)
     check_int("crops", term.crops, 0)
     if term.captions is not None:
         _check_distinct_texts("captions", term.captions)
 
 # %% ../../nbs/api/training/01_losses.ipynb #38c879c7
+def _caption_features(
+    clip: Clip,
+    semantics: Sequence[str],  # what each of B images shows
+    template: str | Mapping[str, Sequence[str]],  # caption, or captions for each content
+) -> Tensor:  # (B, D); of several captions the mean, whose cosine is the mean of theirs
+    "Encode the captions of images."
+    if isinstance(template, str):
+        return clip.text_features([template.format(what) for what in semantics])
+    if unknown := sorted(set(semantics) - set(template)):
+        raise ValueError(
+            f"`template` must have captions for what the images show; {', '.join(unknown)} "
+            f"{'is' if len(unknown) == 1 else 'are'} not there. "
+            "Try tvp.tasks.descriptions.read_descriptions(path, task)."
+        )
+    means = {what: clip.text_features(list(template[what])).mean(0) for what in set(semantics)}
+    return torch.stack([means[what] for what in semantics])
+
+
 def _clip_caption_score(
     clip: Clip,
     features: Tensor,  # (B, D) of the images, unit length
     semantics: Sequence[str],  # what each image shows
-    template: str,  # caption; {} is what the image shows
+    template: str | Mapping[str, Sequence[str]],  # as in `_caption_features`
     # what an image could show; None: only the true caption counts
     captions: Sequence[str] | None = None,
 ) -> Tensor:  # scalar, more is better
     "CLIP's score of images with their captions, or its log-probability among all captions."
     if captions is None:
-        # (B, D), unit length
-        texts = clip.text_features([template.format(what) for what in semantics])
+        texts = _caption_features(clip, semantics, template)  # (B, D)
         return clip.logit_scale * (features * texts).sum(-1).mean()
     if unknown := sorted(set(semantics) - set(captions)):
         raise ValueError(
@@ -258,11 +282,7 @@ def _clip_caption_score(
             f"not among them: {list(captions)}."
         )
     # (B, N)
-    scores = (
-        clip.logit_scale
-        * features
-        @ clip.text_features([template.format(what) for what in captions]).T
-    )
+    scores = clip.logit_scale * features @ _caption_features(clip, captions, template).T
     return -F.cross_entropy(
         scores,
         torch.tensor([list(captions).index(what) for what in semantics], device=scores.device),
@@ -307,8 +327,9 @@ class TaskSemantics:
     weight: float  # factor in the total, >= 0; the paper's is 0.001 on CIFAR-10
     # frozen; any CLIP will do, the source's own would be kin. Several in a list: the mean over them
     clip: Clip | Sequence[Clip]
-    # caption; {} is what the image shows. Several in a list: the mean over them
-    template: str | Sequence[str] = "this is a photo of a {}"
+    # caption; {} is what the image shows. Or captions for each content, the mean over them (see
+    # `tvp.tasks.descriptions`). Several of these in a list: the mean over them
+    template: str | Mapping | Sequence[str | Mapping] = "this is a photo of a {}"
     crops: int = 0  # so many random crops of the image, the mean over them; 0: the whole image
     # all that an image could show: makes it contrastive; None: only the true caption counts
     captions: Sequence[str] | None = None
@@ -401,6 +422,8 @@ def tvp_losses(
     fca: float = 0.005,  # weight of Feature Consistency Alignment, 0 leaves it out
     tse: float = 0.001,  # weight of Task Semantics Enrichment, 0 leaves it out
     clip: Clip | None = None,  # needed when tse > 0
+    # captions of TSE, see `TaskSemantics`
+    template: str | Mapping | Sequence[str | Mapping] = TaskSemantics.template,
     relative: bool = False,  # are both weights relative to the task loss? see `relative_weight`
     candidates: Sequence[str] | None = None,  # of `TaskLoss`; None: the whole vocabulary
 ) -> list:  # [TaskLoss, FeatureConsistency, TaskSemantics] without those of weight 0
@@ -412,5 +435,5 @@ def tvp_losses(
         )
     terms = [TaskLoss(candidates=candidates), FeatureConsistency(fca, relative=relative)]
     if tse != 0:
-        terms.append(TaskSemantics(tse, clip, relative=relative))
+        terms.append(TaskSemantics(tse, clip, template, relative=relative))
     return [term for term in terms if term.weight]

@@ -30,9 +30,10 @@ from tvp._validation import (
 from ..models.adapters import Mllm
 from ..models.diagnostics import default_canvas_size
 from ..prompts.visual_prompt import VisualPrompt
+from ..tasks.descriptions import read_descriptions
 from ..tasks.task import Task
 from .learner import Learner
-from .losses import tvp_losses
+from .losses import TaskSemantics, tvp_losses
 from tvp.training.optimizers import (
     NormalizedGradient,
     cosine_epoch_schedule,
@@ -298,6 +299,22 @@ def choose_recipe(
         **changes,
     )
 
+# %% ../../nbs/api/training/12_recipes.ipynb #fc8d30a0
+def _read_captions(
+    descriptions: str | Path | Mapping | None,  # as in `make_learner`
+    recipe: Recipe,
+    task: Task,
+) -> str | Mapping:  # `template` of TSE
+    "Find out what TSE compares images with."
+    if descriptions is None:
+        return TaskSemantics.template
+    if not recipe.tse:
+        raise ValueError(
+            f"`descriptions` must be None for {recipe.name}: they are for TSE, which it does not "
+            "have. Use TVP."
+        )
+    return read_descriptions(descriptions, task)
+
 # %% ../../nbs/api/training/12_recipes.ipynb #6b36e111
 @renamed_parameters(scale="preset")
 def make_learner(
@@ -310,10 +327,14 @@ def make_learner(
     preset: str | None = None,
     # fields that are given: a `Recipe`, a mapping, or a file of `Recipe.save`, such as tvp.tune's
     recipe: Recipe | Mapping[str, Any] | str | PathLike | None = None,
+    # what TSE compares images with: a JSON file of sentences about each class (see
+    # `tvp.tasks.descriptions`), or class -> sentences; None: "this is a photo of a {}"
+    descriptions: str | Path | Mapping[str, Sequence[str]] | None = None,
     **overrides,  # other values for fields of Recipe, e.g. lr=20, epochs=2
 ) -> Learner:  # ready to fit
     "A learner with a fresh prompt, set up as a recipe says."
     recipe = choose_recipe(method, zoo, source, task, preset, recipe, **overrides)
+    captions = _read_captions(descriptions, recipe, task)
     names = _source_names(source, zoo)
     prompt = VisualPrompt(
         zoo.size if recipe.size is None else recipe.size,
@@ -327,6 +348,7 @@ def make_learner(
         recipe.fca,
         recipe.tse,
         zoo.clip if recipe.tse else None,
+        captions,
         recipe.relative,
         task.candidates if recipe.candidates else None,
     )
@@ -352,4 +374,7 @@ def make_learner(
         "source": " + ".join(names),
         "epochs": recipe.epochs,
     }
+    if descriptions is not None:
+        named = isinstance(descriptions, (str, Path))
+        learner.provenance["descriptions"] = Path(descriptions).name if named else "of each class"
     return learner

@@ -93,8 +93,15 @@ def build_adapter(
         if reference_ranking and wrapper.reference_ranking
         else wrapper.ranking
     )
-    twin = None if ranking == wrapper.template else ranking.format
-    mllm = Mllm(model, processor, wrapper.template.format, name, wrapper.end, ranking=twin)
+    mllm = Mllm(
+        model,
+        processor,
+        wrapper.template.format,
+        name,
+        wrapper.end,
+        ranking=None if ranking == wrapper.template else ranking.format,
+        generation=wrapper.question.format if wrapper.question else None,
+    )
     mllm.wrapper = wrapper if ranking == wrapper.ranking else replace(wrapper, ranking=ranking)
     return mllm
 
@@ -354,7 +361,7 @@ def _check_wrapper(
         )
     if not all(isinstance(piece, str) and piece for piece in said.get("alone") or []):
         raise ValueError(f"`alone` in {name} must be a list of texts.")
-    for field in ("template", "ranking", "reference_ranking"):
+    for field in ("template", "ranking", "reference_ranking", "question"):
         try:
             slots = [
                 part[1:] for part in Formatter().parse(said.get(field) or "") if part[1] is not None
@@ -362,7 +369,7 @@ def _check_wrapper(
         except ValueError:
             slots = ["damaged"]
         if any(slot != ("", "", None) for slot in slots) or len(slots) != (
-            field != "reference_ranking" or bool(said.get(field))
+            field in ("template", "ranking") or bool(said.get(field))
         ):
             raise ValueError(
                 f"`{field}` in {name} must be a text with one {{}} for the instruction, got "

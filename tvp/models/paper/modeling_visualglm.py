@@ -27,6 +27,7 @@ from ..adapters import Mllm
 from ..marker_processor import MarkerProcessor
 from .modeling_chatglm import ChatGLMConfig
 from .modeling_lavis import LavisBlip2, LavisBlip2Config
+from .specs import PROMPT_TEMPLATES
 from ..transformers_compat import OwnPositions
 
 # %% ../../../nbs/api/models/paper/03_modeling_visualglm.ipynb #6a99397a
@@ -75,9 +76,6 @@ AutoModelForImageTextToText.register(
 )
 
 # %% ../../../nbs/api/models/paper/03_modeling_visualglm.ipynb #5f89b772
-_INSTRUCTION_TEMPLATE = "<img><image></img>{}[gMASK]<sop>"
-
-
 def build_visualglm_adapter(
     model: VisualGLMForConditionalGeneration,  # with weights
     tokenizer,  # that has [MASK], [gMASK], <sop> and <eop> where the model expects them
@@ -113,7 +111,15 @@ def build_visualglm_adapter(
     processor = MarkerProcessor(
         image_processor, tokenizer, config.num_query_tokens, image_token, alone=("[gMASK]", "<sop>")
     )
-    return Mllm(model, processor, _INSTRUCTION_TEMPLATE.format, name=name, end="<eop>")
+    wrapper = PROMPT_TEMPLATES["visualglm"]
+    return Mllm(
+        model,
+        processor,
+        wrapper.template.format,
+        name,
+        wrapper.end,
+        generation=wrapper.question.format,
+    )
 
 # %% ../../../nbs/api/models/paper/03_modeling_visualglm.ipynb #def79fd6
 def tiny_visualglm(

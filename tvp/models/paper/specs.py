@@ -20,30 +20,53 @@ class PromptTemplate:
     alone: tuple[str, ...] = ()  # pieces tokenized on their own; empty: BLIP-2's own processor
     image_token: str = "<unk>"  # placeholder of a visual token
     reference_ranking: str = ""  # what the reference ranks with, where it should not be repeated
+    question: str = ""  # where the answer is generated; empty: as in the loss
 
 
+_ONE_WORD = "Answer this question in a single word."
 PROMPT_TEMPLATES = {
     "minigpt4": PromptTemplate(
-        "<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "\n", ("<s>", "<Img>", "</Img>")
+        "<s><Img><image></Img>{}",
+        "<s><Img><image></Img>{}",
+        "\n",
+        ("<s>", "<Img>", "</Img>"),
+        question=f"<s><Img><image></Img>{{}} {_ONE_WORD} ###Assistant:",
     ),
     "vpgtrans": PromptTemplate(
-        "<s><Img><image></Img>{}", "<s><Img><image></Img>{}", "###", ("<s>", "<Img>", "</Img>")
+        "<s><Img><image></Img>{}",
+        "<s><Img><image></Img>{}",
+        "###",
+        ("<s>", "<Img>", "</Img>"),
+        question="<s>###Human: <Img><image></Img>{} ###Assistant:",
     ),
-    "instructblip": PromptTemplate("<image></s>{}", "<image>{}", "</s>", ("</s>",)),
+    "instructblip": PromptTemplate(
+        "<image></s>{}", "<image>{}", "</s>", ("</s>",), question=f"<image></s>{{}} {_ONE_WORD}"
+    ),
     "bliva": PromptTemplate(
         "<image><patches></s>{}",
         "<image><patches>{}",
         "</s>",
         ("</s>",),
         reference_ranking="<image>{}",
+        question="<image><patches></s>Question: {} Short answer:",
     ),
-    "blip2-t5": PromptTemplate("<image>{}</s>", "<image>{}", "</s>", ("</s>",), "<extra_id_0>"),
-    "blip2-opt": PromptTemplate("{}", "{}", "\n", image_token="<image>"),
+    "blip2-t5": PromptTemplate(
+        "<image>{}</s>",
+        "<image>{}",
+        "</s>",
+        ("</s>",),
+        "<extra_id_0>",
+        question="<image>Question: {} Short answer:</s>",
+    ),
+    "blip2-opt": PromptTemplate(
+        "{}", "{}", "\n", image_token="<image>", question="Question: {} Short answer:"
+    ),
     "visualglm": PromptTemplate(
         "<img><image></img>{}[gMASK]<sop>",
         "<img><image></img>{}[gMASK]<sop>",
         "<eop>",
         ("[gMASK]", "<sop>"),
+        question="<img><image></img> Q:{} \nA:[gMASK]<sop>",
     ),
 }
 
