@@ -668,11 +668,18 @@ def browser_works():
     return ([], [missing()]) if missing() else (stepper_in_browser(), [])
 
 
+def shows_recordings(path):
+    "Is a page made from what benchmarks/ has recorded? Then it is stale when a recording changes."
+    cells = json.loads(text(ROOT / "nbs" / path))["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return path.parts[0] != "api" and "../benchmarks" in code
+
+
 def all_jobs(newest):
     "What runs long: notebooks, tutorials, tests of scripts, the code in README.md, the browser."
     jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
     for path in notebooks():
-        if path.parts[0] == TUTORIALS:
+        if path.parts[0] == TUTORIALS or shows_recordings(path):
             jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
         else:
             jobs.append(Job(path.as_posix(), run_notebook, (ROOT / "nbs" / path,)))
