@@ -4,8 +4,8 @@ The field has a word for each of these things, and a reader who searches for it 
 (nbs/explanations/concepts/06_glossary.ipynb). What stands in backticks or in quotation marks is a
 name or a value and stays; so do code and addresses.
 
-ALLOWED lists where a word is legitimate. WAITING lists files that still hold some: a file leaves it
-when it is rewritten, and may not stay once it holds none.
+ALLOWED lists phrases in which such a word is right. WAITING lists files that still hold some: a file
+leaves it when it is rewritten, and may not stay once it holds none.
 """
 
 import ast
@@ -32,10 +32,34 @@ DROPPED = {  # a pattern, and what to write instead
     r"centre[ds]?|licen[c]e[ds]?|labell(?:ed|ing)": "American spelling",
 }
 PATTERN = re.compile(rf"\b(?:{'|'.join(DROPPED)})\b", re.IGNORECASE)
-ALLOWED = {  # file: words that are right there
+ALLOWED = re.compile(r"for the sake of|Dice (?:loss|score|coefficient)")
+WAITING = {
+    "README.md",
+    "benchmarks/studies/train_small_zoo.py",
+    "nbs/api/evaluation/04_runs.ipynb",
+    "nbs/api/evaluation/05_tables.ipynb",
+    "nbs/api/evaluation/06_results.ipynb",
+    "nbs/api/evaluation/07_transfer.ipynb",
+    "nbs/api/evaluation/10_feature_shift.ipynb",
+    "nbs/api/experiments/01_report.ipynb",
+    "nbs/api/experiments/05_demo.ipynb",
+    "nbs/api/models/08_tiny.ipynb",
+    "nbs/explanations/01_the_small_zoo.ipynb",
+    "nbs/explanations/02_does_it_transfer.ipynb",
+    "nbs/explanations/05_what_a_picture_can_hold.ipynb",
+    "nbs/explanations/06_bad_pictures.ipynb",
+    "nbs/explanations/07_beyond_the_task.ipynb",
+    "nbs/explanations/08_beyond_the_paper.ipynb",
+    "nbs/index.ipynb",
+    "nbs/tutorials/01_quickstart.ipynb",
+    "nbs/tutorials/02_step_through_training.ipynb",
+    "nbs/tutorials/03_the_paper.ipynb",
+    "nbs/tutorials/05_your_task.ipynb",
+    "nbs/tutorials/06_ship_a_prompt.ipynb",
+    "nbs/tutorials/07_why_prompts_transfer.ipynb",
+    "nbs/tutorials/08_tvp_lens.ipynb",
+    "tests/test_train_small_zoo.py",
 }
-WAITING = (
-)
 CODE = re.compile(r"```.*?```|`[^`]*`|“[^”]*”|\"[^\"\n]*\"|\]\([^)]*\)|<[^>]+>|https?://\S+", re.DOTALL)
 
 
@@ -61,7 +85,9 @@ def prose(path):
         cells = json.loads(content)["cells"]
         sources = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
         content = "\n".join(
-            code_text(source) if kind == "code" else source for source, kind in sources
+            code_text(source) if kind == "code" else source
+            for source, kind in sources
+            if kind != "raw"
         )
     elif path.suffix == ".py":
         content = code_text(content)
@@ -76,10 +102,8 @@ def pages():
 
 
 def dropped_words(path):
-    "Words of one file that were dropped, without those that are right there."
-    name = path.relative_to(ROOT).as_posix()
-    found = [word.lower() for word in PATTERN.findall(prose(path))]
-    return [word for word in found if word not in ALLOWED.get(name, ())]
+    "Words of one file that were dropped, without those that are right where they stand."
+    return [word.lower() for word in PATTERN.findall(ALLOWED.sub(" ", prose(path)))]
 
 
 def instead(word):
