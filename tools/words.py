@@ -29,12 +29,11 @@ DROPPED = {  # a pattern, and what to write instead
     r"grey": "gray",
     r"(?:neighb|col|behavi|fav)ours?(?:ing|ed|able)?": "American spelling",
     r"(?:normal|general|optim|initial|summar|quant|token|visual|recogn|organ)is(?:e[ds]?|ing|ations?)": "American spelling",
-    r"centre[ds]?|licen[c]e[ds]?|labell(?:ed|ing)": "American spelling",
+    r"centre[ds]?|licence[ds]?|labell(?:ed|ing)": "American spelling",
 }
 PATTERN = re.compile(rf"\b(?:{'|'.join(DROPPED)})\b", re.IGNORECASE)
 ALLOWED = re.compile(r"for the sake of|Dice (?:loss|score|coefficient)")
 WAITING = {
-    "README.md",
     "benchmarks/studies/train_small_zoo.py",
     "nbs/api/evaluation/04_runs.ipynb",
     "nbs/api/evaluation/05_tables.ipynb",
@@ -50,7 +49,6 @@ WAITING = {
     "nbs/explanations/06_bad_pictures.ipynb",
     "nbs/explanations/07_beyond_the_task.ipynb",
     "nbs/explanations/08_beyond_the_paper.ipynb",
-    "nbs/index.ipynb",
     "nbs/tutorials/01_quickstart.ipynb",
     "nbs/tutorials/02_step_through_training.ipynb",
     "nbs/tutorials/03_the_paper.ipynb",
@@ -60,7 +58,9 @@ WAITING = {
     "nbs/tutorials/08_tvp_lens.ipynb",
     "tests/test_train_small_zoo.py",
 }
-CODE = re.compile(r"```.*?```|`[^`]*`|“[^”]*”|\"[^\"\n]*\"|\]\([^)]*\)|<[^>]+>|https?://\S+", re.DOTALL)
+CODE = re.compile(
+    r"```.*?```|`[^`]*`|“[^”]*”|\"[^\"\n]*\"|\]\([^)]*\)|<[^>]+>|https?://\S+", re.DOTALL
+)
 
 
 def code_text(source):
@@ -97,8 +97,14 @@ def prose(path):
 def pages():
     "Notebooks, Markdown files and scripts; tvp/ is made from notebooks, CHANGELOG.md tells the past."
     places = [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("nbs/**/*.qmd"), *ROOT.glob("*.md")]
-    places += [path for folder in ("tools", "tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")]
-    return sorted(path for path in places if path.name != "CHANGELOG.md" and ".ipynb_" not in str(path))
+    places += [
+        path
+        for folder in ("tools", "tests", "benchmarks")
+        for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    return sorted(
+        path for path in places if path.name != "CHANGELOG.md" and ".ipynb_" not in str(path)
+    )
 
 
 def dropped_words(path):
@@ -118,7 +124,9 @@ def dropped():
         name = path.relative_to(ROOT).as_posix()
         found = dropped_words(path)
         if name in WAITING and not found:
-            problems.append(f"{name} holds no dropped word: take it out of WAITING in tools/words.py")
+            problems.append(
+                f"{name} holds no dropped word: take it out of WAITING in tools/words.py"
+            )
         if name not in WAITING and found:
             words = ", ".join(f"{word} (write: {instead(word)})" for word in dict.fromkeys(found))
             problems.append(f"{name}: {words}")
