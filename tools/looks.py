@@ -35,6 +35,12 @@ PAGES = {
     "explanations/concepts/04_reading_a_table": (),
     "api/prompts/03_visual_prompt": (),
 }
+# What Quarto adds to the themes, and smalldocs does not: one pale ground for code, in dark too.
+QUARTO_CSS = """
+:is(p, li, td, dd) code:not(.sourceCode) { color: #7d12ba; background-color: #ebebeba6; }
+div.sourceCode { background-color: #ebebeba6; }
+pre.sourceCode { background-color: transparent; }
+"""
 SCREEN = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 800}
 AXE = """async (disabled) => {
@@ -63,11 +69,13 @@ def build(processed, folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(processed / name, folder / name)
     options = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    options["format"]["html"]["css"] = ["quarto.css", "styles.css"]
     config = {
         "project": {"type": "website", "output-dir": "_site"},
         "website": {"title": "tvp"},
         "format": options["format"],
     }
+    (folder / "quarto.css").write_text(QUARTO_CSS, encoding="utf-8")
     (folder / "_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [sys.executable, "-m", "smalldocs.cli", "render", folder]
     done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
