@@ -49,7 +49,7 @@ SEVERITIES = (1, 3, 5)
 # of each task; of each corruption at each severity
 PICTURES = 200
 BAD_PICTURES = 60
-# the source, two on its tower, two on others
+# the source, two on its encoder, two on others
 SOME = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-instructblip", "tiny-llava", "tiny-llava-siglip")
 CAMERAS = {
     "good camera": dict(contrast=0.9, blotches=0.02, light=1.0),

@@ -31,7 +31,7 @@ from tvp.models.zoo import load_zoo
 # more of them: more entries, and hours
 SOURCES = ("tiny-minigpt4",)
 SEEDS = (0,)
-# the source, two on its tower, two on others
+# the source, two on its encoder, two on others
 TARGETS = ("tiny-minigpt4", "tiny-vpgtrans", "tiny-blip2-t5", "tiny-llava", "tiny-llava-siglip")
 LIMIT = 500  # test images
 RANGES = ("free", "unit", "uint8")
@@ -76,7 +76,7 @@ def tuned(work: Path) -> pd.DataFrame:
 
 def tune(work: Path, mine) -> None:
     """Validation accuracy of every step length: a source and a seed that the study does not use,
-    models on other towers have no say."""
+    models on other encoders have no say."""
     for task, range, lr in mine(list(itertools.product(task_names(), RANGES, LRS))):
         path = work / "tune" / f"{task}-{range}-{lr}.json"
         if path.exists() or (range == "free" and lr != get_recipe("TVP").lr):

@@ -36,7 +36,7 @@ LENGTHS = (2, 8, 24)
 # neither is used in the study itself
 TUNE_SOURCE = "tiny-blip2-opt"
 TUNE_SEED = 100
-# one tower: models on other towers have no say
+# one encoder: models on other encoders have no say
 TUNE_TARGETS = ("tiny-blip2-opt", "tiny-blip2-t5", "tiny-vpgtrans")
 GRID = {
     "VP": [dict(lr=lr) for lr in (1, 4, 12)],

@@ -43,7 +43,7 @@ from tvp.training.optimizers import NormalizedGradient, parameter_groups
 from tvp.training.input_transforms import ContrastBrightnessJitter, RandomResizePad, RandomTranslate, scale_copies
 from tvp.models.zoo import tiny_zoo
 
-# one model of each vision tower
+# one model of each vision encoder
 SHARED = "tiny-minigpt4"
 CLIP = "tiny-llava"
 SIGLIP = "tiny-llava-siglip"
@@ -202,7 +202,7 @@ def grouped(results) -> pd.DataFrame:
 
 
 def ablate(work: Path, mine, **_) -> None:
-    "Every trick alone with one source, every combiner with two sources on two towers."
+    "Every trick alone with one source, every combiner with two sources on two encoders."
     jobs = [
         (name, change, task, source)
         for task in task_names()
@@ -334,7 +334,7 @@ def search(work: Path, mine, **_) -> None:
 
 SEEDS = (0, 1, 2, 3, 4)
 PAIR_SEEDS = (0,)
-# two towers: the third is new to the prompt
+# two encoders: the third is new to the prompt
 PAIRS = ((SHARED, CLIP), (SHARED, SIGLIP), (CLIP, SIGLIP))
 PICTURES = 300  # of every task's test images, the first ones
 
@@ -353,7 +353,7 @@ def prompt_path(work: Path, zoo: str, task: str, source: str, method: str, seed:
 
 def rounds(zoo) -> list[tuple[int, str, list[str]]]:
     """Seed, `one` or `two`, and the sources: every model alone with all seeds, then pairs on two
-    towers."""
+    encoders."""
     pairs = [" + ".join(pair) for pair in PAIRS]
     return [
         *((seed, "one", list(zoo)) for seed in SEEDS),
@@ -516,7 +516,7 @@ def gains(entries: list[dict]) -> pd.DataFrame:
 
 def pairs_against_singles(entries: list[dict]) -> pd.DataFrame:
     """Two sources against the better of the two alone, on models that neither has seen; which is
-    better is known from the very same images, which favours the single one."""
+    better is known from the very same images, which favors the single one."""
     rows = []
     for zoo, method, pair in itertools.product(
         dict.fromkeys(e["zoo"] for e in entries),

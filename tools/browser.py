@@ -34,7 +34,7 @@ VIEWPORT = {"width": 1360, "height": 1200}
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # no question in a corner of the page
 
 # Behind the tutorial's cells: a transfer matrix that is quick to make (the tutorial's own takes
-# three trainings).
+# three runs).
 EXPLORER_CELLS = (
     """quick = tvp.make_learner("EVP", zoo, "tiny-minigpt4", task)
 for _, record in zip(range(20), quick.steps()): pass

@@ -26,8 +26,11 @@ import pypandoc
 import yaml
 from browser import missing, stepper_in_browser
 from documented import undocumented, without_entry
+from looks import missing as looks_missing
+from looks import pages_in_browser
 from nbdev.config import get_config
 from pool import Job, quick, record, run_jobs, run_notebook, run_script, run_tutorial
+from words import dropped
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = get_config(path=ROOT)
@@ -242,6 +245,11 @@ def public_documented():
     return undocumented() + without_entry()
 
 
+def words_kept():
+    "Prose, docstrings and comments use the field's words, and none that was dropped."
+    return dropped()
+
+
 # --- pages ---------------------------------------------------------------------------------------
 
 
@@ -430,6 +438,21 @@ def texts_for_programs(pages):
     return [f"llms.txt does not list {path}" for path in texts if path not in {*links, "llms.txt"}]
 
 
+def readme_link(link):
+    """A link of the index as README.md needs it: a page stands on the site, an image in the
+    repository. What is absolute stays."""
+    if urlsplit(link).scheme:
+        return link
+    path, _, anchor = link.partition("#")
+    if Path(path).suffix not in (".ipynb", ".qmd"):
+        raw = f"https://raw.githubusercontent.com/{CFG.user}/{CFG.repo}/{CFG.branch}"
+        return f"{raw}/{CFG.nbs_path.name}/{link}"
+    # nbdev takes the number off a notebook's name
+    name = re.sub(r"^\d+[a-z]?_", "", Path(path).stem)
+    page = (Path(path).parent / f"{name}.html").as_posix()
+    return f"{SITE}/{page}{'#' * bool(anchor)}{anchor}"
+
+
 def readme_text(page):
     "README.md: the title, the one-line description, then the cells of the index."
     notice = (
@@ -437,6 +460,7 @@ def readme_text(page):
         "readme`: edit the notebook instead. -->"
     )
     body = page.markdown.replace(NBDEV_NOTICE, notice)
+    body = re.sub(r"\]\(([^)\s]+)\)", lambda found: f"]({readme_link(found[1])})", body)
     return f"# {page.front['title']}\n\n> {page.front['description']}\n\n{body}"
 
 
@@ -668,11 +692,18 @@ def browser_works():
     return ([], [missing()]) if missing() else (stepper_in_browser(), [])
 
 
+def shows_recordings(path):
+    "Is a page made from what benchmarks/ has recorded? Then it is stale when a recording changes."
+    cells = json.loads(text(ROOT / "nbs" / path))["cells"]
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return path.parts[0] != "api" and "../benchmarks" in code
+
+
 def all_jobs(newest):
     "What runs long: notebooks, tutorials, tests of scripts, the code in README.md, the browser."
     jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
     for path in notebooks():
-        if path.parts[0] == TUTORIALS:
+        if path.parts[0] == TUTORIALS or shows_recordings(path):
             jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
         else:
             jobs.append(Job(path.as_posix(), run_notebook, (ROOT / "nbs" / path,)))
@@ -703,6 +734,7 @@ def test(*options):
         report(public_documented)
         report(notebooks_clean, copy)
         report(notebooks_light)
+        report(words_kept)
         if not only_quick:
             report(packages_complete, copy)
         report(index_made if only_quick else pages_made, copy, pages)
@@ -713,6 +745,10 @@ def test(*options):
             report(sidebar_complete, pages)
             report(texts_for_programs, pages)
             report(links_lead_somewhere, pages)
+            if looks_missing():
+                report.add(pages_in_browser.__doc__.rstrip("."), [], [looks_missing()])
+            else:
+                report(pages_in_browser, copy / "_proc")
     jobs = all_jobs(newest="--lowest" not in options)
     chosen = quick(jobs) if only_quick else jobs
     spent = sum(os.times()[:4])

@@ -4,7 +4,7 @@
     python tools/saved.py NOTEBOOK RESULT      run it and write the result (what tools/checks.py does, with a time limit)
 
 Texts are compared cell by cell: words exactly, whole numbers exactly, other numbers with a
-tolerance. Pictures, progress bars, durations and widgets are not compared. A cell whose figures
+tolerance. Images, progress bars, durations and widgets are not compared. A cell whose figures
 differ from one processor to the next begins with `#| varies`.
 """
 

@@ -7,7 +7,7 @@ How fast a model answers does not depend on what it has learned. So a benchmark 
 only the right *shape*: how many tokens go through how many layers of what width. A shape that is
 scaled down should keep the ratios that decide which trick pays:
 
-- how much of a pass is the vision tower's and how much the language model's. In the paper's models
+- how much of a pass is the vision encoder's, how much the language model's. In the paper's models
   (ViT-g/14 on 257 patches; Vicuna-7B on 32 queries and a short text) each does about half; in
   LLaVA (ViT-L/14 on 577 patches; Vicuna-7B on all of them) the language model does nearly
   everything;
@@ -409,7 +409,7 @@ def bench_task(
 
 # --- Counting ------------------------------------------------------------------------------------
 #
-# Floating-point operations are counted by torch while a pass runs. The share of the vision tower
+# Floating-point operations are counted by torch while a pass runs. The share of the vision encoder
 # (with the Q-Former and the projection) is what `paper` was made for.
 
 

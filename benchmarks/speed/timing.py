@@ -5,7 +5,7 @@ How long a step and a ranking take, beside the released code's loop and beside t
 A number of seconds says little: another machine, another number. Two ratios say more. The first is
 to the *reference*, the released code's algorithm on the same model (reference.py): how
 much faster is this? The second is to the *floor*: one forward pass of the source, the gradient of
-its input, and one pass of CLIP's image tower with gradient, everything prepared beforehand. No
+its input, and one pass of CLIP's image encoder with gradient, everything prepared beforehand. No
 implementation of TVP can be faster than that on the same kernels, so it says how much is still
 lost.
 
@@ -167,7 +167,7 @@ def make_setup(
 def lower_bound_step(
     scene: BenchmarkSetup,
 ) -> Callable:  # runs it; returns the gradients of both models' pixels
-    "Forward and input gradient of the source, and one of CLIP's image tower."
+    "Forward and input gradient of the source, and one of CLIP's image encoder."
     source = scene.source
     batch = next(scene.batches())
     images = F.pad(batch.images, [scene.width] * 4).to(source.device)
@@ -248,9 +248,9 @@ def time_steps(
     }
 
 
-# The counted operations tell what to expect before any clock is read. With a vision tower and a
+# The counted operations tell what to expect before any clock is read. With a vision encoder and a
 # language model of the same size and CLIP's hundredth beside them, the reference pays for two
-# forward and two backward passes of the tower and one more forward; ours for one and one: four
+# forward and two backward passes of the encoder and one more forward; ours for one and one: four
 # parts instead of seven, 0.57.
 
 
@@ -307,9 +307,9 @@ def time_ranking(
 
 # --- Several questions about an image -----------------------------------------------------------
 #
-# POPE asks six questions of each image. The vision tower looks once at what a batch shows
+# POPE asks six questions of each image. The vision encoder looks once at what a batch shows
 # several times (`tvp.models.ranking`), so the same questions about as many images that all
-# differ are the yardstick: everything else is the same. What can be gained is the tower's share of
+# differ are the yardstick: all else is the same. What can be gained is the encoder's share of
 # a ranking, less what an image still needs. The scores are compared with those of one question at
 # a time.
 
@@ -340,7 +340,7 @@ def time_repeated_images(
             for row in range(questions)
         ]
     )
-    contestants["shared"]()  # the first time the tower is compared with itself
+    contestants["shared"]()  # the first time the encoder is compared with itself
     gap = (contestants["shared"]()[:questions] - alone).abs().max().item()
     flops = {name: count_flops(run) / 1e9 for name, run in contestants.items()}
     times = time_interleaved(contestants, rounds, warmup=0, wait=wait)

@@ -101,7 +101,7 @@ def _golden_config(
     golden: dict,  # of golden.json
     model_class: type,  # of `tvp.models.paper.modeling_lavis`
     # config of that class
-    positions: int,  # of the tower: patches and the class token
+    positions: int,  # of the encoder: patches and the class token
 ):
     "The geometry of a golden model."
     vit, q, lm = (golden["config"][part] for part in ("vit", "qformer", "lm"))

@@ -52,7 +52,7 @@ class MllmOutput:
 
     loss: Tensor  # scalar, mean cross-entropy per answer token over the whole batch
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
-    # (B, T, D) behind each block of the vision tower; empty: it has no list of blocks
+    # (B, T, D) behind each block of the vision encoder; empty: it has no list of blocks
     layers: tuple[Tensor, ...] = ()
 
 # %% ../../nbs/api/models/06_adapters.ipynb #091d2b43
@@ -209,7 +209,7 @@ class Mllm:
         images: Tensor,  # (B, 3, H, W) in [0, 1]
         instructions: list[str],  # one per image: InstructBLIP's tokens depend on it
     ) -> Tensor:  # (B, T, D), differentiable with respect to the images
-        "Encode images with vision tower and projection, without the language model."
+        "Encode images with vision encoder and projection, without the language model."
         inputs = self.model_inputs(images, instructions)
         return encode_visual_tokens(self.model, self.owner, inputs, len(images))
 
@@ -217,7 +217,7 @@ class Mllm:
         self,
         images: Tensor,  # (B, 3, H, W) in [0, 1]
         instructions: list[str],  # one per image
-        # (B, T, D) visual tokens; (B, T, D) behind each block of the vision tower
+        # (B, T, D) visual tokens; (B, T, D) behind each block of the vision encoder
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         "Encode images and keep the hidden states on the way: `MllmOutput` without its loss."
         with capture_hidden_states(self.blocks) as layers:

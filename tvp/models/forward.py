@@ -174,7 +174,7 @@ def encode_visual_tokens(
     inputs: dict[str, Tensor],  # pixels and instructions
     batch: int,  # number of images
 ) -> Tensor:  # (B, T, D), differentiable with respect to the pixels
-    "Run vision tower and projection alone: the forward pass is left before the language model."
+    "Run vision encoder and projection alone: the forward pass is left before the language model."
     if is_encoder_decoder(model):  # any: the decoder is never reached
         inputs = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :1]}
     with capture_visual_features(owner, stop=True) as features:
@@ -184,15 +184,15 @@ def encode_visual_tokens(
 # %% ../../nbs/api/models/03b_forward.ipynb #9984d7bd
 def find_vision_blocks(
     model: nn.Module,  # an image-text model of transformers
-) -> list[nn.Module]:  # first to last; empty: its tower has no plain list of them
-    "The transformer blocks of the vision tower."
+) -> list[nn.Module]:  # first to last; empty: its encoder has no plain list of them
+    "The transformer blocks of the vision encoder."
     encoder = find_vision_encoder(model)
     lists = (
         [m for m in encoder.modules() if isinstance(m, nn.ModuleList)]
         if encoder is not None
         else []
     )
-    # the parts of a block, the stages of a tower
+    # the parts of a block, the stages of an encoder
     nested = {id(m) for outer in lists for block in outer for m in block.modules()}
 
     def attends(block):
@@ -213,7 +213,7 @@ def capture_hidden_states(
     # yields a list that receives the hidden states behind each block
     blocks: list[nn.Module],  # from `find_vision_blocks`
 ):
-    "Listen in on the blocks of a vision tower during an ordinary forward pass."
+    "Listen in on the blocks of a vision encoder during an ordinary forward pass."
     seen = []
 
     def note(module, args, out):
@@ -232,7 +232,7 @@ def split_hidden_states_by_image(
     layers: list[Tensor],
     batch: int,  # number of images
 ) -> tuple[Tensor, ...]:  # (B, T, D) each
-    "Hidden states with one row of tokens per image, whatever shape a tower gives them."
+    "Hidden states with one row of tokens per image, whatever shape an encoder gives them."
     return tuple(hidden.reshape(batch, -1, hidden.shape[-1]) for hidden in layers)
 
 # %% ../../nbs/api/models/03b_forward.ipynb #bb92d293

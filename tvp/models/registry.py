@@ -28,8 +28,8 @@ def _estimated_activation_width(
 
 def _estimate_training_memory(
     parameters: float,  # of the whole model
-    vision: float,  # of them in the vision tower
-    patches: int,  # positions in the vision tower per image
+    vision: float,  # of them in the vision encoder
+    patches: int,  # positions in the vision encoder per image
     tokens: int,  # visual tokens in the language model per image
     weights: str = "16 bit",  # a key of `_BYTES_PER_PARAMETER`
     images: int = 4,  # in a batch
@@ -53,11 +53,11 @@ class ModelInfo:
     id: str  # on the hub
     type: str  # transformers' model type
     parameters: float  # billions
-    vision: float  # billions of them in the vision tower
+    vision: float  # billions of them in the vision encoder
     license: str  # as its page says
     input: str  # what its processor makes of an image
     size: int  # canvas, pixels
-    patches: int  # positions in the vision tower for one canvas
+    patches: int  # positions in the vision encoder for one canvas
     tokens: int  # visual tokens of one canvas among the words; 0: read by cross-attention
     gated: bool = False  # the license must be accepted on the hub first
     checked: bool = True  # id and license were looked up on (a copy of) its page

@@ -136,7 +136,7 @@ class Zoo(Mapping):
     def __init__(
         self,
         load: dict[str, Callable[[], Mllm]],  # name: how to load it
-        towers: dict[str, str],  # name: its vision tower; models of one tower share their features
+        towers: dict[str, str],  # name: its vision encoder; models of one share their features
         size: int,  # canvas that suits the models, pixels
         width: int,  # border that suits the canvas, pixels
         load_clip: Callable[[], Clip],  # the CLIP of Task Semantics Enrichment
@@ -210,7 +210,7 @@ class Zoo(Mapping):
         self,
         name: str,  # a model of the zoo
     ) -> str:  # equal for models that see through the same weights
-        "The vision tower of a model."
+        "The vision encoder of a model."
         self._known(name)
         return self._towers[name]
 
@@ -319,7 +319,7 @@ def load_zoo(
 def _custom_zoo(
     models: Mapping[str, str | PathLike],  # name -> what `load_mllm` takes
     options: dict,  # of `load_mllm`
-) -> Zoo:  # at the paper's canvas; every model counts as a tower of its own
+) -> Zoo:  # at the paper's canvas; every model counts as an encoder of its own
     "Models of one's own choice, one in memory at a time."
     if not models:
         raise ValueError("`name` must hold at least one model, got an empty dictionary.")

@@ -255,7 +255,7 @@ def transfer_matrix(
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #472e0fc8
 def _frame_matrix(ax, gain: pd.DataFrame, towers: Mapping[str, str]) -> None:
-    "Draw frames around what each prompt was trained on, and lines between towers."
+    "Draw frames around what each prompt was trained on, and lines between encoders."
     import matplotlib.pyplot as plt
 
     for i, source in enumerate(gain.index):

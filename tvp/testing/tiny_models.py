@@ -124,7 +124,7 @@ _TINY_CONFIG_VALUES = {
             "dropout attention_dropout activation_dropout hidden_dropout_prob "
             "attention_probs_dropout_prob layerdrop",
         ),
-        (0.02, "initializer_range"),  # vision towers of the BLIP family default to 1e-10
+        (0.02, "initializer_range"),  # vision encoders of the BLIP family default to 1e-10
     ]
     for name in names.split()
 }

@@ -496,7 +496,7 @@ class LoopMixin(UpdateMixin):
 
     @property
     def next_step(self) -> int:
-        "Number the next update, over all trainings of this learner."
+        "Number the next update, over all runs of this learner."
         return len(self.records) + len(self.pending_metrics) + 1
 
     @property

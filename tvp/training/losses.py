@@ -53,7 +53,7 @@ class StepContext:
             return self.source.visual_tokens(self.clean, self.batch.instructions)
 
     @cached_property
-    def clean_layers(self) -> tuple[Tensor, ...]:  # (B, T, D) behind each block of the vision tower
+    def clean_layers(self) -> tuple[Tensor, ...]:  # (B, T, D) behind each block of the encoder
         "Hidden states of the clean images, without gradient, computed at most once."
         with torch.no_grad():
             return self.source.visual_tokens_and_layers(self.clean, self.batch.instructions)[1]
@@ -180,7 +180,7 @@ class FeatureConsistency:
 # %% ../../nbs/api/training/01_losses.ipynb #de9b3b82
 @dataclass
 class LayerConsistency:
-    "FCA in every transformer block of the source's vision tower. A variant of this package."
+    "FCA in every transformer block of the source's vision encoder. A variant of this package."
 
     weight: float  # factor in the total, >= 0
     distance: str = "euclidean"  # how far is measured: a name in DISTANCES
@@ -325,7 +325,7 @@ class TaskSemantics:
     better."""
 
     weight: float  # factor in the total, >= 0; the paper's is 0.001 on CIFAR-10
-    # frozen; any CLIP will do, the source's own would be kin. Several in a list: the mean over them
+    # frozen; any CLIP will do, but not the source's own. Several in a list: the mean over them
     clip: Clip | Sequence[Clip]
     # caption; {} is what the image shows. Or captions for each content, the mean over them (see
     # `tvp.tasks.descriptions`). Several of these in a list: the mean over them

@@ -20,7 +20,7 @@ class TrainState:
     "Where a training stands: all that decides which images come next."
 
     epochs: int = 0  # passes over the train split in this training; 0: none has begun
-    previous_epochs: int = 0  # of the learner's earlier trainings
+    previous_epochs: int = 0  # of the learner's earlier runs
     step: int = 0  # updates made in this training, and read
     epoch: int = 0  # the current one, 1 for the learner's first
 

@@ -267,7 +267,7 @@ def _draw_curve(ax, curve: pd.DataFrame, method: str, now: bool) -> None:
 
 # %% ../../nbs/api/widgets/04_figures.ipynb #ce0c7c71
 def _draw_unseen(ax, frame: pd.DataFrame, color: str) -> None:
-    "Draw a thin line for each unseen model, and say which tower it has."
+    "Draw a thin line for each unseen model, and say which encoder it has."
     dashes = {"unseen, same tower": "-", "unseen, other tower": "--", "unseen": "-"}
     for (_, group), rows in frame[frame.group != "source"].groupby(["model", "group"]):
         ax.plot(

@@ -96,7 +96,7 @@ class _ValidationScorer:
         self,
         name: str,  # of a model
     ) -> str:  # "source", "unseen, same tower", "unseen, other tower" or "unseen"
-        "Tell a source, an unseen model on its vision tower, and one on another tower apart."
+        "Tell a source, an unseen model on its vision encoder, and one on another encoder apart."
         tower = getattr(self.zoo, "tower", lambda name: None)
         towers = {model: tower(model) for model in (name, *parse_source_names(self.source))}
         run = TransferRun(self.task.name, self.source, 0, self.task.metric, np.zeros(0), {}, towers)
@@ -131,7 +131,7 @@ class TrainingMonitor:
         evaluate_every: int = 20,  # training steps between two evaluations, > 0
         n_images: int = 60,  # of the validation split, > 0
         models: Sequence[str] | None = None,  # scored beside the source; None: the whole zoo
-        baseline_cache: dict | None = None,  # scores without a prompt, of earlier trainings
+        baseline_cache: dict | None = None,  # scores without a prompt, of earlier runs
     ):
         self.learner = learner
         self.task = learner.task

@@ -156,7 +156,7 @@ def build_config(
         "vision_config": {},
         "qformer_config": dict(QFORMER_CONFIG),
     }
-    # who lends a tower knows its geometry, and so on
+    # who lends an encoder knows its geometry, and so on
     for part in ("vision", "qformer", "bridge", "model"):
         said = _read_config(weights.get(part))
         wanted = {"vision": ("vision_config",), "model": (*found, "num_query_tokens")}.get(

@@ -33,7 +33,7 @@ class LavisBlip2Config(Blip2Config):
     "BLIP-2 as LAVIS computes it."
 
     model_type = "lavis-blip2"
-    # of the layer norm behind the vision tower; its blocks keep their own
+    # of the layer norm behind the vision encoder; its blocks keep their own
     vision_norm_eps: float = 1e-5
 
 
@@ -93,7 +93,7 @@ class BlivaConfig(LavisInstructBlipConfig):
 # %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #10e7ed3a
 class Bliva(LavisInstructBlip):
     """BLIVA (Hu et al. 2023): the queries of an InstructBLIP, then the projected patches of its
-    vision tower."""
+    vision encoder."""
 
     config_class = BlivaConfig
 
@@ -192,7 +192,7 @@ _PARAMETER_PREFIXES = (
 )
 
 # %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #3b8df880
-# a vision tower by itself, eva_vit_g.pth
+# a vision encoder by itself, eva_vit_g.pth
 _VISION_TOWER_PREFIXES = ("cls_token", "pos_embed", "patch_embed.", "blocks.")
 
 
@@ -206,7 +206,7 @@ _COMPUTED_BUFFERS = ("inv_freq", "position_ids")  # computed, not stored, by tra
 
 # %% ../../../nbs/api/models/paper/01_modeling_lavis.ipynb #f6fae12f
 def _to_transformers_name(
-    # of a tensor in a checkpoint of LAVIS or transformers, of a vision tower alone or a language
+    # of a tensor in a checkpoint of LAVIS or transformers, of a vision encoder alone or a language
     # model alone
     name: str,
     renames: tuple[tuple[str, str], ...] = (),  # beginnings that a class wants otherwise

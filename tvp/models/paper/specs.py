@@ -96,7 +96,7 @@ _VICUNA_LICENSE = "LLaMA's license, not for commercial use"
 
 
 def _vision_component(lender: str) -> WeightComponent:
-    "The vision tower; the lender is a BLIP-2 on the hub."
+    "The vision encoder; the lender is a BLIP-2 on the hub."
     return WeightComponent(
         "vision",
         ("vision_model.",),
