@@ -52,7 +52,7 @@ def get_prompt(
 
 
 def group(zoo: Zoo, source: str, target: str) -> str:
-    "Is this model the source, an unseen one on its tower, or one on another?"
+    "Is this model the source, an unseen one on its vision encoder, or one on another?"
     if target == source:
         return "source"
     same = zoo.tower(target) == zoo.tower(source)
