@@ -195,13 +195,6 @@ def _demo_settings(
         "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
     }
 
-# %% ../../nbs/api/experiments/05_demo.ipynb #a5937d6d
-def _recipe_fields(recipe: Recipe) -> dict[str, Any]:
-    "List the numbers of a recipe, without its name."
-    numbers = asdict(recipe)
-    del numbers["name"]
-    return numbers
-
 # %% ../../nbs/api/experiments/05_demo.ipynb #a780cfb3
 def run_demo(
     zoo: Mapping[str, Mllm],  # the source and all targets
@@ -220,7 +213,7 @@ def run_demo(
     them on every model."""
     demo = Demo(task, zoo, source)
     start = time.monotonic()
-    changes = {name: _recipe_fields(recipe) for name, recipe in (recipes or {}).items()}
+    changes = {name: recipe.overrides() for name, recipe in (recipes or {}).items()}
     recipes = RECIPES["tiny"] if recipes is None else recipes
     methods = list(recipes)
     settings = _demo_settings(zoo, task, source, seeds, limit, recipes)

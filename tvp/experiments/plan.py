@@ -9,7 +9,7 @@ __all__ = ['USER_ERRORS', 'named_zoo', 'ReproductionPlan', 'resolve_recipes', 'p
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def named_zoo(
     options: Mapping[str, Any] = {},  # of `load_mllm`, the same for all
 ) -> Zoo:  # at the paper's canvas, one model in memory at a time; nothing is loaded yet
     "A zoo of models from where they lie."
-    named = [name_model(name, place) for name, place in models.items()]
+    named = [replace(name_model(name, place), name=name) for name, place in models.items()]
     return build_zoo(named, str(clip), options, (PAPER_CANVAS_SIZE, PAPER_BORDER_WIDTH))
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #171cb60a
@@ -194,8 +194,7 @@ class ReproductionPlan:
         parts: Parts | None = None,  # where it is kept; None: nowhere
     ) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
         "Train one prompt by the paper's recipe, go on with it, or take it over."
-        settings = asdict(self.recipes[method])
-        del settings["name"]
+        settings = self.recipes[method].overrides()
 
         def make() -> Learner:
             return make_learner(method, self.zoo, self.source, self.task, seed, "paper", **settings)
