@@ -227,8 +227,8 @@ def main() -> None:
     zoo = SmallZoo(load_zoo("tiny"))
     results = {"torch": torch.__version__, "machine": platform.machine(), "seed": args.seed}
     with ExitStack() as stage:
-        stage.enter_context(patch("tvp.models.zoo.load_zoo", lambda name: zoo))
-        stage.enter_context(patch("tvp.tasks.loading.load_task", small_task))
+        stage.enter_context(patch("tvp.experiments.naming.load_zoo", lambda name: zoo))
+        stage.enter_context(patch("tvp.experiments.naming.load_task", small_task))
         stage.enter_context(
             patch.dict(RECIPES, {kind: short(recipes) for kind, recipes in RECIPES.items()})
         )

@@ -110,7 +110,7 @@ def _has_parts(output: Path) -> bool:
 
 def _settings_file(output: Path) -> Path:
     "Where the settings of a run are written, beside its results."
-    return output / "run.toml" if output.is_dir() else output.with_name(f"{output.stem}.run.toml")
+    return output / "run.toml" if output.is_dir() else output.with_name(f"{output.name}.run.toml")
 
 # %% ../nbs/api/90_cli.ipynb #0e5728f7
 def _output_folder(
@@ -365,7 +365,9 @@ def _read_config(
         raise UsageError(str(error)) from None
     ctx.default_map = {}
     for name, value in told.items():
-        one = known[_resolve_name(f"option in {path}", name, known)]
+        if name not in known:
+            raise UsageError(f"{path}: {error_message(unknown_name('option', name, known))}")
+        one = known[name]
         several = isinstance(value, list)
         if several != one.multiple and (several or one.nargs != -1):
             value = [value]
@@ -518,9 +520,7 @@ class _TaskOptions:
 
         name = usual if self.task is None else self.task
         with _user_errors(), _warnings_told():
-            return resolve_task(
-                name, self.data_dir, self.limit, self.instruction, self.candidates
-            )
+            return resolve_task(name, self.data_dir, self.limit, self.instruction, self.candidates)
 
 
 _option_data = click.option(
@@ -644,9 +644,7 @@ _model_options = _gathered(
     click.option(
         "--device-map", metavar="auto", help="Let accelerate spread a model over all devices."
     ),
-    click.option(
-        "--load-in-4bit", is_flag=True, help="Load models in 4 bits, with bitsandbytes."
-    ),
+    click.option("--load-in-4bit", is_flag=True, help="Load models in 4 bits, with bitsandbytes."),
 )
 _option_clip = click.option(
     "--clip",
@@ -731,7 +729,7 @@ def _command_tasks(task: _TaskOptions) -> dict[str, Any]:
         kind = task_kind(task.task)
     if kind == "paper" and task.data_dir is None:
         name = task.task.partition("-")[0]
-        facts = paper_task_facts(_resolve_name("task", name, [name]))
+        facts = paper_task_facts(name)
         sizes = " and ".join(f"{n:,} {split}" for split, n in facts["rows"].items())
         print(f"{name}: {facts['metric']}, {facts['classes']} candidates. {facts['about']}")
         print(
@@ -763,23 +761,22 @@ def _command_models() -> dict[str, Any]:
     print(_format_columns(rows))
     print(
         "\nThe small zoo, above, ships with the package. The models below are downloaded from the "
-        "hub when they are first used: `tvp check NAME`.\n"
+        "hub when\nthey are first used; `tvp check NAME` tries one.\n"
     )
     print(format_registry())
     print(
-        "\nThe models of the paper, wrapped as its reference does; of those that are not on the hub "
-        "as a whole, --weights NAME=PLACE says where they lie.\n"
+        "\nThe models of the paper, wrapped as its reference does; those that the hub does not have\n"
+        "as a whole need --weights NAME=PLACE.\n"
     )
     paper = [("model", "what", "from the hub as a whole")]
     paper += [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
     print(_format_columns(paper))
     print(
-        "\nYour own: a folder saved with save_pretrained, or owner/name on the hub; NAME=PLACE gives "
-        "it another name."
+        "\nYour own: a folder saved with save_pretrained, or owner/name on the hub; NAME=PLACE calls "
+        "it NAME."
     )
-    small = [{"name": name, "vision_tower": tower, "class": kind, "parameters": int(n.replace(",", ""))} for name, tower, kind, n in rows[1:]]
     return {
-        "small": small,
+        "small": [dict(zip(("name", "tower", "class", "parameters"), row)) for row in rows[1:]],
         "registry": _records(registry_frame().reset_index()),
         "paper": [{"name": name, "title": title, "hub": whole} for name, title, whole in paper[1:]],
     }
@@ -1010,7 +1007,8 @@ def _command_train(
     own_place = _resolve_checkpoint_path(checkpoint, resume)
     updates = len(task.train) // recipe.batch_size * recipe.epochs
     with run.hold(out, force, ".safetensors") as file:
-        loading.tell(models, f"{updates:,} updates of {recipe.batch_size} images")
+        plural = "" if updates == 1 else "s"
+        loading.tell(models, f"{updates:,} update{plural} of {recipe.batch_size} images")
         with _user_errors():
             learner = make_learner(method, zoo, names, task, seed, **recipe.overrides())
         learner.gradient_accumulation_steps = accumulation
@@ -1284,9 +1282,7 @@ def _demo_recipes(
 @_option_out("tvp-demo", "Folder for the results.")
 @_option_force
 @click.pass_obj
-def _command_demo(
-    run, task, loading, source, models, clip, seeds, out, force
-) -> dict[str, Any]:
+def _command_demo(run, task, loading, source, models, clip, seeds, out, force) -> dict[str, Any]:
     """Train VP, EVP, TVP and TVP-lens on one model, evaluate them on all, write a table and a
     report."""
     from tvp._formatting import format_duration

@@ -7,7 +7,7 @@ __all__ = ['PAPER_CLIP', 'PAPER_CANVAS_SIZE', 'PAPER_BORDER_WIDTH', 'ModelRefere
            'resolve_models', 'is_small', 'build_zoo', 'resolve_clip', 'describe_needs', 'task_kind', 'resolve_task',
            'paper_task_facts']
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #fb59f09b
+# %% ../../nbs/api/experiments/02b_naming.ipynb #b2fcaedd
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from ..tasks.loading import load_task, task_names
 from ..tasks.paper_datasets import DATASET_SPECS, PUBLIC_TASKS, list_paper_tasks
 from ..tasks.task import Task
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #2f2133ba
+# %% ../../nbs/api/experiments/02b_naming.ipynb #95720df8
 PAPER_CLIP = "openai/clip-vit-base-patch32"  # of Task Semantics Enrichment
 # canvas and border of the paper, pixels; processors resize the canvas to what their models see
 PAPER_CANVAS_SIZE = 224
@@ -93,7 +93,7 @@ class ModelReference:
             return info.size, info.width
         return PAPER_CANVAS_SIZE, PAPER_BORDER_WIDTH
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #5b2d2e46
+# %% ../../nbs/api/experiments/02b_naming.ipynb #fc7de42a
 def _find_model(
     place: str | os.PathLike,  # as typed
 ) -> ModelReference:
@@ -136,7 +136,7 @@ def name_model(
         raise ValueError(f"{found.name} has a name of its own: leave out {name!r}.")
     return found if place is None else replace(found, name=name)
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #863787de
+# %% ../../nbs/api/experiments/02b_naming.ipynb #685d6bcc
 def parse_model(
     text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
 ) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
@@ -182,7 +182,7 @@ def resolve_models(
             )
     return models
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #dc3ee88f
+# %% ../../nbs/api/experiments/02b_naming.ipynb #e24d00d3
 def is_small(
     models: Sequence[ModelReference],
 ) -> bool:
@@ -215,7 +215,7 @@ def build_zoo(
         places={} if "revision" in options else places,
     )
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #55de2603
+# %% ../../nbs/api/experiments/02b_naming.ipynb #95cd221c
 def resolve_clip(
     clip: str | None,  # folder or hub id; "none": go without; None: the usual one
     models: Sequence[ModelReference],  # the sources
@@ -237,7 +237,7 @@ def resolve_clip(
             "folder or a hub id with --clip."
         )
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #965b76e4
+# %% ../../nbs/api/experiments/02b_naming.ipynb #72781653
 def describe_needs(
     models: Sequence[ModelReference],
     options: Mapping[str, Any] = {},  # of `load_mllm`
@@ -256,7 +256,7 @@ def describe_needs(
         return ""
     return f"needs {'; '.join(needs)}{work and '. Then '}{work}"
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #c41c799b
+# %% ../../nbs/api/experiments/02b_naming.ipynb #499c948d
 _TABLES = (".csv", ".jsonl", ".parquet")
 
 
@@ -266,7 +266,10 @@ def task_kind(
     "Find out what a task's name stands for."
     if name in task_names():
         return "bundled"
-    if name in list_paper_tasks() or name.startswith("pope-"):
+    if name in [
+        *list_paper_tasks(),
+        *(f"pope-{subset}" for subset in DATASET_SPECS["pope"][0].rows),
+    ]:
         return "paper"
     try:
         there = Path(name).expanduser().exists()
@@ -282,7 +285,6 @@ def task_kind(
         [*task_names(), *list_paper_tasks()],
         "or a folder of images, a table (.csv, .jsonl, .parquet), or owner/name on the hub",
     )
-
 
 
 def _first_rows(task: Task, limit: int) -> Task:
@@ -321,7 +323,7 @@ def resolve_task(
         task = load_task(name, data_dir=data_dir)
     return task if limit is None else _first_rows(task, limit)
 
-# %% ../../nbs/api/experiments/02b_naming.ipynb #056b0bd3
+# %% ../../nbs/api/experiments/02b_naming.ipynb #e62f1f61
 def paper_task_facts(
     name: str,  # one of `tvp.tasks.paper_datasets.list_paper_tasks`
 ) -> dict[str, Any]:  # name, about, metric, classes, rows, hub

@@ -158,8 +158,7 @@ class ReproductionPlan:
         test = min(self.limit or len(self.task.test), len(self.task.test))
         seeds = ", ".join(map(str, self.seeds))
         train = (
-            f"{', '.join(self.methods)}, seed {seeds}, "
-            f"{len(self.task.train):,} images to train on"
+            f"{', '.join(self.methods)}, seed {seeds}, {len(self.task.train):,} images to train on"
             if self.recipes
             else "no training, a ready prompt"
         )
