@@ -61,6 +61,9 @@ def _resolve_name(
     raise UsageError(error_message(unknown_name(kind, name, known)))
 
 
+_WRONG_MODEL = (KeyError, ValueError, TypeError, ImportError)  # may raise when it is its turn
+
+
 @contextmanager
 def _user_errors(
     start: str = "",  # of the message
@@ -1094,8 +1097,8 @@ def _evaluate(prompt, task, zoo, **how):
     _init_distributed()
     try:
         return evaluate_transfer(prompt, task, zoo, **how)
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from None
+    except _WRONG_MODEL as error:
+        raise UsageError(error_message(error)) from None
 
 # %% ../nbs/api/90_cli.ipynb #2a63fb4c
 def _usual_targets(
@@ -1298,10 +1301,12 @@ def _command_demo(run, task, loading, source, models, clip, seeds, out, force) -
     with run.hold(out, force) as folder:
         loading.tell(named)
         print(f"{task.name}: {task.description}")
-        with _user_errors():
+        try:
             demo = run_demo(
                 zoo, task, named[0].name, range(seeds), say=_say, parts=run.kept, recipes=recipes
             )
+        except _WRONG_MODEL as error:
+            raise UsageError(error_message(error)) from None
         print("", demo.results.table(), "", *demo.results.sentences(), "", sep="\n", flush=True)
         run.save_settings(folder)
         files = demo.save(folder, _report_metadata(command))
