@@ -32,7 +32,7 @@ def _format_bytes(
 class WeightEstimate:
     "Hold how large a model is, before it is loaded."
 
-    parameters: int
+    parameters: int  # how many numbers it has
     dtype: str  # "float32", "float16", "bfloat16", "4 bit", "8 bit"; "as saved"
     bytes: float  # that its weights take in memory
     download: float = 0.0  # bytes to fetch first; 0: all is on this machine

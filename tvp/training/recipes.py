@@ -61,7 +61,7 @@ class Recipe:
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return NormalizedGradient(groups, self.lr, prompt.canvas_gradient_norm)
 
-    def overrides(self) -> dict[str, Any]:
+    def overrides(self) -> dict[str, Any]:  # field -> value
         "List all numbers of the recipe, as `make_learner` takes them beside the name."
         return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
 
