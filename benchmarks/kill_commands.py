@@ -20,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import time
+import tomllib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,8 @@ def read(file: Path) -> None:
         pd.read_csv(file)
     elif file.suffix == ".png":
         Image.open(file).load()
+    elif file.suffix == ".toml":
+        tomllib.loads(file.read_text())
     elif file.suffix == ".html":
         assert file.read_text().rstrip().endswith("</html>")
     elif file.name.startswith(("part-", "training-", "settings", "checkpoint")):

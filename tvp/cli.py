@@ -208,7 +208,7 @@ class _Run:
 
     def save_settings(
         self,
-        output: Path,  # beside which they are written, before it: a stopped run still has its parts
+        output: Path,  # beside which they are written, as long as the run still has its parts
     ) -> None:
         "Write what the run was told, so that `--config` can repeat it."
         from tvp.experiments.settings import write_settings
@@ -1023,8 +1023,8 @@ def _command_train(
             done = _run_training(learner, epochs, own_place, resume)
         result = _training_result(learner, method, names, done)
         if learner.accelerator.is_main_process:
-            run.save_settings(file)
             write_all(file.parent, {file.name: learner.prompt.save})
+            run.save_settings(file)
             clear_parts(_parts_folder(file))
         print(f"saved as {file}")
     return result | {"prompt": str(file)}
@@ -1224,8 +1224,8 @@ def _command_evaluate(
         result = _evaluation_result(results)
         if _launcher_rank()[0]:
             return result
-        run.save_settings(file)
         write_all(file.parent, {file.name: results.save_csv})
+        run.save_settings(file)
         parts.clear()
         print(f"\nsaved as {file}")
     return result | {"file": str(file)}

@@ -191,7 +191,7 @@ def is_small(
 
 
 def build_zoo(
-    models: Sequence[ModelReference],  # the source first
+    models: Sequence[ModelReference],  # the source first; none: the small zoo
     clip: str | None = None,  # folder or hub id; None: the usual one
     options: Mapping[str, Any] = {},  # of `load_mllm`, for all that are not of the small zoo
     canvas: tuple[int, int] | None = None,  # side and border, pixels; None: those of the first
@@ -200,6 +200,7 @@ def build_zoo(
     usual = all(model.kind == "small" and model.name == model.place for model in models)
     if usual and clip in (None, "tiny-clip") and canvas is None:
         return load_zoo("tiny")
+    models = models or [name_model(name) for name in load_zoo("tiny")]
     load = {
         model.name: (lambda model=model: model.load(**({} if is_small([model]) else options)))
         for model in models
