@@ -20,6 +20,7 @@ import shutil
 import signal
 import tempfile
 import time
+import tomllib
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,8 @@ def read(file: Path) -> None:
         pd.read_csv(file)
     elif file.suffix == ".png":
         Image.open(file).load()
+    elif file.suffix == ".toml":
+        tomllib.loads(file.read_text())
     elif file.suffix == ".html":
         assert file.read_text().rstrip().endswith("</html>")
     elif file.name.startswith(("part-", "training-", "settings", "checkpoint")):
@@ -227,8 +230,8 @@ def main() -> None:
     zoo = SmallZoo(load_zoo("tiny"))
     results = {"torch": torch.__version__, "machine": platform.machine(), "seed": args.seed}
     with ExitStack() as stage:
-        stage.enter_context(patch("tvp.models.zoo.load_zoo", lambda name: zoo))
-        stage.enter_context(patch("tvp.tasks.loading.load_task", small_task))
+        stage.enter_context(patch("tvp.experiments.naming.load_zoo", lambda name: zoo))
+        stage.enter_context(patch("tvp.experiments.naming.load_task", small_task))
         stage.enter_context(
             patch.dict(RECIPES, {kind: short(recipes) for kind, recipes in RECIPES.items()})
         )

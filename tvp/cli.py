@@ -6,21 +6,25 @@
 __all__ = ['UsageError', 'main']
 
 # %% ../nbs/api/90_cli.ipynb #b2f85bcc
-import difflib
+import functools
+import json
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import click
 
 from . import __version__
-from ._formatting import error_message
+from ._formatting import error_message, unknown_name
 from ._signals import stop_signals
 
 # %% ../nbs/api/90_cli.ipynb #1313c2d9
@@ -54,10 +58,33 @@ def _resolve_name(
     known = list(known)
     if name in known:
         return name
-    lower = {other.lower(): other for other in known}
-    close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=1)]
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"there is no {kind} {name!r}.{hint} There are: {', '.join(known)}.")
+    raise UsageError(error_message(unknown_name(kind, name, known)))
+
+
+_WRONG_MODEL = (KeyError, ValueError, TypeError, ImportError)  # may raise when it is its turn
+
+
+@contextmanager
+def _user_errors(
+    start: str = "",  # of the message
+) -> Iterator[None]:
+    "Make what a wrong name, place or file raises in this block one line for the user."
+    from tvp.experiments.plan import USER_ERRORS
+
+    try:
+        yield
+    except USER_ERRORS as error:
+        raise UsageError(start + error_message(error)) from None
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    "Tell the warnings of this block in a line each."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", category=UserWarning)
+        yield
+    for warning in caught:
+        _complain(str(warning.message))
 
 # %% ../nbs/api/90_cli.ipynb #0f4c3cba
 def _try_writing(folder: Path) -> None:
@@ -82,6 +109,11 @@ def _parts_folder(
 def _has_parts(output: Path) -> bool:
     "Whether a run was stopped that wrote this output."
     return any(_parts_folder(output).glob("*.safetensors"))
+
+
+def _settings_file(output: Path) -> Path:
+    "Where the settings of a run are written, beside its results."
+    return output / "run.toml" if output.is_dir() else output.with_name(f"{output.name}.run.toml")
 
 # %% ../nbs/api/90_cli.ipynb #0e5728f7
 def _output_folder(
@@ -115,11 +147,12 @@ def _output_file(
     file = Path(path)
     if file.suffix != suffix:
         raise UsageError(f"--out must end in {suffix}, got {file}.")
-    if file.is_dir() or (file.exists() and not force and not _has_parts(file)):
-        raise UsageError(
-            f"{file} exists. Choose another name with --out"
-            + ("." if file.is_dir() else ", or replace it with --force.")
-        )
+    for one in (file, _settings_file(file)):
+        if one.is_dir() or (one.exists() and not force and not _has_parts(file)):
+            raise UsageError(
+                f"{one} exists. Choose another name with --out"
+                + ("." if one.is_dir() else ", or replace it with --force.")
+            )
     _try_writing(file.parent)
     return file
 
@@ -131,6 +164,10 @@ class _Run:
         self.typed = list(typed)
         self.kept: Path | None = None  # the folder of finished parts, once there is one
         self.words: list[str] = []  # what the command needs besides, to go on
+        self.command = ""  # its name
+        self.settings: dict[str, Any] = {}  # option as typed -> value, for the settings file
+        self.as_json = False  # print the result as JSON, and everything else on stderr
+        self.code = 0  # exit code of a command that comes to its end
 
     @contextmanager
     def hold(
@@ -168,6 +205,15 @@ class _Run:
             finally:
                 with suppress(OSError):
                     self.kept.rmdir()  # if nothing is kept
+
+    def save_settings(
+        self,
+        output: Path,  # beside which they are written, as long as the run still has its parts
+    ) -> None:
+        "Write what the run was told, so that `--config` can repeat it."
+        from tvp.experiments.settings import write_settings
+
+        write_settings(_settings_file(output), self.command, self.settings)
 
     def hint(self) -> str:
         "Say how the run goes on; nothing if nothing is kept."
@@ -279,9 +325,102 @@ def _spell_out(
     if missing:
         raise click.BadOptionUsage(option, f"Option {option!r} requires an argument.")
 
+# %% ../nbs/api/90_cli.ipynb #65b30515
+def _plain(value: Any) -> Any:
+    "Make a value of an option one that a settings file can hold."
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _records(
+    frame: Any,  # pandas DataFrame
+) -> list[dict[str, Any]]:  # None where the frame has NaN
+    "Make JSON of a table."
+    return json.loads(frame.to_json(orient="records"))
+
+
+def _settable(
+    command: click.Command,
+) -> dict[str, click.Parameter]:  # name as typed -> parameter
+    "List what a settings file may speak of: options without their dashes, and arguments."
+    return {
+        one.opts[0].lstrip("-") if isinstance(one, click.Option) else one.name: one
+        for one in command.params
+        if one.expose_value
+    }
+
+
+def _read_config(
+    ctx: click.Context,
+    option: click.Option,
+    path: str | None,  # as typed
+) -> None:
+    "Take the values of a settings file for whatever is not typed."
+    from tvp.experiments.settings import read_settings
+
+    if path is None:
+        return
+    known = _settable(ctx.command)
+    try:
+        told = read_settings(path, ctx.info_name)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    ctx.default_map = {}
+    for name, value in told.items():
+        if name not in known:
+            raise UsageError(f"{path}: {error_message(unknown_name('option', name, known))}")
+        one = known[name]
+        several = isinstance(value, list)
+        if several != one.multiple and (several or one.nargs != -1):
+            value = [value]
+        ctx.default_map[one.name] = value
+
 
 class _Command(click.Command):
-    "A command whose options may take several values in a row."
+    """A command whose options may take several values in a row; it can print its result as JSON and,
+    if it has an output, read a settings file."""
+
+    unsaved = ("out", "force", "checkpoint", "resume")  # decide where, not what
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if "out" in [one.name for one in self.params if isinstance(one, click.Option)]:
+            self.params.append(
+                click.Option(
+                    ["--config"],
+                    metavar="FILE",
+                    is_eager=True,
+                    expose_value=False,
+                    callback=_read_config,
+                    help="Settings file, run.toml: values for the options that are not typed.",
+                )
+            )
+        self.params.append(
+            click.Option(
+                ["--json"],
+                is_flag=True,
+                expose_value=False,
+                callback=lambda ctx, _, value: setattr(ctx.obj, "as_json", value),
+                help="Print the result as JSON, and nothing else; what is told goes to stderr.",
+            )
+        )
+
+    def invoke(self, ctx):
+        "Run the command; print its result if that is wanted as JSON."
+        run = ctx.obj
+        run.command = ctx.info_name
+        run.settings = {
+            name: _plain(ctx.params[one.name])
+            for name, one in _settable(self).items()
+            if one.name not in self.unsaved and ctx.params[one.name] not in (None, ())
+        }
+        out = sys.stdout
+        with redirect_stdout(sys.stderr) if run.as_json else nullcontext():
+            result = super().invoke(ctx)
+        if run.as_json:
+            print(json.dumps(result, indent=2, default=str), file=out, flush=True)
+        return run.code
 
     def parse_args(self, ctx, args):
         "Read the arguments, each row of values spelled out."
@@ -337,17 +476,186 @@ def _option_out(
     )
 
 
-_option_task = click.option("--task", default="shapes", metavar="NAME", help="See `tvp tasks`.")
-_option_data = click.option(
-    "--data-dir",
-    metavar="FOLDER",
-    type=click.Path(),
-    help="Where the images of a public task (cifar10, ...) lie; the hub if not given.",
-)
 _option_force = click.option(
     "--force",
     is_flag=True,
     help="Start anew, and replace the files of an earlier run; others are left alone.",
+)
+
+# %% ../nbs/api/90_cli.ipynb #e50bc9f8
+def _gathered(
+    name: str,  # of the argument
+    kind: type,  # a dataclass, a field for each parameter
+    *options: Callable,  # made by `click.option`
+) -> Callable:  # decorator of a command's body
+    "Give a command some options, which reach its body as one argument."
+
+    def decorate(body: Callable) -> Callable:
+        @functools.wraps(body)
+        def call(*args, **values):
+            given = {field.name: values.pop(field.name) for field in fields(kind)}
+            return body(*args, **{name: kind(**given)}, **values)
+
+        for option in reversed(options):
+            call = option(call)
+        return call
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _TaskOptions:
+    "What was typed about the task."
+
+    task: str | None  # name, path or hub id
+    data_dir: str | None
+    limit: int | None
+    instruction: str | None
+    candidates: tuple[str, ...]
+
+    def load(
+        self,
+        # a Task
+        usual: str | None = None,  # the one that is meant where none is named
+    ):
+        "Load the task, or say why not."
+        from tvp.experiments.naming import resolve_task
+
+        name = usual if self.task is None else self.task
+        with _user_errors(), _warnings_told():
+            return resolve_task(name, self.data_dir, self.limit, self.instruction, self.candidates)
+
+
+_option_data = click.option(
+    "--data-dir",
+    metavar="FOLDER",
+    type=click.Path(),
+    help="Where the images of one of the paper's tasks (cifar10, ...) lie; the hub if not given.",
+)
+_TASK_DETAILS = (
+    _option_data,
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Images of each split at most; all if not given.",
+    ),
+    click.option(
+        "--instruction",
+        metavar="TEXT",
+        help="What is asked about images of your own; the paper's words if not given.",
+    ),
+    click.option(
+        "--candidates",
+        multiple=True,
+        metavar="TEXT...",
+        help="The possible answers about images of your own; those that occur if not given.",
+    ),
+)
+
+
+def _task_options(
+    default: str | None = "shapes",
+    help: str = "Name of `tvp tasks`, folder of images, table, or owner/name on the hub.",
+) -> Callable:  # decorator of a command's body, which gets `task`
+    "Give a command the options that say what task is meant."
+    task = click.option("--task", default=default, metavar="NAME", help=help)
+    return _gathered("task", _TaskOptions, task, *_TASK_DETAILS)
+
+# %% ../nbs/api/90_cli.ipynb #66076c33
+@dataclass(frozen=True)
+class _ModelOptions:
+    "What was typed about where models lie, and how they are loaded."
+
+    weights: tuple[str, ...]  # NAME=PLACE
+    dtype: str | None
+    device_map: str | None
+    load_in_4bit: bool
+
+    @property
+    def options(self) -> dict[str, str]:
+        "Say it in the words of `load_mllm`."
+        how = {
+            "dtype": self.dtype,
+            "device_map": self.device_map,
+            "quantization": "4bit" if self.load_in_4bit else None,
+        }
+        return {name: value for name, value in how.items() if value}
+
+    def resolve(
+        self,
+        # a list of ModelReference
+        names: Sequence[str],  # as typed
+    ):
+        "Find out what models are meant, or list those that there are."
+        from tvp.experiments.naming import is_small, resolve_models
+
+        with _user_errors():
+            models = resolve_models(names, self.weights)
+        if self.options and is_small(models):
+            raise UsageError(
+                "--dtype, --device-map and --load-in-4bit are for models of the hub and folders; "
+                "the small zoo is ready as it is. Leave them out."
+            )
+        return models
+
+    def zoo(
+        self,
+        # a Zoo
+        models: Sequence,  # of ModelReference; none: the small zoo
+        clip: str | None = None,  # folder or hub id; None: the usual one
+        canvas: tuple[int, int] | None = None,  # side and border; None: what suits the first
+    ):
+        "Make a zoo of the models; nothing is loaded yet."
+        from tvp.experiments.naming import build_zoo
+
+        return build_zoo(models, clip, self.options, canvas)
+
+    def tell(
+        self,
+        models: Sequence,  # of ModelReference
+        work: str = "",  # what is to be done, in words
+    ) -> None:
+        "Tell what the models take before anything is downloaded or loaded."
+        from tvp.experiments.naming import describe_needs
+
+        with _user_errors():
+            if needs := describe_needs(models, self.options, work):
+                _say(needs)
+
+
+def _say(line: str) -> None:
+    "Tell what happens."
+    print("-", line, flush=True)
+
+
+_model_options = _gathered(
+    "loading",
+    _ModelOptions,
+    click.option(
+        "--weights",
+        multiple=True,
+        metavar="NAME=PLACE...",
+        help="Where models that are named lie; one of the paper's may be given in its parts, "
+        "NAME=PART=PLACE,PART=PLACE.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        help="To compute in; as the model is saved, on a CPU float32, if not given.",
+    ),
+    click.option(
+        "--device-map", metavar="auto", help="Let accelerate spread a model over all devices."
+    ),
+    click.option("--load-in-4bit", is_flag=True, help="Load models in 4 bits, with bitsandbytes."),
+)
+_option_clip = click.option(
+    "--clip",
+    metavar="PLACE",
+    help="Folder or hub id of the CLIP of Task Semantics Enrichment; none: go without.",
+)
+_option_batch = click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Images at a time."
 )
 
 # %% ../nbs/api/90_cli.ipynb #2f714881
@@ -362,53 +670,92 @@ def _format_columns(
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
-
-@_commands.command("tasks")
-def _command_tasks() -> None:
-    "List the tasks that come with the package."
-    from tvp.tasks.loading import load_task, task_names
-
-    rows = [("task", "train/valid/test", "candidates", "what")]
-    for name in task_names():
-        task = load_task(name)
-        sizes = "/".join(str(len(task.split(split))) for split in ("train", "valid", "test"))
-        rows.append((task.name, sizes, ", ".join(task.candidates), task.description))
-    print(_format_columns(rows))
-
-# %% ../nbs/api/90_cli.ipynb #53718a9e
-def _zoo(*names: str):
-    "Load the small zoo, once it is known to have all the named models."
-    from tvp.models.zoo import load_zoo
-
-    zoo = load_zoo("tiny")
-    for name in names:
-        _resolve_name("model", name, zoo)
-    return zoo
+# %% ../nbs/api/90_cli.ipynb #15922e67
+def _task_facts(
+    # a Task
+    task,
+) -> dict[str, Any]:
+    "Tell what a task holds, for --json."
+    splits = {name: len(task.split(name)) for name in ("train", "valid", "test")}
+    return {
+        "name": task.name,
+        "metric": task.metric,
+        "splits": splits,
+        "candidates": list(task.candidates),
+        "description": task.description,
+    }
 
 
-def _task(name: str, data_dir: str | None = None, public: bool = False):
-    """Load a task by its name: one that comes with the package, or a public one, from a folder or
-    the hub."""
-    from tvp.experiments.plan import USER_ERRORS
-    from tvp.tasks.loading import load_task, task_names
+def _list_tasks() -> dict[str, list[dict[str, Any]]]:  # group -> tasks
+    "Print the tasks that have a name."
+    from tvp.experiments.naming import paper_task_facts, resolve_task
+    from tvp.tasks.loading import task_names
     from tvp.tasks.paper_datasets import list_paper_tasks
 
-    names = task_names() + list_paper_tasks() * public
-    if not (public and name.startswith("pope-")):
-        _resolve_name("task", name, names)
-    try:
-        return load_task(name, data_dir=data_dir)
-    except USER_ERRORS as error:
-        raise UsageError(error_message(error)) from None
+    bundled = [_task_facts(resolve_task(name)) for name in task_names()]
+    paper = [paper_task_facts(name) for name in list_paper_tasks()]
+    rows = [("task", "train/valid/test", "candidates", "what")]
+    for one in bundled:
+        sizes = "/".join(map(str, one["splits"].values()))
+        rows.append((one["name"], sizes, ", ".join(one["candidates"]), one["description"]))
+    print(_format_columns(rows))
+    print(
+        "\nThese ship with the package. Those of the paper, below, are downloaded from the hub when "
+        "they are first used, or read from --data-dir FOLDER.\n"
+    )
+    rows = [("task", "candidates", "rows", "what", "from the hub")]
+    for one in paper:
+        sizes = " + ".join(f"{n:,} {split}" for split, n in one["rows"].items()) or "-"
+        about = one["about"].partition(" License:")[0]
+        rows.append((one["name"], str(one["classes"]), sizes, about, one["hub"] or "no"))
+    print(_format_columns(rows))
+    print(
+        "\nYour own images: a folder (CLASS/image.png), a table (.csv, .jsonl, .parquet), or "
+        "owner/name on the hub. `tvp tasks NAME` shows any of these."
+    )
+    return {"bundled": bundled, "paper": paper}
+
+
+@_commands.command("tasks")
+@click.argument("task", required=False)
+@_gathered("task", _TaskOptions, *_TASK_DETAILS)
+def _command_tasks(task: _TaskOptions) -> dict[str, Any]:
+    """List the tasks that have a name, or show one.
+
+    TASK is one of these names, a folder of images, a table, or owner/name on the hub.
+    """
+    from tvp.experiments.naming import paper_task_facts, task_kind
+
+    if task.task is None:
+        return _list_tasks()
+    with _user_errors():
+        kind = task_kind(task.task)
+    if kind == "paper" and task.data_dir is None:
+        name = task.task.partition("-")[0]
+        facts = paper_task_facts(name)
+        sizes = " and ".join(f"{n:,} {split}" for split, n in facts["rows"].items())
+        print(f"{name}: {facts['metric']}, {facts['classes']} candidates. {facts['about']}")
+        print(
+            (f"{sizes} images from {facts['hub']} on the hub" if sizes else "Not on the hub")
+            + f"; --data-dir FOLDER shows a local copy: tvp tasks {task.task} --data-dir FOLDER"
+        )
+        return facts
+    loaded = task.load()
+    train = loaded.split("train")
+    answer = loaded.candidates[train.labels[0]]
+    print(loaded.summary())
+    print(f"\nFor example: {train.instructions[0]!r} The answer: {answer!r}.")
+    return _task_facts(loaded) | {"example": [train.instructions[0], answer]}
 
 # %% ../nbs/api/90_cli.ipynb #7f686b14
 @_commands.command("models")
-def _command_models() -> None:
+def _command_models() -> dict[str, Any]:
     "List the models that have a name: the small zoo, the registry, the paper's."
+    from tvp.experiments.naming import build_zoo
     from tvp.models.paper.specs import PAPER_MODELS
-    from tvp.models.registry import format_registry
+    from tvp.models.registry import format_registry, registry_frame
 
-    zoo = _zoo()
+    zoo = build_zoo([])
     rows = [("model", "vision tower", "class of transformers", "parameters")]
     for name in zoo:
         model = zoo[name].model
@@ -416,40 +763,65 @@ def _command_models() -> None:
         rows.append((name, zoo.tower(name), type(model).__name__, f"{count:,}"))
     print(_format_columns(rows))
     print(
-        "\nThe small zoo, above, ships with the package. The models below come from the hub: "
-        "tvp.load_mllm(NAME), `tvp check NAME`.\n"
+        "\nThe small zoo, above, ships with the package. The models below are downloaded from the "
+        "hub when\nthey are first used; `tvp check NAME` tries one.\n"
     )
     print(format_registry())
     print(
-        "\nThe models of the paper, wrapped as its reference does: tvp.load_mllm(NAME, "
-        "weights=...) says which files it needs.\n"
+        "\nThe models of the paper, wrapped as its reference does; those that the hub does not have\n"
+        "as a whole need --weights NAME=PLACE.\n"
     )
-    rows = [("model", "what", "from the hub as a whole")]
-    rows += [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
-    print(_format_columns(rows))
+    paper = [("model", "what", "from the hub as a whole")]
+    paper += [(name, paper.title, paper.whole or "no") for name, paper in PAPER_MODELS.items()]
+    print(_format_columns(paper))
+    print(
+        "\nYour own: a folder saved with save_pretrained, or owner/name on the hub; NAME=PLACE calls "
+        "it NAME."
+    )
+    return {
+        "small": [dict(zip(("name", "tower", "class", "parameters"), row)) for row in rows[1:]],
+        "registry": _records(registry_frame().reset_index()),
+        "paper": [{"name": name, "title": title, "hub": whole} for name, title, whole in paper[1:]],
+    }
 
 # %% ../nbs/api/90_cli.ipynb #b7cbc015
+def _refuse_code(
+    model: str,  # as typed
+) -> None:
+    """Refuse a folder with code of its own before torch and transformers are imported, which takes
+    seconds."""
+    from tvp._loading import check_folder
+
+    folder = Path(model).expanduser()
+    if set("/\\") & set(model) and folder.is_dir() and not (folder / "tvp.json").exists():
+        check_folder(folder)
+
+
 @_commands.command("check")
-@click.argument("model")
-def _command_check(model: str) -> int:
-    """Try whether a prompt can be trained through a model. Exit code 1: it cannot.
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@_model_options
+@click.pass_obj
+def _command_check(run, models: tuple[str, ...], loading: _ModelOptions) -> list[dict[str, Any]]:
+    """Try whether a prompt can be trained through models. Exit code 1: not through all of them.
 
     MODEL is a name from `tvp models`, a folder, or owner/name on the hub.
     """
-    from tvp._loading import check_folder
-
-    try:
-        # what is refused is refused before torch and transformers are imported, which takes seconds
-        if set("/\\") & set(model) and not (Path(model).expanduser() / "tvp.json").exists():
-            check_folder(Path(model).expanduser())
-        from tvp.models.zoo import load_mllm
-
-        mllm = load_mllm(model)
-    except (KeyError, ValueError, TypeError, OSError, ImportError) as error:
-        raise UsageError(f"cannot load {model}: {error_message(error)}") from None
-    check = mllm.check()
-    print(check)
-    return 0 if check.ok else 1
+    for model in models:
+        try:
+            _refuse_code(model)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"cannot load {model}: {error_message(error)}") from None
+    results = []
+    for typed, reference in zip(models, loading.resolve(models)):
+        with _user_errors(f"cannot load {typed}: "):
+            loading.tell([reference])
+            mllm = reference.load(**({} if reference.kind == "small" else loading.options))
+        check = mllm.check()
+        print(check)
+        run.code = run.code or int(not check.ok)
+        found = _records(check.df) if run.as_json else []
+        results.append({"model": reference.name, "ok": check.ok, "findings": found})
+    return results
 
 # %% ../nbs/api/90_cli.ipynb #6e063535
 def _resolve_checkpoint_path(
@@ -501,6 +873,31 @@ def _run_training(
         raise UsageError(str(error).replace("resume=True", "--resume")) from None
     return done
 
+# %% ../nbs/api/90_cli.ipynb #58a042bf
+def _training_result(
+    learner,  # has fitted
+    method: str,
+    sources: Sequence[str],  # their names
+    done: int,  # updates made earlier
+) -> dict[str, Any]:
+    "Tell how a training went, also for --json."
+    losses = learner.history.task
+    first = losses.iloc[0]
+    last = losses.iloc[-10:].mean()
+    earlier = f", {done} of them made earlier" if done else ""
+    print(
+        f"{method} on {' + '.join(sources)}, {learner.task.name}: {len(losses)} steps{earlier}, "
+        f"task loss {first:.3f} at first, {last:.3f} at last.",
+        flush=True,
+    )
+    return {
+        "method": method,
+        "sources": list(sources),
+        "task": learner.task.name,
+        "steps": len(losses),
+        "task_loss": {"first": float(first), "last": float(last)},
+    }
+
 # %% ../nbs/api/90_cli.ipynb #0b6a4fb5
 def _fit_here(
     learner,  # ready to fit
@@ -515,22 +912,47 @@ def _fit_here(
         told = str(error).replace("go on with --resume", "the same command goes on")
         raise UsageError(f"{told} Start anew with --force.") from None
 
+# %% ../nbs/api/90_cli.ipynb #2749accd
+def _choose_recipe(
+    run: _Run,
+    sources: Sequence,  # of ModelReference
+    clip: str | None,  # as typed
+    method: str,  # as typed
+    **changes,  # fields of Recipe; None: the recipe's
+    # a Recipe; the place of its CLIP, None: it needs none
+) -> tuple:
+    "Choose the recipe of a method and the CLIP that it needs."
+    from tvp.experiments.naming import is_small, resolve_clip
+    from tvp.training.recipes import RECIPES, get_recipe
+
+    preset = "tiny" if is_small(sources) else "paper"
+    _resolve_name("method", method, RECIPES[preset])
+    changes = {name: value for name, value in changes.items() if value is not None}
+    recipe = get_recipe(method, preset, **changes)
+    if not recipe.tse:
+        return recipe, None
+    with _user_errors():
+        place, told = resolve_clip(clip, sources)
+    if told:
+        _complain(told)
+    if place is None:
+        run.settings["clip"] = "none"
+        recipe = get_recipe(method, preset, **changes, tse=0.0)
+    return recipe, place
+
 # %% ../nbs/api/90_cli.ipynb #2acbf4c3
 @_commands.command("train")
-@click.option(
-    "--task",
-    default="shapes",
-    metavar="NAME",
-    help="See `tvp tasks`, or a public one: cifar10, svhn, ...",
-)
-@_option_data
+@_task_options()
+@_model_options
 @click.option(
     "--source",
     multiple=True,
     default=["tiny-minigpt4"],
     metavar="NAME...",
-    help="Model to train on, or several: one prompt for all of them; see `tvp models`.",
+    help="Model to train on, or several: one prompt for all of them; name of `tvp models`, folder, "
+    "or owner/name on the hub.",
 )
+@_option_clip
 @click.option("--method", default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the prompt.")
 @click.option(
@@ -546,6 +968,14 @@ def _fit_here(
     metavar="N",
     help="Passes over the training images; the recipe's if not given, the checkpoint's with "
     "--resume.",
+)
+@_option_batch
+@click.option(
+    "--accumulation",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Parts in which a batch goes through the model: more need less memory.",
 )
 @click.option(
     "--checkpoint",
@@ -563,41 +993,41 @@ def _fit_here(
 @_option_force
 @click.pass_obj
 def _command_train(
-    run, task, data_dir, source, method, seed, pixel_range, epochs, checkpoint, resume, out, force
-) -> None:
+    run, task, loading, source, clip, method, seed, pixel_range, epochs, batch_size, accumulation,
+    checkpoint, resume, out, force,
+) -> dict[str, Any]:  # fmt: skip
     "Train one prompt and save it."
     from tvp._checkpoint import clear_parts
     from tvp._files import write_all
-    from tvp.training.recipes import RECIPES, make_learner
+    from tvp.training.recipes import make_learner
 
-    _resolve_name("method", method, RECIPES["tiny"])
-    task = _task(task, data_dir, public=True)
-    zoo = _zoo(*source)
-    changes = {"range": pixel_range, "epochs": epochs}
-    changes = {name: value for name, value in changes.items() if value}
+    models = loading.resolve(source)
+    changes = {"range": pixel_range, "epochs": epochs, "batch_size": batch_size}
+    recipe, clip = _choose_recipe(run, models, clip, method, **changes)
+    task = task.load()
+    zoo = loading.zoo(models, clip)
+    names = [model.name for model in models]
     own_place = _resolve_checkpoint_path(checkpoint, resume)
+    updates = len(task.train) // recipe.batch_size * recipe.epochs
     with run.hold(out, force, ".safetensors") as file:
-        try:
-            learner = make_learner(method, zoo, list(source), task, seed, **changes)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        plural = "" if updates == 1 else "s"
+        loading.tell(models, f"{updates:,} update{plural} of {recipe.batch_size} images")
+        with _user_errors():
+            learner = make_learner(method, zoo, names, task, seed, **recipe.overrides())
+        learner.gradient_accumulation_steps = accumulation
         if own_place is None:
             done = _fit_here(learner, run.kept / "checkpoint.safetensors")
         else:
             run.kept = own_place.parent
             run.words = ["--resume"]
             done = _run_training(learner, epochs, own_place, resume)
-        earlier = f", {done} of them made earlier" if done else ""
-        losses = learner.history.task
-        print(
-            f"{method} on {' + '.join(source)}, {task.name}: {len(losses)} steps{earlier}, "
-            f"task loss {losses.iloc[0]:.3f} at first, {losses.iloc[-10:].mean():.3f} at last.",
-            flush=True,
-        )
+        result = _training_result(learner, method, names, done)
         if learner.accelerator.is_main_process:
             write_all(file.parent, {file.name: learner.prompt.save})
+            run.save_settings(file)
             clear_parts(_parts_folder(file))
         print(f"saved as {file}")
+    return result | {"prompt": str(file)}
 
 # %% ../nbs/api/90_cli.ipynb #817d7bc0
 def _load_prompt_or_fail(
@@ -623,7 +1053,9 @@ def _load_prompt_or_fail(
     help="How images that are not square are fitted.",
 )
 @_option_force
-def _command_apply(prompt: str, images: str, out: str, fit: str | None, force: bool) -> None:
+def _command_apply(
+    prompt: str, images: str, out: str, fit: str | None, force: bool
+) -> dict[str, Any]:
     """Make prompted images, for any other program to look at.
 
     PROMPT is a name of the gallery (shapes-tvp), a file or a folder; IMAGES an image, or a folder
@@ -635,6 +1067,7 @@ def _command_apply(prompt: str, images: str, out: str, fit: str | None, force: b
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(str(error)) from None
     print(f"{len(written)} prompted in {out}")
+    return {"files": [str(file) for file in written]}
 
 # %% ../nbs/api/90_cli.ipynb #421774fb
 def _parse_corruption(
@@ -664,15 +1097,75 @@ def _evaluate(prompt, task, zoo, **how):
     _init_distributed()
     try:
         return evaluate_transfer(prompt, task, zoo, **how)
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from None
+    except _WRONG_MODEL as error:
+        raise UsageError(error_message(error)) from None
+
+# %% ../nbs/api/90_cli.ipynb #2a63fb4c
+def _usual_targets(
+    prompt,  # a VisualPrompt
+) -> list:  # of ModelReference; empty: the small zoo
+    "Ask the small zoo, unless the prompt comes from elsewhere."
+    from tvp._validation import parse_source_names
+    from tvp.experiments.naming import build_zoo
+
+    sources = parse_source_names(prompt.provenance.get("source"))
+    if other := [name for name in sources if name not in build_zoo([])]:
+        raise UsageError(
+            f"the prompt was trained on {', '.join(other)}, which is not of the small zoo. Name the "
+            "models to ask with --models."
+        )
+    return []
+
+
+def _evaluation_settings(
+    prompt,  # a VisualPrompt
+    task,  # a Task
+    loading: _ModelOptions,
+    models: Sequence,  # of ModelReference
+    names: list[str],  # of all models that are asked
+    data_dir: str | None,  # as typed
+) -> dict[str, Any]:  # names and numbers, nested
+    "List what decides the scores of an evaluation, for its `Parts`."
+    from tvp._checkpoint import checksum
+    from tvp.training.checkpoint import task_settings
+
+    pixels = {name: value.detach() for name, value in prompt.state_dict().items()}
+    places = {model.name: str(model.place) for model in models if model.kind != "small"}
+    settings = {
+        "task": task_settings(task),
+        "data_dir": data_dir,
+        "prompt": checksum(pixels, str(prompt.provenance)),
+        "models": [model.name for model in models] or names,
+    }
+    return settings | ({"places": places, "loading": loading.options} if places else {})
+
+
+def _evaluation_result(
+    # a TransferResults
+    results,
+) -> dict[str, Any]:
+    "Print the table, and give its rows for --json."
+    print(results.table(), flush=True)
+    return {"results": _records(results.df)}
 
 # %% ../nbs/api/90_cli.ipynb #2a0d776b
 @_commands.command("evaluate")
 @click.argument("prompt")
-@click.option("--task", metavar="NAME", help="The one it was trained for if not given.")
-@_option_data
-@click.option("--models", multiple=True, metavar="NAME...", help="All if not given.")
+@_task_options(None, "As for `train`; the one it was trained for if not given.")
+@_model_options
+@click.option(
+    "--models",
+    multiple=True,
+    metavar="NAME...",
+    help="Names of `tvp models`, folders, or owner/name on the hub; the small zoo if not given.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "valid", "test"]),
+    default="test",
+    help="Of the task.",
+)
+@_option_batch
 @click.option(
     "--corruption",
     multiple=True,
@@ -689,53 +1182,53 @@ def _evaluate(prompt, task, zoo, **how):
 @_option_out(None, "File for the results, .csv.")
 @_option_force
 @click.pass_obj
-def _command_evaluate(run, prompt, task, data_dir, models, corruption, mode, out, force) -> None:
-    """Evaluate a saved prompt on every model, with and without it.
+def _command_evaluate(
+    run, prompt, task, loading, models, split, batch_size, corruption, mode, out, force
+) -> dict[str, Any]:
+    """Evaluate a saved prompt on models, with and without it.
 
     PROMPT is a name of the gallery (shapes-tvp), a .safetensors file, a .png, or the reference's
     .pth.
     """
     prompt = _load_prompt_or_fail(prompt)
-    name = task or prompt.provenance.get("task")
-    if not name:
+    known = task.task or prompt.provenance.get("task")
+    if not known:
         raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
-    models = list(models) or None
-    corruption = list(corruption) or None
+    models = loading.resolve(models) or _usual_targets(prompt)
+    data_dir = task.data_dir
     asked = {
-        "targets": models,
+        "targets": [model.name for model in models] or None,
         "seed": prompt.provenance.get("seed", 0),
-        "corruption": corruption and [_parse_corruption(text) for text in corruption],
+        "corruption": [_parse_corruption(text) for text in corruption] or None,
         "mode": mode,
+        "split": split,
+        "batch_size": batch_size or 100,
     }
-    task = _task(name, data_dir, public=True)
-    zoo = _zoo(*models or [])
+    task = task.load(known)
+    zoo = loading.zoo(models)
     if out is None:
-        print(_evaluate(prompt, task, zoo, **asked).table())
-        return
-    from tvp._checkpoint import Parts, checksum
+        loading.tell(models)
+        return _evaluation_result(_evaluate(prompt, task, zoo, **asked))
+    from tvp._checkpoint import Parts
     from tvp._files import write_all
-    from tvp.training.checkpoint import task_settings
 
-    pixels = {name: value.detach() for name, value in prompt.state_dict().items()}
-    settings = {
-        "task": task_settings(task),
-        "data_dir": data_dir,
-        "prompt": checksum(pixels, str(prompt.provenance)),
-        "models": models or list(zoo),
-        "corruption": corruption,
-        "mode": mode,
-    }
+    settings = _evaluation_settings(prompt, task, loading, models, list(zoo), data_dir)
+    settings |= {"corruption": list(corruption) or None, "mode": mode}
+    settings |= {"split": split} if split != "test" else {}
     with run.hold(out, force, ".csv") as file:
         parts = Parts(run.kept, settings)
         if names := parts.names():
             print(f"taken over from {run.kept}: {', '.join(names)}", flush=True)
+        loading.tell(models)
         results = _evaluate(prompt, task, zoo, parts=parts, **asked)
-        print(results.table(), flush=True)
+        result = _evaluation_result(results)
         if _launcher_rank()[0]:
-            return
+            return result
         write_all(file.parent, {file.name: results.save_csv})
+        run.save_settings(file)
         parts.clear()
         print(f"\nsaved as {file}")
+    return result | {"file": str(file)}
 
 # %% ../nbs/api/90_cli.ipynb #a665ea01
 def _report_metadata(
@@ -750,20 +1243,38 @@ def _report_metadata(
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return {"command": command, "peak memory": f"{peak / unit:.1f} GB"}
 
+# %% ../nbs/api/90_cli.ipynb #25779d7d
+def _demo_recipes(
+    run: _Run,
+    source,  # a ModelReference
+    clip: str | None,  # as typed
+    # method -> Recipe; the place of their CLIP, None: they need none
+) -> tuple:
+    "Choose the recipes of a demo: all that there are for its source."
+    from tvp.experiments.naming import is_small
+    from tvp.training.recipes import RECIPES
 
-def _say(line: str) -> None:
-    "Tell what happens."
-    print("-", line, flush=True)
+    preset = "tiny" if is_small([source]) else "paper"
+    chosen = {method: _choose_recipe(run, [source], clip, method) for method in RECIPES[preset]}
+    return {method: recipe for method, (recipe, _) in chosen.items()}, chosen["TVP"][1]
 
 # %% ../nbs/api/90_cli.ipynb #4a1a1213
 @_commands.command("demo")
-@_option_task
+@_task_options()
+@_model_options
 @click.option(
     "--source",
     default="tiny-minigpt4",
     metavar="NAME",
-    help="Model to train on, see `tvp models`.",
+    help="Model to train on: name of `tvp models`, folder, or owner/name on the hub.",
 )
+@click.option(
+    "--models",
+    multiple=True,
+    metavar="NAME...",
+    help="Models to ask besides; all of the small zoo if not given.",
+)
+@_option_clip
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
@@ -774,48 +1285,37 @@ def _say(line: str) -> None:
 @_option_out("tvp-demo", "Folder for the results.")
 @_option_force
 @click.pass_obj
-def _command_demo(run, task: str, source: str, seeds: int, out: Path, force: bool) -> None:
-    """Train VP, EVP, TVP and TVP-lens on one small model, evaluate them on all, write a table and a
+def _command_demo(run, task, loading, source, models, clip, seeds, out, force) -> dict[str, Any]:
+    """Train VP, EVP, TVP and TVP-lens on one model, evaluate them on all, write a table and a
     report."""
-    task = _task(task)
-    zoo = _zoo(source)
     from tvp._formatting import format_duration
     from tvp.experiments.demo import run_demo
 
-    command = f"tvp demo --task {task.name} --source {source} --seeds {seeds}"
+    named = loading.resolve([source, *models])
+    if not models and named[0].kind != "small":
+        raise UsageError(f"{source} is not of the small zoo. Name the models to ask with --models.")
+    command = f"tvp demo --task {task.task} --source {source} --seeds {seeds}"
+    recipes, clip = _demo_recipes(run, named[0], clip)
+    task = task.load()
+    zoo = loading.zoo(named if models else [], clip, named[0].canvas if models else None)
     with run.hold(out, force) as folder:
+        loading.tell(named)
         print(f"{task.name}: {task.description}")
-        demo = run_demo(zoo, task, source, seeds=range(seeds), say=_say, parts=run.kept)
+        try:
+            demo = run_demo(
+                zoo, task, named[0].name, range(seeds), say=_say, parts=run.kept, recipes=recipes
+            )
+        except _WRONG_MODEL as error:
+            raise UsageError(error_message(error)) from None
         print("", demo.results.table(), "", *demo.results.sentences(), "", sep="\n", flush=True)
+        run.save_settings(folder)
         files = demo.save(folder, _report_metadata(command))
         print(
             f"{format_duration(demo.seconds['all together'])}. Written to {folder}: "
             f"{', '.join(file.name for file in files)}"
         )
         print(f"Open {files[-1]} in a browser.")
-
-# %% ../nbs/api/90_cli.ipynb #bf45c6f5
-def _parse_model(
-    text: str,  # NAME, NAME=PLACE or NAME=PART=PLACE,PART=PLACE
-) -> tuple[str, str | dict[str, str] | None]:  # name; place, parts, or None
-    "Read a model as it is typed."
-    from tvp.models.paper.specs import PAPER_MODELS
-
-    name, _, place = text.partition("=")
-    if not name:
-        raise UsageError(f"--models must be NAME or NAME=PLACE, got {text!r}.")
-    known = set()
-    if name in PAPER_MODELS:
-        known = {"model", *(part.name for part in PAPER_MODELS[name].parts)}
-    if place.partition("=")[0] not in known or "=" not in place:
-        return name, place or None
-    pairs = [item.partition("=") for item in place.split(",")]
-    if wrong := [part for part, _, where in pairs if part not in known or not where]:
-        raise UsageError(
-            f"the parts of {name} are {', '.join(sorted(known))}, each as PART=PLACE; got "
-            f"{', '.join(map(repr, wrong))}."
-        )
-    return name, {part: where for part, _, where in pairs}
+    return {"results": _records(demo.results.df), "files": [str(file) for file in files]}
 
 # %% ../nbs/api/90_cli.ipynb #916456ae
 @_commands.command("reproduce")
@@ -864,7 +1364,7 @@ def _parse_model(
 @click.pass_obj
 def _command_reproduce(
     run, task, source, models, clip, data_dir, method, epochs, limit, seed, prompt, out, force
-) -> None:
+) -> dict[str, Any]:
     """Repeat the paper's experiment: train a prompt on one model, ask all, put the published
     numbers beside it.
 
@@ -872,10 +1372,12 @@ def _command_reproduce(
     download.
     """
     from tvp._checkpoint import OtherSettings
-    from tvp.experiments.plan import USER_ERRORS, plan_reproduction
+    from tvp.experiments.naming import parse_model
+    from tvp.experiments.plan import plan_reproduction
     from tvp.experiments.reproduction import run_plan
 
-    places = dict(_parse_model(text) for text in models) or None
+    with _user_errors():
+        places = dict(parse_model(text) for text in models) or None
     how = {
         "clip": clip,
         "data_dir": data_dir,
@@ -885,10 +1387,8 @@ def _command_reproduce(
         "prompt": prompt,
     }
     with run.hold(out, force) as folder:
-        try:
+        with _user_errors():
             plan = plan_reproduction(task, source, method, places, say=_say, **how)
-        except USER_ERRORS as error:
-            raise UsageError(error_message(error)) from None
         print(plan)
         try:
             reproduction = run_plan(plan, folder, _say)
@@ -897,9 +1397,14 @@ def _command_reproduce(
         except ValueError as error:
             raise UsageError(f"{error} What is done so far is in {run.kept}.") from None
         print("", reproduction.table(), "", sep="\n", flush=True)
+        run.save_settings(folder)
         files = reproduction.save(folder, _report_metadata(shlex.join(["tvp", *run.typed])))
         print(f"Written to {folder}: {', '.join(file.name for file in files)}")
         print(f"Open {files[-1]} in a browser.")
+    return {
+        "results": _records(reproduction.results.df),
+        "files": [str(file) for file in files],
+    }
 
 # %% ../nbs/api/90_cli.ipynb #3cb774c8
 def main(

@@ -32,7 +32,7 @@ from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
 from ..training.checkpoint import fit_part, task_settings
 from ..training.learner import Learner
-from ..training.recipes import RECIPES, make_learner
+from ..training.recipes import RECIPES, Recipe, make_learner
 
 # %% ../../nbs/api/experiments/05_demo.ipynb #55506263
 @dataclass
@@ -183,16 +183,16 @@ def _demo_settings(
     source: str,  # name in the zoo
     seeds: Sequence[int],  # one prompt of each method for each
     limit: int | None,  # test images at most; None: all
+    recipes: Mapping[str, Recipe],  # method -> how it is trained
 ) -> dict:  # names and numbers, nested
     "List what decides the results of a demo, for its `Parts`."
-    recipes = {name: asdict(recipe) for name, recipe in RECIPES["tiny"].items()}
     return {
         "task": task_settings(task),
         "source": source,
         "seeds": list(seeds),
         "limit": limit,
         "models": list(zoo),
-        "recipes": recipes,
+        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
     }
 
 # %% ../../nbs/api/experiments/05_demo.ipynb #a780cfb3
@@ -206,19 +206,27 @@ def run_demo(
     make: Callable[..., Learner] = make_learner,  # (method, zoo, source, task, seed) -> Learner
     # folder for what is finished, and for what an earlier call had finished; None: nothing is kept
     parts: str | Path | None = None,
+    # method -> how it is trained, TVP among them; None: the recipes of the small zoo
+    recipes: Mapping[str, Recipe] | None = None,
 ) -> Demo:
-    "Train VP, EVP, TVP and TVP-lens on the source, then evaluate them on every model."
+    """Train VP, EVP, TVP and TVP-lens, or what there is a recipe for, on the source, then evaluate
+    them on every model."""
     demo = Demo(task, zoo, source)
     start = time.monotonic()
-    methods = list(RECIPES["tiny"])
-    kept = None if parts is None else Parts(parts, _demo_settings(zoo, task, source, seeds, limit))
+    changes = {name: recipe.overrides() for name, recipe in (recipes or {}).items()}
+    recipes = RECIPES["tiny"] if recipes is None else recipes
+    methods = list(recipes)
+    settings = _demo_settings(zoo, task, source, seeds, limit, recipes)
+    kept = None if parts is None else Parts(parts, settings)
     for seed in seeds:
         demo.prompts[seed] = {}
         demo.histories[seed] = {}
         for method in methods:
             taken = kept is not None and f"{method}-seed{seed}" in kept
             say(f"{'take over' if taken else 'train'} {method} on {source}, seed {seed}")
-            demo._train_prompt(method, seed, kept, partial(make, method, zoo, source, task, seed))
+            more = changes.get(method, {})
+            train = partial(make, method, zoo, source, task, seed, **more)
+            demo._train_prompt(method, seed, kept, train)
         scores = None if kept is None else kept.section(f"seed{seed}")
         count = 0 if scores is None else sum(name in scores for name in zoo)
         known = f" ({count} of them taken over)" if count else ""

@@ -23,7 +23,8 @@ from .._formatting import format_duration, package_versions
 from .._markup import render
 from ..evaluation.results import TransferResults
 from ..evaluation.runs import csv_text
-from .plan import PAPER_CANVAS_SIZE, ReproductionPlan, plan_reproduction
+from .naming import PAPER_CANVAS_SIZE
+from .plan import ReproductionPlan, plan_reproduction
 from tvp.experiments.published import (
     PUBLISHED_SCORES,
     compare_published,

@@ -12,6 +12,7 @@ from typing import Any
 
 from .bundled import load_bundled_task
 from .custom import load_custom_task
+from .dataset_files import load_parquet_task
 from .easy_vqa import load_easy_vqa
 from .paper_datasets import list_paper_tasks, load_paper_task
 from .task import Task
@@ -50,6 +51,8 @@ def load_task(
                 "`data_dir` belongs to a public data set; your own data comes as a Path or a "
                 "Dataset alone."
             )
+        if isinstance(name, Path) and name.suffix.lower() == ".parquet":
+            return load_parquet_task(name, **options)
         return load_custom_task(name, **options)
     if name == "easy-vqa":
         if data_dir:
