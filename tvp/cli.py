@@ -614,13 +614,12 @@ class _ModelOptions:
     def tell(
         self,
         models: Sequence,  # of ModelReference
-        work: str = "",  # what is to be done, in words
     ) -> None:
         "Tell what the models take before anything is downloaded or loaded."
         from tvp.experiments.naming import describe_needs
 
         with _user_errors():
-            if needs := describe_needs(models, self.options, work):
+            if needs := describe_needs(models, self.options):
                 _say(needs)
 
 
@@ -913,32 +912,29 @@ def _fit_here(
         raise UsageError(f"{told} Start anew with --force.") from None
 
 # %% ../nbs/api/90_cli.ipynb #2749accd
-def _choose_recipe(
+def _choose_clip(
     run: _Run,
     sources: Sequence,  # of ModelReference
     clip: str | None,  # as typed
     method: str,  # as typed
-    **changes,  # fields of Recipe; None: the recipe's
-    # a Recipe; the place of its CLIP, None: it needs none
-) -> tuple:
-    "Choose the recipe of a method and the CLIP that it needs."
+    # its place, None: none is needed; fields of Recipe that change where there is none
+) -> tuple[str | None, dict[str, float]]:
+    "Choose the CLIP that a method needs; without one its TSE is left out, and that is told."
     from tvp.experiments.naming import is_small, resolve_clip
-    from tvp.training.recipes import RECIPES, get_recipe
+    from tvp.training.recipes import PAPER_METHODS, RECIPES
 
-    preset = "tiny" if is_small(sources) else "paper"
-    _resolve_name("method", method, RECIPES[preset])
-    changes = {name: value for name, value in changes.items() if value is not None}
-    recipe = get_recipe(method, preset, **changes)
-    if not recipe.tse:
-        return recipe, None
+    paper = not is_small(sources) and sources[0].kind == "paper"
+    known = PAPER_METHODS if paper else RECIPES["tiny"]
+    if not RECIPES["tiny"][_resolve_name("method", method, known)].tse:
+        return None, {}
     with _user_errors():
         place, told = resolve_clip(clip, sources)
     if told:
         _complain(told)
-    if place is None:
-        run.settings["clip"] = "none"
-        recipe = get_recipe(method, preset, **changes, tse=0.0)
-    return recipe, place
+    if place is not None:
+        return place, {}
+    run.settings["clip"] = "none"
+    return None, {"tse": 0.0}
 
 # %% ../nbs/api/90_cli.ipynb #2acbf4c3
 @_commands.command("train")
@@ -999,21 +995,24 @@ def _command_train(
     "Train one prompt and save it."
     from tvp._checkpoint import clear_parts
     from tvp._files import write_all
-    from tvp.training.recipes import make_learner
+    from tvp.training.recipes import choose_recipe, make_learner
 
     models = loading.resolve(source)
-    changes = {"range": pixel_range, "epochs": epochs, "batch_size": batch_size}
-    recipe, clip = _choose_recipe(run, models, clip, method, **changes)
+    clip, changes = _choose_clip(run, models, clip, method)
+    given = {"range": pixel_range, "epochs": epochs, "batch_size": batch_size}
+    changes |= {name: value for name, value in given.items() if value is not None}
     task = task.load()
     zoo = loading.zoo(models, clip)
     names = [model.name for model in models]
     own_place = _resolve_checkpoint_path(checkpoint, resume)
-    updates = len(task.train) // recipe.batch_size * recipe.epochs
     with run.hold(out, force, ".safetensors") as file:
-        plural = "" if updates == 1 else "s"
-        loading.tell(models, f"{updates:,} update{plural} of {recipe.batch_size} images")
+        loading.tell(models)
         with _user_errors():
-            learner = make_learner(method, zoo, names, task, seed, **recipe.overrides())
+            recipe = choose_recipe(method, zoo, names, task, **changes)
+            learner = make_learner(method, zoo, names, task, seed, recipe=recipe)
+        updates = learner.steps_per_epoch * recipe.epochs
+        plural = "" if updates == 1 else "s"
+        _say(f"{method}: {updates:,} update{plural} of {recipe.batch_size} images")
         learner.gradient_accumulation_steps = accumulation
         if own_place is None:
             done = _fit_here(learner, run.kept / "checkpoint.safetensors")
@@ -1243,21 +1242,6 @@ def _report_metadata(
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return {"command": command, "peak memory": f"{peak / unit:.1f} GB"}
 
-# %% ../nbs/api/90_cli.ipynb #25779d7d
-def _demo_recipes(
-    run: _Run,
-    source,  # a ModelReference
-    clip: str | None,  # as typed
-    # method -> Recipe; the place of their CLIP, None: they need none
-) -> tuple:
-    "Choose the recipes of a demo: all that there are for its source."
-    from tvp.experiments.naming import is_small
-    from tvp.training.recipes import RECIPES
-
-    preset = "tiny" if is_small([source]) else "paper"
-    chosen = {method: _choose_recipe(run, [source], clip, method) for method in RECIPES[preset]}
-    return {method: recipe for method, (recipe, _) in chosen.items()}, chosen["TVP"][1]
-
 # %% ../nbs/api/90_cli.ipynb #4a1a1213
 @_commands.command("demo")
 @_task_options()
@@ -1290,17 +1274,23 @@ def _command_demo(run, task, loading, source, models, clip, seeds, out, force) -
     report."""
     from tvp._formatting import format_duration
     from tvp.experiments.demo import run_demo
+    from tvp.training.recipes import RECIPES, choose_recipe
 
     named = loading.resolve([source, *models])
     if not models and named[0].kind != "small":
         raise UsageError(f"{source} is not of the small zoo. Name the models to ask with --models.")
     command = f"tvp demo --task {task.task} --source {source} --seeds {seeds}"
-    recipes, clip = _demo_recipes(run, named[0], clip)
+    clip, changes = _choose_clip(run, named[:1], clip, "TVP")
     task = task.load()
     zoo = loading.zoo(named if models else [], clip, named[0].canvas if models else None)
     with run.hold(out, force) as folder:
         loading.tell(named)
         print(f"{task.name}: {task.description}")
+        with _user_errors():
+            recipes = {
+                method: choose_recipe(method, zoo, named[0].name, task, **changes)
+                for method in RECIPES["paper" if getattr(zoo, "preset", "tiny") == "paper" else "tiny"]
+            }
         try:
             demo = run_demo(
                 zoo, task, named[0].name, range(seeds), say=_say, parts=run.kept, recipes=recipes

@@ -213,7 +213,7 @@ def run_demo(
     them on every model."""
     demo = Demo(task, zoo, source)
     start = time.monotonic()
-    changes = {name: recipe.overrides() for name, recipe in (recipes or {}).items()}
+    changes = {name: {"recipe": recipe} for name, recipe in (recipes or {}).items()}
     recipes = RECIPES["tiny"] if recipes is None else recipes
     methods = list(recipes)
     settings = _demo_settings(zoo, task, source, seeds, limit, recipes)

@@ -214,6 +214,7 @@ def build_zoo(
         lambda: load_clip(judge),
         keep=1,
         places={} if "revision" in options else places,
+        preset={"small": "tiny", "paper": "paper"}.get(models[0].kind, "auto"),
     )
 
 # %% ../../nbs/api/experiments/02b_naming.ipynb #95cd221c
@@ -242,9 +243,8 @@ def resolve_clip(
 def describe_needs(
     models: Sequence[ModelReference],
     options: Mapping[str, Any] = {},  # of `load_mllm`
-    work: str = "",  # what is to be done, in words
 ) -> str:  # "" where the small zoo is all that is needed
-    "Say what models take on the disk and in memory, and what is to be done."
+    "Say what models take on the disk and in memory."
     names = ("dtype", "device", "device_map", "quantization")
     placement = {name: value for name, value in options.items() if name in names}
     needs = []
@@ -255,7 +255,7 @@ def describe_needs(
         needs.append(f"{model.name} {estimate or 'of a size that is not known beforehand'}")
     if not needs:
         return ""
-    return f"needs {'; '.join(needs)}{work and '. Then '}{work}"
+    return f"needs {'; '.join(needs)}"
 
 # %% ../../nbs/api/experiments/02b_naming.ipynb #499c948d
 _TABLES = (".csv", ".jsonl", ".parquet")

@@ -193,15 +193,17 @@ class ReproductionPlan:
         parts: Parts | None = None,  # where it is kept; None: nowhere
     ) -> tuple[VisualPrompt, pd.DataFrame]:  # the prompt; its history, one row for each step
         "Train one prompt by the paper's recipe, go on with it, or take it over."
-        settings = self.recipes[method].overrides()
+        recipe = self.recipes[method]
 
         def make() -> Learner:
-            return make_learner(method, self.zoo, self.source, self.task, seed, "paper", **settings)
+            return make_learner(
+                method, self.zoo, self.source, self.task, seed, "paper", recipe=recipe
+            )
 
         if parts is not None:
-            return fit_part(parts, f"{method}-seed{seed}", make, settings["epochs"])
+            return fit_part(parts, f"{method}-seed{seed}", make, recipe.epochs)
         learner = make()
-        return learner.fit(settings["epochs"]), learner.history
+        return learner.fit(recipe.epochs), learner.history
 
     def train_prompts(
         self,

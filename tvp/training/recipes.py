@@ -87,10 +87,6 @@ class Recipe:
         path = require_suffix(check_path(path), ".json")
         return write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
-    def overrides(self) -> dict[str, Any]:  # field -> value
-        "List all numbers of the recipe, as `make_learner` takes them beside the name."
-        return {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-
 # %% ../../nbs/api/training/12_recipes.ipynb #13293cab
 PAPER_METHODS = ("VP", "EVP", "TVP")  # of the literature
 
