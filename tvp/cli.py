@@ -438,7 +438,7 @@ class _Commands(click.Group):
     "Commands in the order in which they are met, each listed with its whole first sentence."
 
     command_class = _Command
-    order = ("demo", "train", "evaluate", "apply", "reproduce", "models", "tasks", "check")
+    order = ("demo", "train", "evaluate", "tune", "apply", "reproduce", "models", "tasks", "check")
 
     def list_commands(self, ctx):
         "Name the commands in their order."
@@ -952,6 +952,12 @@ def _choose_clip(
 @click.option("--method", default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Of the prompt.")
 @click.option(
+    "--recipe",
+    metavar="FILE",
+    type=click.Path(),
+    help="Numbers of the method, such as the recipe.json of `tvp tune`; the usual ones if not given.",
+)
+@click.option(
     "--range",
     "pixel_range",
     type=click.Choice(["free", "unit", "uint8"]),
@@ -989,7 +995,8 @@ def _choose_clip(
 @_option_force
 @click.pass_obj
 def _command_train(
-    run, task, loading, source, clip, method, seed, pixel_range, epochs, batch_size, accumulation,
+    run, task, loading, source, clip, method, seed, recipe, pixel_range, epochs, batch_size,
+    accumulation,
     checkpoint, resume, out, force,
 ) -> dict[str, Any]:  # fmt: skip
     "Train one prompt and save it."
@@ -1008,7 +1015,7 @@ def _command_train(
     with run.hold(out, force, ".safetensors") as file:
         loading.tell(models)
         with _user_errors():
-            recipe = choose_recipe(method, zoo, names, task, **changes)
+            recipe = choose_recipe(method, zoo, names, task, recipe=recipe, **changes)
             learner = make_learner(method, zoo, names, task, seed, recipe=recipe)
         updates = learner.steps_per_epoch * recipe.epochs
         plural = "" if updates == 1 else "s"
@@ -1041,6 +1048,32 @@ def _load_prompt_or_fail(
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(f"cannot read the prompt {path}: {error_message(error)}") from None
 
+# %% ../nbs/api/90_cli.ipynb #82dbb574
+def _decide_use(
+    # a GateDecision
+    prompt,  # a VisualPrompt
+    place: str,  # where it is from, as typed
+    target: str,  # the model, as typed
+    task: _TaskOptions,
+    loading: _ModelOptions,
+    images: int,  # of the validation split at most
+):
+    "Read on the prompt's card whether it is used for a model, or ask the model."
+    from tvp.evaluation.gate import read_decisions
+    from tvp.evaluation.transfer import decide_prompt
+
+    if Path(place).is_dir() and target in (known := read_decisions(place)):
+        return known[target]
+    name = task.task or prompt.provenance.get("task")
+    if not name:
+        raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
+    models = loading.resolve([target])
+    loaded = task.load(name)
+    loading.tell(models)
+    with _user_errors():
+        mllm = loading.zoo(models)[models[0].name]
+        return decide_prompt(prompt, loaded, mllm, min(images, len(loaded.split("valid"))))
+
 # %% ../nbs/api/90_cli.ipynb #11994132
 @_commands.command("apply")
 @click.argument("prompt")
@@ -1051,22 +1084,113 @@ def _load_prompt_or_fail(
     type=click.Choice(["crop", "letterbox"]),
     help="How images that are not square are fitted.",
 )
+@click.option(
+    "--for",
+    "target",
+    metavar="MODEL",
+    help="Make them only if the prompt helps this model: as its card says, or by asking the model "
+    "about validation images of --task.",
+)
+@click.option(
+    "--gate",
+    type=click.IntRange(min=1),
+    default=100,
+    metavar="N",
+    help="So many validation images at most.",
+)
+@_task_options(None, "With --for, as for `train`; the one it was trained for if not given.")
+@_model_options
 @_option_force
 def _command_apply(
-    prompt: str, images: str, out: str, fit: str | None, force: bool
-) -> dict[str, Any]:
+    task, loading, prompt, images, out, fit, target, gate, force
+) -> dict[str, Any]:  # fmt: skip
     """Make prompted images, for any other program to look at.
 
     PROMPT is a name of the gallery (shapes-tvp), a file or a folder; IMAGES an image, or a folder
     of them; OUT a folder for the prompted ones.
     """
-    prompt = _load_prompt_or_fail(prompt)
+    place = prompt
+    prompt = _load_prompt_or_fail(place)
+    if target is not None:
+        decision = _decide_use(prompt, place, target, task, loading, gate)
+        print(f"{target}: {decision}")
+        if not decision.use:
+            print("No image is written: show this model the images as they are.")
+            return {"use": False, "files": []}
     try:
         written = prompt.apply(images, out, fit=fit, overwrite=force)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(str(error)) from None
     print(f"{len(written)} prompted in {out}")
-    return {"files": [str(file) for file in written]}
+    return {"use": True, "files": [str(file) for file in written]}
+
+# %% ../nbs/api/90_cli.ipynb #e3600794
+@_commands.command("tune")
+@_task_options()
+@_model_options
+@click.option(
+    "--source",
+    default="tiny-minigpt4",
+    metavar="NAME",
+    help="Model to train on: name of `tvp models`, folder, or owner/name on the hub.",
+)
+@click.option(
+    "--unseen",
+    multiple=True,
+    metavar="NAME...",
+    help="Models whose accuracy counts as much as the source's; the source alone if not given.",
+)
+@_option_clip
+@click.option("--method", default="TVP", metavar="NAME", help="VP, EVP, TVP or TVP-lens.")
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=20, metavar="N", help="In all, with earlier ones."
+)
+@click.option(
+    "--minutes", type=click.FloatRange(0, min_open=True), metavar="N", help="No trial begins later."
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Validation images at most; all if not given.",
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the prompts and of the search.")
+@click.option(
+    "--out", default="tvp-tune", metavar="FOLDER", type=click.Path(), help="For trials and recipe."
+)
+@click.pass_obj
+def _command_tune(
+    run, task, loading, source, unseen, clip, method, trials, minutes, images, seed, out
+) -> dict[str, Any]:  # fmt: skip
+    "Search for a recipe on validation images."
+    from tvp._checkpoint import PARTS
+    from tvp.experiments.tune import tune
+
+    models = loading.resolve([source, *unseen])
+    clip, changes = _choose_clip(run, models[:1], clip, method)
+    task = task.load()
+    zoo = loading.zoo(models, clip)
+    _try_writing(Path(out))
+    run.kept = Path(out) / PARTS
+    loading.tell(models)
+    with _user_errors():
+        found = tune(
+            method,
+            zoo,
+            models[0].name,
+            task,
+            out,
+            unseen=[model.name for model in models[1:]],
+            trials=trials,
+            minutes=minutes,
+            recipe=changes or None,
+            limit=images,
+            seed=seed,
+            say=_say,
+        )
+    print(found)
+    print(f"The best recipe: tvp train --method {method} --recipe {Path(out) / 'recipe.json'}")
+    return {"trials": _records(found.df), "recipe": str(Path(out) / "recipe.json")}
 
 # %% ../nbs/api/90_cli.ipynb #421774fb
 def _parse_corruption(
@@ -1174,15 +1298,23 @@ def _evaluation_result(
 )
 @click.option(
     "--mode",
-    type=click.Choice(["rank", "generate"]),
+    type=click.Choice(["rank", "generate", "generate-substring"]),
     default="rank",
-    help="Rank the candidates, or let the models answer in their own words.",
+    help="Rank the candidates, or let the models answer in their own words; counts may be found "
+    "anywhere in the answer.",
+)
+@click.option(
+    "--gate",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Ask each model about so many validation images first, and show what comes of using the "
+    "prompt only where it corrects more answers than it breaks.",
 )
 @_option_out(None, "File for the results, .csv.")
 @_option_force
 @click.pass_obj
 def _command_evaluate(
-    run, prompt, task, loading, models, split, batch_size, corruption, mode, out, force
+    run, prompt, task, loading, models, split, batch_size, corruption, mode, gate, out, force
 ) -> dict[str, Any]:
     """Evaluate a saved prompt on models, with and without it.
 
@@ -1200,6 +1332,7 @@ def _command_evaluate(
         "seed": prompt.provenance.get("seed", 0),
         "corruption": [_parse_corruption(text) for text in corruption] or None,
         "mode": mode,
+        "gate": gate,
         "split": split,
         "batch_size": batch_size or 100,
     }
@@ -1212,7 +1345,7 @@ def _command_evaluate(
     from tvp._files import write_all
 
     settings = _evaluation_settings(prompt, task, loading, models, list(zoo), data_dir)
-    settings |= {"corruption": list(corruption) or None, "mode": mode}
+    settings |= {"corruption": list(corruption) or None, "mode": mode, "gate": gate}
     settings |= {"split": split} if split != "test" else {}
     with run.hold(out, force, ".csv") as file:
         parts = Parts(run.kept, settings)

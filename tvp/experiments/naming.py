@@ -76,8 +76,8 @@ class ModelReference:
         return usual if self.place is None else self.place
 
     @property
-    def tower(self) -> str:
-        "Name its vision tower: equal for models that see through the same weights."
+    def vision_encoder(self) -> str:
+        "Name its vision encoder: equal for models that see through the same weights."
         if self.kind == "small":
             return load_zoo("tiny").tower(self.place)
         return "eva-clip-g" if self.kind == "paper" else self.name
@@ -209,7 +209,7 @@ def build_zoo(
     judge = clip or ("tiny-clip" if is_small(models[:1]) else PAPER_CLIP)
     return Zoo(
         load,
-        {model.name: model.tower for model in models},
+        {model.name: model.vision_encoder for model in models},
         *(canvas or models[0].canvas),
         lambda: load_clip(judge),
         keep=1,

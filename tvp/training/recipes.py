@@ -183,7 +183,7 @@ def derive_recipe(
         value = changes.get(name)
         return otherwise if value is None else check_int(name, value)
 
-    size = given("size", check_int("size", size))
+    check_int("size", size)
     share = 0.5 if method == "TVP-lens" else 1.0
     width = given("width", max(1, round(share * 30 / 224 * size)))
     recipe = replace(recipe, size=size, width=width)
@@ -291,9 +291,12 @@ def choose_recipe(
     if check_choice("preset", preset, [*RECIPES, "auto"], KeyError) != "auto":
         return get_recipe(method, preset, **changes)
     asks_clip = get_recipe(method, **changes).tse and changes.get("tse") is None
+    size = changes.pop("size", None)
+    if size is None:
+        size = max(default_canvas_size(zoo[name], _LARGEST_CANVAS) for name in names)
     return derive_recipe(
         method,
-        max(default_canvas_size(zoo[name], _LARGEST_CANVAS) for name in names),
+        size,
         len(task.split("train")),
         **({"logit_scale": zoo.clip.logit_scale} if asks_clip else {}),
         **changes,
