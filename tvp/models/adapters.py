@@ -148,6 +148,7 @@ class Mllm:
         candidates: list[str] | None = None,
     ) -> MllmOutput:  # all of it differentiable with respect to the images
         "Compute the answers' cross-entropy and the visual tokens of the same forward pass."
+        check_images(images)
         check_one_text_per_image(len(images), answers=answers)
         plan = None
         if candidates is not None:

@@ -581,8 +581,9 @@ def rank(
     candidates: list[str],  # N possible answers, the same for all images
 ) -> Tensor:  # (B, N) mean log-likelihood per token, no end symbol
     "Score candidate answers, each normalized by its own length."
+    groups = _group_by_token_ids(mllm, images, instructions, candidates)
     scores = torch.empty(len(images), len(candidates), device=mllm.device)
-    for plan, rows in _group_by_token_ids(mllm, images, instructions, candidates).items():
+    for plan, rows in groups.items():
         own = [instructions[row] for row in rows]
         _ensure_verified(mllm, images[rows], own, plan)
         with mllm.deduplicator.active():
