@@ -525,6 +525,15 @@ class _TaskOptions:
         with _user_errors(), _warnings_told():
             return resolve_task(name, self.data_dir, self.limit, self.instruction, self.candidates)
 
+    def name_for(
+        self,
+        prompt,  # a VisualPrompt
+    ) -> str:
+        "Return the task that was typed, or else the one that a prompt was trained for."
+        if name := self.task or prompt.provenance.get("task"):
+            return name
+        raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
+
 
 _option_data = click.option(
     "--data-dir",
@@ -647,6 +656,12 @@ _model_options = _gathered(
         "--device-map", metavar="auto", help="Let accelerate spread a model over all devices."
     ),
     click.option("--load-in-4bit", is_flag=True, help="Load models in 4 bits, with bitsandbytes."),
+)
+_option_source = click.option(
+    "--source",
+    default="tiny-minigpt4",
+    metavar="NAME",
+    help="Model to train on: name of `tvp models`, folder, or owner/name on the hub.",
 )
 _option_clip = click.option(
     "--clip",
@@ -1064,9 +1079,7 @@ def _decide_use(
 
     if Path(place).is_dir() and target in (known := read_decisions(place)):
         return known[target]
-    name = task.task or prompt.provenance.get("task")
-    if not name:
-        raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
+    name = task.name_for(prompt)
     models = loading.resolve([target])
     loaded = task.load(name)
     loading.tell(models)
@@ -1128,12 +1141,7 @@ def _command_apply(
 @_commands.command("tune")
 @_task_options()
 @_model_options
-@click.option(
-    "--source",
-    default="tiny-minigpt4",
-    metavar="NAME",
-    help="Model to train on: name of `tvp models`, folder, or owner/name on the hub.",
-)
+@_option_source
 @click.option(
     "--unseen",
     multiple=True,
@@ -1322,9 +1330,7 @@ def _command_evaluate(
     .pth.
     """
     prompt = _load_prompt_or_fail(prompt)
-    known = task.task or prompt.provenance.get("task")
-    if not known:
-        raise UsageError("the prompt does not say which task it is for. Choose one with --task.")
+    known = task.name_for(prompt)
     models = loading.resolve(models) or _usual_targets(prompt)
     data_dir = task.data_dir
     asked = {
@@ -1379,12 +1385,7 @@ def _report_metadata(
 @_commands.command("demo")
 @_task_options()
 @_model_options
-@click.option(
-    "--source",
-    default="tiny-minigpt4",
-    metavar="NAME",
-    help="Model to train on: name of `tvp models`, folder, or owner/name on the hub.",
-)
+@_option_source
 @click.option(
     "--models",
     multiple=True,
