@@ -372,7 +372,8 @@ def sidebar_entries(contents, section="Start"):
                 if section in ("Start", "More")
                 else f"{section}: {entry['section']}"
             )
-            yield from sidebar_entries(entry["contents"], inner)
+            first = [entry["href"]] if "href" in entry else []
+            yield from sidebar_entries([*first, *entry["contents"]], inner)
             section = "More" if section == "Start" else section
         else:
             yield section, Path(entry["href"] if isinstance(entry, dict) else entry)

@@ -832,11 +832,10 @@ def _command_demo(run, task, loading, source, models, clip, seeds, out, force) -
         loading.tell(named)
         print(f"{task.name}: {task.description}")
         with user_errors():
+            preset = "paper" if getattr(zoo, "preset", "tiny") == "paper" else "tiny"
             recipes = {
                 method: choose_recipe(method, zoo, named[0].name, task, **changes)
-                for method in RECIPES[
-                    "paper" if getattr(zoo, "preset", "tiny") == "paper" else "tiny"
-                ]
+                for method in RECIPES[preset]
             }
         try:
             demo = run_demo(
