@@ -51,7 +51,10 @@ class NormalizedGradient(Optimizer):
         )
         self.norm = norm
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(
+        self,
+        param_group: dict,  # params, and what of lr, momentum, nesterov, separate_norm differs
+    ) -> None:
         "Add a group of parameters; `apart` is the old name of `separate_norm`."
         if "apart" in param_group:
             warnings.warn(
