@@ -101,7 +101,7 @@ def _data_deviations(
     )
     if plan.task.name.partition("-")[0] not in PUBLISHED_SCORES:
         lines.append(f"{plan.task.name} is none of the paper's data sets.")
-    if rows and not plan.ready:
+    if rows and not plan.pretrained_prompt:
         lines.append(
             f"Trained on {train:,} of the {sum(rows[:-1]):,} images of the training split; "
             f"{valid:,} are kept for validation. "
@@ -144,10 +144,10 @@ def _training_deviations(
         )
     if epochs - {1}:
         lines.append(f"Trained for {max(epochs)} epochs; the authors' command for CIFAR-10 says 1.")
-    if plan.ready:
+    if plan.pretrained_prompt:
         lines.append(
             "The prompt was not trained here. It says of itself: "
-            + (format_facts(plan.ready.provenance) or "nothing")
+            + (format_facts(plan.pretrained_prompt.provenance) or "nothing")
             + "."
         )
     lines += [_METHOD_DEVIATIONS[method] for method in plan.recipes if method in _METHOD_DEVIATIONS]
@@ -202,7 +202,7 @@ class Reproduction:
                 "No number is published for these rows that we know of: the known ones are "
                 "MiniGPT-4's with TVP, one for each data set of the paper."
             )
-        unknown = f", and {known.unknown}" if known.unknown else ""
+        unknown = f", and {known.caveat}" if known.caveat else ""
         return (
             f"Published: {known.score:.2f} ({known.metric}), Zhang et al. 2024, for MiniGPT-4 as "
             f"the model that answers. Not known to us: which model that prompt was trained "
