@@ -176,6 +176,13 @@ def _caveats(runs: Iterable[TransferRun]) -> list[str]:
         )
     return sentences
 
+
+_MODE_LABELS = {
+    "rank": "Candidates ranked",
+    "generate": "Answers generated",
+    "generate-substring": "Answers searched for the number",
+}
+
 # %% ../../nbs/api/evaluation/06_results.ipynb #9b8b3f9e
 class TransferResults:
     "Tell who gains and who loses from which prompt."
@@ -297,7 +304,8 @@ class TransferResults:
         return write_atomic(path, csv_text(self.df.drop(columns=["tower", "group"])))
 
     def plot(self, ax=None):
-        "Draw who gains and who is harmed, model by model, of one task; returns Axes."
+        """Draw who gains and who is harmed, model by model, of one task; returns Axes, or an array of
+        them where the models ranked and generated."""
         tasks = {run.task for run in self.runs}
         if len(tasks) > 1:
             raise ValueError(
@@ -349,8 +357,17 @@ class TransferResults:
         "Say what these numbers cannot tell."
         return _caveats(self.runs)
 
-    def sentences(self) -> list[str]:
-        "Say everything that a report says about results of one task and source, in order."
+    def by_mode(self) -> "dict[str, TransferResults]":
+        "Separate ranked from generated answers: mode -> results."
+        modes = dict.fromkeys(run.mode for run in self.runs)
+        if len(modes) == 1:
+            return {next(iter(modes)): self}
+        return {
+            mode: TransferResults(run for run in self.runs if run.mode == mode) for mode in modes
+        }
+
+    def _findings(self) -> list[str]:
+        "Say what was found, of one mode."
         methods = [m for m in self.methods if m != "none" and not m.endswith(GATED)]
         best = "TVP" if "TVP" in methods else methods[-1]
         return (
@@ -360,8 +377,16 @@ class TransferResults:
             + self._better_method_sentences("TVP")
             + self.negative_transfer_sentences()
             + _gate_sentences(self.mean(), self.decisions())
-            + self.caveats()
         )
+
+    def sentences(self) -> list[str]:
+        "Say everything that a report says about results of one task and source, in order."
+        modes = self.by_mode()
+        sentences = []
+        for mode, results in modes.items():
+            label = f"{_MODE_LABELS[mode]}: " if len(modes) > 1 else ""
+            sentences += [label + finding for finding in results._findings()]
+        return sentences + self.caveats()
 
     def __repr__(self) -> str:
         return f"TransferResults({describe_runs(self.runs)})"

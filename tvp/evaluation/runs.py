@@ -447,8 +447,9 @@ def decisions_frame(
         for (method, target), decision in run.decisions.items():
             names = [run.task, method, run.source, target, run.target_group(target), run.seed]
             counts = [decision.images, decision.fixed, decision.broken]
-            rows.append([*names, *counts, decision.gain, decision.p_value, decision.use])
-    return pd.DataFrame(rows, columns=columns)
+            values = [*names, *counts, decision.gain, decision.p_value, decision.use]
+            rows.append(dict(zip(columns, values)) | run.conditions)
+    return rows_frame(rows) if rows else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/api/evaluation/04_runs.ipynb #18c35806
 _FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # an apostrophe more tells "'=1" from "=1"

@@ -15,7 +15,13 @@ import pandas as pd
 from .._formatting import join_names
 from .._validation import check_sequence
 from .results import TransferResults
-from .transfer import check_mode, check_names, check_prompts, run_evaluation
+from tvp.evaluation.transfer import (
+    check_modes,
+    check_names,
+    check_prompts,
+    check_task_modes,
+    run_evaluation,
+)
 from ..models.adapters import Mllm
 from ..plotting.style import METHOD_COLORS, TARGET_GROUPS, method_style
 from ..prompts.visual_prompt import VisualPrompt
@@ -42,11 +48,12 @@ def _study(
     batch_size: int = 100,
     seed: int = 0,
     targets: Sequence[str] | None = None,
-    mode: str = "rank",
+    mode: str | Sequence[str] = "rank",
 ) -> TransferResults:
     "Evaluate the home task and the others with the same prompts."
     tasks = _check_tasks(home, others)
     prompts = check_prompts(prompt)
+    modes = check_modes(mode)
     if not others:
         raise ValueError("`others` must hold at least one task, got none.")
     if twice := {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}:
@@ -61,15 +68,15 @@ def _study(
             f"{join_names(sorted(told))}, got {home.name!r}."
         )
     for task in tasks:
-        check_mode("others", task, mode)
+        check_task_modes("others", task, modes)
     return run_evaluation(
         prompts,
         [(task, {"trained_on": home.name}) for task in tasks],
         zoo,
-        check_names(zoo, source, targets, mode),
+        check_names(zoo, source, targets, modes),
         source,
         seed,
-        mode,
+        modes,
         split=split,
         limit=limit,
         batch_size=batch_size,

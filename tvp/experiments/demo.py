@@ -35,6 +35,17 @@ from ..training.learner import Learner
 from ..training.recipes import RECIPES, Recipe, make_learner
 
 # %% ../../nbs/api/experiments/05_demo.ipynb #55506263
+_MODE_DESCRIPTIONS = {
+    "rank": "candidates ranked by mean log-likelihood per token",
+    "generate": "answers generated greedily, right where they name the right candidate and no other",
+}
+
+
+def _modes(task: Task) -> tuple[str, ...]:
+    "How models are asked: by ranking, and in their own words where these can be scored."
+    return ("rank",) if task.metric == "auroc" else tuple(_MODE_DESCRIPTIONS)
+
+
 @dataclass
 class Demo:
     "Hold what a demo has made: prompts, how they were trained, and what they do to every model."
@@ -103,6 +114,7 @@ class Demo:
             seed=seed,
             limit=limit,
             parts=parts,
+            mode=_modes(self.task),
         )
         self.results_by_seed.append(results)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0) + time.monotonic() - start
@@ -120,7 +132,8 @@ class Demo:
         for method, prompt in next(iter(self.prompts.values())).items():
             metadata[method] = _describe_prompt(prompt)
         times = ", ".join(f"{name} {format_duration(s)}" for name, s in self.seconds.items())
-        metadata["score"] = "candidates ranked by mean log-likelihood per token"
+        modes = [_MODE_DESCRIPTIONS[mode] for mode in self.results.by_mode()]
+        metadata["score"] = "; ".join(modes)
         metadata["time"] = f"{times} on {os.cpu_count()} cores"
         return metadata
 
@@ -228,7 +241,7 @@ def run_demo(
             train = partial(make, method, zoo, source, task, seed, **more)
             demo._train_prompt(method, seed, kept, train)
         scores = None if kept is None else kept.section(f"seed{seed}")
-        count = 0 if scores is None else sum(name in scores for name in zoo)
+        count = 0 if scores is None else len(scores.names())
         known = f" ({count} of them taken over)" if count else ""
         say(
             f"ask {len(list(zoo))} models{known} about the test images, without a prompt and "

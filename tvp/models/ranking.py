@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from .._validation import check_str_list as check_list
 from tvp.models.forward import (
@@ -398,6 +399,27 @@ def _outputs_close(
         if a.numel()
     )
 
+# %% ../../nbs/api/models/04_ranking.ipynb #4265328d
+def _name_arguments(
+    forward: Callable,  # of a vision encoder
+    args: tuple,
+    kwargs: dict,
+) -> dict[str, Any]:  # name -> argument
+    "Name a call's arguments; left out is what only says how the output is packed."
+    arguments = dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
+    arguments |= arguments.pop("kwargs", {})
+    packing = {"use_cache": (True, False), "return_dict": (None, True)}
+    return {k: v for k, v in arguments.items() if not (k in packing and v in packing[k])}
+
+
+def _same_arguments(these: dict[str, Any], those: dict[str, Any]) -> bool:
+    "Whether two calls are given the same, tensors compared number by number."
+    (ours, shape), (theirs, other) = tree_flatten(these), tree_flatten(those)
+    return shape == other and all(
+        a is b or type(a) is type(b) and (a.equal(b) if isinstance(a, Tensor) else a == b)
+        for a, b in zip(ours, theirs)
+    )
+
 # %% ../../nbs/api/models/04_ranking.ipynb #bef3adec
 class ImageDeduplicator:
     "Let a model's vision encoder look once at images that a batch shows several times."
@@ -420,8 +442,8 @@ class ImageDeduplicator:
             return None
 
     @contextmanager
-    def active(self):
-        "Encode unique images in every forward pass until the block ends."
+    def _replaced(self, encode: Callable):
+        "Let `encode(forward, args, kwargs)` stand for the encoder's `forward` until the block ends."
         encoder = self.encoder
         if encoder is None:
             yield
@@ -429,10 +451,10 @@ class ImageDeduplicator:
         forward = encoder.forward
         before = vars(encoder).get("forward")
 
-        def encode(*args, **kwargs):
-            return self._encode_unique(forward, args, kwargs)
+        def replaced(*args, **kwargs):
+            return encode(forward, args, kwargs)
 
-        encoder.forward = encode
+        encoder.forward = replaced
         try:
             yield
         finally:
@@ -441,6 +463,26 @@ class ImageDeduplicator:
                 encoder.forward = before
             else:
                 del encoder.forward  # uncovers the class's own method
+
+    def active(self):
+        "Encode unique images in every forward pass until the block ends; a context manager."
+        return self._replaced(self._encode_unique)
+
+    def reusing(self):
+        """Encode the same images once in forward passes that follow each other, where no gradient is
+        asked for, until the block ends; a context manager."""
+        last = None
+
+        def encode(forward, args, kwargs):
+            nonlocal last
+            if torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            arguments = _name_arguments(forward, args, kwargs)
+            if last is None or not _same_arguments(last[0], arguments):
+                last = arguments, forward(*args, **kwargs)
+            return last[1]
+
+        return self._replaced(encode)
 
     def _encode_unique(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         "Call the encoder's `forward` with the images that differ, and repeat its output's rows."

@@ -26,6 +26,11 @@ def _check_one_mode(df: pd.DataFrame) -> None:
         )
 
 
+def _split_by_mode(df: pd.DataFrame) -> list[pd.DataFrame]:
+    "Separate ranked from generated answers."
+    return [rows for _, rows in df.groupby("mode", sort=False)] if "mode" in df else [df]
+
+
 def _task_title(df: pd.DataFrame) -> str:
     "Name the task, and say where answers were generated."
     generated = "mode" in df and df["mode"].iloc[0] != "rank"
@@ -61,8 +66,7 @@ def _check_rows(
                 f"`df` must be about one {name}, got the {plural} "
                 f"{', '.join(df[name].unique())}. Try df.query(...) first."
             )
-    _check_one_mode(df)
-    if df.duplicated(["method", "target"]).any():
+    if any(rows.duplicated(["method", "target"]).any() for rows in _split_by_mode(df)):
         raise ValueError(
             "`df` must have one row for each method and target, got several: several seeds? Try "
             "results.mean()."
@@ -167,22 +171,14 @@ def _add_title(ax, title: str, more: str) -> None:
     )
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #ad0c37d8
-def plot_transfer(
-    df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
-    # matplotlib Axes
-    ax=None,  # matplotlib Axes; None: a new figure
-):
-    """Draw the score of each model without and with each prompt, with 95 % intervals of the gain;
-    triangles mark negative transfer."""
-    import matplotlib.pyplot as plt
+def _draw_transfer(
+    ax,
+    df: pd.DataFrame,  # with `group`, of one mode
+    x: Mapping[str, float],  # target -> position
+) -> None:
+    "Draw one panel: every model without and with each prompt."
     import seaborn as sns
 
-    df = _check_rows(df)
-    x = _x_positions(df)
-    if ax is None:
-        _, ax = plt.subplots(
-            figsize=(max(4.8, 1.6 + 1.15 * max(x.values())), 4.4), layout="constrained"
-        )
     none = df.drop_duplicates("target")
     ax.hlines(
         100 * none.clean,
@@ -220,7 +216,30 @@ def plot_transfer(
     ax.grid(axis="y", color="#e6e6e6", lw=0.8)
     ax.set_axisbelow(True)
     sns.despine(ax=ax)
-    return ax
+
+
+def plot_transfer(
+    df: pd.DataFrame,  # rows of one task and source: `results.mean()`, or `results.df` of one seed
+    # matplotlib Axes; an array of them, one below the other, where ranked and generated answers are there
+    ax=None,  # matplotlib Axes; None: a new figure
+):
+    """Draw the score of each model without and with each prompt, with 95 % intervals of the gain;
+    triangles mark negative transfer."""
+    import matplotlib.pyplot as plt
+
+    df = _check_rows(df)
+    if ax is not None:
+        _check_one_mode(df)
+    x = _x_positions(df)
+    panels = _split_by_mode(df)
+    axes = np.array([ax])
+    if ax is None:
+        size = max(4.8, 1.6 + 1.15 * max(x.values())), 4.4 * len(panels)
+        _, axes = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
+        axes = axes[:, 0]
+    for panel, rows in zip(axes, panels):
+        _draw_transfer(panel, rows, x)
+    return axes[0] if len(axes) == 1 else axes
 
 # %% ../../nbs/api/plotting/03_transfer.ipynb #ed6bd661
 def transfer_matrix(
