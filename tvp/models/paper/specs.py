@@ -77,7 +77,7 @@ class WeightComponent:
 
     name: str  # key in `weights`
     prefixes: tuple[str, ...]  # beginnings of the parameters it is asked for; none: a tokenizer
-    description: str
+    description: str  # what it is, in words
     source: str  # hub id or address
     license: str  # as its authors state it
     required: bool = True  # False: found by itself where it usually lies
