@@ -358,6 +358,18 @@ def pages_described(pages):
     ]
 
 
+def signatures_plain(pages):
+    "Signatures on the site hold no Markdown."
+    return [
+        f"nbs/{path.as_posix()}: the signature has a link: {line.strip()}"
+        for path, page in pages.items()
+        if path.parts[0] == "api"
+        for signature in re.findall(r"```python\ndef .*?\n```", page.markdown, re.DOTALL)
+        for line in signature.splitlines()
+        if "](http" in line
+    ]
+
+
 def site_options():
     "The `website` part of _quarto.yml."
     return yaml.safe_load(text(ROOT / "_quarto.yml"))["website"]
@@ -372,7 +384,8 @@ def sidebar_entries(contents, section="Start"):
                 if section in ("Start", "More")
                 else f"{section}: {entry['section']}"
             )
-            yield from sidebar_entries(entry["contents"], inner)
+            first = [entry["href"]] if "href" in entry else []
+            yield from sidebar_entries([*first, *entry["contents"]], inner)
             section = "More" if section == "Start" else section
         else:
             yield section, Path(entry["href"] if isinstance(entry, dict) else entry)
@@ -742,6 +755,7 @@ def test(*options):
             report(readme_in_step, pages)
         if pages and not only_quick:
             report(pages_described, pages)
+            report(signatures_plain, pages)
             report(sidebar_complete, pages)
             report(texts_for_programs, pages)
             report(links_lead_somewhere, pages)

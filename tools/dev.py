@@ -189,7 +189,9 @@ def docs(environment, _):
     environment.install("dev")
     kept = {path: path.read_bytes() for path in (ROOT / "README.md", ROOT / "docs" / "README.md")}
     try:
-        environment.run(environment.bin / "nbdev_docs", cwd=ROOT, OMP_NUM_THREADS="1")
+        environment.run(
+            environment.bin / "nbdev_docs", cwd=ROOT, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)
+        )
         environment.check("texts")  # llms.txt, and every page as Markdown
     finally:  # nbdev_docs replaces docs/ as a whole and may render README.md in Quarto's own style
         for path, content in kept.items():

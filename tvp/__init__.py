@@ -1,6 +1,11 @@
-"""Transferable visual prompting: one prompt of pixels, learned on one frozen multimodal language model, that helps the others."""
+"""Transferable visual prompting.
+
+One prompt of pixels, learned on one frozen multimodal language model, that helps the others.
+"""
+
 __version__ = "0.1.0"
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # __init__.pyi lists the names; torch is loaded with the first of them
+# __init__.pyi lists the names; torch is loaded with the first of them
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -39,7 +39,7 @@ from torch import Generator, Tensor, nn
 
 from tvp._files import RunLock, write_atomic
 from tvp._loading import load_safetensors
-from tvp._signals import held_signals
+from tvp._signals import defer_signals
 from tvp._validation import check_int
 from tvp.models.adapters import Mllm
 from tvp.models.tiny import (
@@ -293,7 +293,7 @@ def train_loop(
         )
         write_atomic(path, buffer.getvalue())
 
-    with held_signals() as came:
+    with defer_signals() as came:
         for step in range(start, steps):
             loss, numbers = loss_of(step)
             for o in optimizers:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .._checkpoint import PARTS, Parts, clear_parts
 from .._files import write_all, write_atomic
-from .._formatting import format_duration
+from .._formatting import format_duration, format_facts
 from .._validation import parse_source_names
 from ..evaluation.results import TransferResults
 from ..evaluation.transfer import evaluate_transfer
@@ -254,23 +254,6 @@ def run_demo(
 # %% ../../nbs/api/experiments/05_demo.ipynb #9c20d945
 _OUTPUT_FILES = ("results.csv", "prompt.safetensors", "prompt.png", "transfer.png", "report.html")
 
-# %% ../../nbs/api/experiments/05_demo.ipynb #3ac06a8e
-def _format_facts(
-    facts: Mapping[str, Any],  # name -> value, or more facts
-) -> str:
-    "Facts as one line of text."
-
-    def say(value):
-        return (
-            f"({_format_facts(value)})"
-            if isinstance(value, Mapping)
-            else f"{value:g}"
-            if isinstance(value, float)
-            else str(value)
-        )
-
-    return ", ".join(f"{name} {say(value)}" for name, value in facts.items())
-
 # %% ../../nbs/api/experiments/05_demo.ipynb #c8f682ef
 def _describe_prompt(prompt: VisualPrompt) -> str:
     "Write how a prompt was trained, and what it has learned beside its pixels, in a line."
@@ -278,4 +261,4 @@ def _describe_prompt(prompt: VisualPrompt) -> str:
     facts = {name: value for name, value in prompt.provenance.items() if name not in hidden}
     for name, values in prompt.adjustment_values().items():
         facts[f"learned {name}"] = "/".join(f"{value:.2f}" for value in values)
-    return _format_facts(facts)
+    return format_facts(facts)

@@ -138,8 +138,8 @@ class ReproductionPlan:
     recipes: dict[str, Recipe]  # method -> how; empty for a ready prompt
     seeds: tuple[int, ...]  # one prompt of each method for each
     limit: int | None = None  # test images at most; None: all
-    places: dict[str, str] = field(default_factory=dict)  # model -> where it lies, in words
-    ready: VisualPrompt | None = None  # a prompt that is not to be trained any more
+    locations: dict[str, str] = field(default_factory=dict)  # model -> where it lies, in words
+    pretrained_prompt: VisualPrompt | None = None  # a prompt that is not to be trained any more
     batch_size: int = 32  # images per question, as in the reference
     # what else decides the results, in words: the CLIP, where the data lie, how models are loaded
     given: dict[str, str] = field(default_factory=dict)
@@ -147,12 +147,12 @@ class ReproductionPlan:
     @property
     def size(self) -> int:
         "Side of the canvas, pixels."
-        return self.zoo.size if self.ready is None else self.ready.size
+        return self.zoo.size if self.pretrained_prompt is None else self.pretrained_prompt.size
 
     @property
     def methods(self) -> list[str]:
         "Names of the methods to train, or of the ready prompt's."
-        return list(self.recipes) or [self.ready.provenance.get("method", "prompt")]
+        return list(self.recipes) or [self.pretrained_prompt.provenance.get("method", "prompt")]
 
     def __str__(self) -> str:
         test = min(self.limit or len(self.task.test), len(self.task.test))
@@ -170,9 +170,9 @@ class ReproductionPlan:
     def settings(self) -> dict:  # names and numbers, nested
         "List what decides the results of a plan."
         pretrained = None
-        if self.ready is not None:
-            state = {name: value.detach().cpu() for name, value in self.ready.state_dict().items()}
-            pretrained = checksum(state, self.ready.kind)
+        if self.pretrained_prompt is not None:
+            state = {name: value.detach().cpu() for name, value in self.pretrained_prompt.state_dict().items()}
+            pretrained = checksum(state, self.pretrained_prompt.kind)
         return {
             "task": task_settings(self.task),
             "source": self.source,
@@ -182,7 +182,7 @@ class ReproductionPlan:
             "canvas": self.size,
             "batch_size": self.batch_size,
             "ready prompt": pretrained,
-            "models": {name: self.places.get(name, "given") for name in self.zoo},
+            "models": {name: self.locations.get(name, "given") for name in self.zoo},
             "given": self.given,
         }
 
@@ -212,8 +212,8 @@ class ReproductionPlan:
         # seed -> method -> prompt; method -> history of the first seed
     ) -> tuple[dict[int, dict[str, VisualPrompt]], dict[str, pd.DataFrame]]:
         "Train all prompts of the plan, one after the other, or take over what is finished."
-        if self.ready is not None:
-            return {seed: {self.methods[0]: self.ready} for seed in self.seeds[:1]}, {}
+        if self.pretrained_prompt is not None:
+            return {seed: {self.methods[0]: self.pretrained_prompt} for seed in self.seeds[:1]}, {}
         prompts = {}
         histories = {}
         for seed in self.seeds:
@@ -299,7 +299,7 @@ class ReproductionPlan:
             if keep is not None:
                 keep(results)
         about = pd.DataFrame.from_dict(models, "index")
-        places = [self.places.get(name, "given") for name in about.index]
+        places = [self.locations.get(name, "given") for name in about.index]
         return results, about.assign(place=places)
 
 # %% ../../nbs/api/experiments/03_plan.ipynb #2b9aa76b

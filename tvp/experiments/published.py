@@ -23,7 +23,7 @@ class PublishedScore:
 
     score: float  # in percent
     metric: str  # what it counts
-    unknown: str = ""  # what we do not know about it
+    caveat: str = ""  # what we do not know about it
 
 
 _PUBLISHED_MODEL = "minigpt4-7b"  # the model that the scores are of
@@ -48,7 +48,7 @@ def published_table() -> pd.DataFrame:  # task, score in percent, metric, unknow
     "All scores that are known, and what is not known about them."
     return pd.DataFrame(
         [
-            dict(task=task, score=p.score, metric=p.metric, unknown=p.unknown)
+            dict(task=task, score=p.score, metric=p.metric, caveat=p.caveat)
             for task, p in PUBLISHED_SCORES.items()
         ]
     ).set_index("task")

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .._checkpoint import PARTS, Parts, clear_parts
 from .._files import RunLock, write_all, write_atomic
-from .._formatting import format_duration, package_versions
+from .._formatting import format_duration, format_facts, package_versions
 from .._markup import render
 from ..evaluation.results import TransferResults
 from ..evaluation.runs import csv_text
@@ -101,7 +101,7 @@ def _data_deviations(
     )
     if plan.task.name.partition("-")[0] not in PUBLISHED_SCORES:
         lines.append(f"{plan.task.name} is none of the paper's data sets.")
-    if rows and not plan.ready:
+    if rows and not plan.pretrained_prompt:
         lines.append(
             f"Trained on {train:,} of the {sum(rows[:-1]):,} images of the training split; "
             f"{valid:,} are kept for validation. "
@@ -128,22 +128,6 @@ _RNG_DEVIATION = (
     "bit for bit."
 )
 
-
-def _format_facts(
-    facts: Mapping[str, Any],  # name -> value
-) -> str:
-    "Facts in a line; what is empty or 0 is left out."
-
-    def say(value):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
-    return (
-        ", ".join(
-            f"{name} {say(value)}" for name, value in facts.items() if value not in (None, 0, False)
-        )
-        or "nothing"
-    )
-
 # %% ../../nbs/api/experiments/04_reproduction.ipynb #8fab08c2
 def _training_deviations(
     plan: ReproductionPlan,
@@ -160,10 +144,10 @@ def _training_deviations(
         )
     if epochs - {1}:
         lines.append(f"Trained for {max(epochs)} epochs; the authors' command for CIFAR-10 says 1.")
-    if plan.ready:
+    if plan.pretrained_prompt:
         lines.append(
             "The prompt was not trained here. It says of itself: "
-            + _format_facts(plan.ready.provenance)
+            + (format_facts(plan.pretrained_prompt.provenance) or "nothing")
             + "."
         )
     lines += [_METHOD_DEVIATIONS[method] for method in plan.recipes if method in _METHOD_DEVIATIONS]
@@ -218,7 +202,7 @@ class Reproduction:
                 "No number is published for these rows that we know of: the known ones are "
                 "MiniGPT-4's with TVP, one for each data set of the paper."
             )
-        unknown = f", and {known.unknown}" if known.unknown else ""
+        unknown = f", and {known.caveat}" if known.caveat else ""
         return (
             f"Published: {known.score:.2f} ({known.metric}), Zhang et al. 2024, for MiniGPT-4 as "
             f"the model that answers. Not known to us: which model that prompt was trained "
@@ -248,7 +232,8 @@ class Reproduction:
         metadata = {"task": f"{plan.task.name}. {plan.task.description}", "trained on": plan.source}
         for method, recipe in plan.recipes.items():
             values = {name: value for name, value in asdict(recipe).items() if name != "name"}
-            metadata[method] = _format_facts(values)
+            used = {name: value for name, value in values.items() if value not in (None, 0, False)}
+            metadata[method] = format_facts(used)
         for method, prompt in next(iter(self.prompts.values())).items():
             metadata[f"the {method} prompt"] = _describe_prompt(prompt)
         metadata["seeds"] = ", ".join(map(str, plan.seeds))

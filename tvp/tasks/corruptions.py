@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .._images import LazyImages, to_tensor
-from .._validation import check_choice, check_int, check_type
+from .._validation import check_choice, check_int, check_type, renamed_parameters
 from .sampling import shuffle_split
 from .task import Split, Task
 
@@ -147,6 +147,7 @@ def corrupt(
 class CorruptedImages(Sequence):
     "Corrupt images when they are asked for, each in its own way, always the same."
 
+    @renamed_parameters(keep="cache_bytes")
     def __init__(
         self,
         images: Sequence,  # RGB images or (3, H, W) uint8 tensors
@@ -154,17 +155,17 @@ class CorruptedImages(Sequence):
         severity: int,  # 1 to 5
         seed: int = 0,  # together with the row it seeds each image
         rows: Sequence[int] | None = None,  # which of them, in this order; None: all
-        keep: int = 2**28,  # bytes of corrupted images that are kept
+        cache_bytes: int = 2**28,  # bytes of corrupted images that are kept
     ):
         _check(name, severity)
         self.images = images
         self.name = name
         self.severity = severity
         self.seed = seed
-        self.keep = keep
+        self.cache_bytes = cache_bytes
         self.rows = range(len(images)) if rows is None else rows
-        self.kept = {}
-        self.held = 0
+        self.cache = {}
+        self.cached_bytes = 0
 
     def __len__(self):
         return len(self.rows)
@@ -183,19 +184,19 @@ class CorruptedImages(Sequence):
             self.severity,
             self.seed,
             [self.rows[i] for i in rows],
-            self.keep,
+            self.cache_bytes,
         )
 
     def __getitem__(self, i):
         if isinstance(i, slice):
             return self.select(range(len(self))[i])
         row = int(self.rows[i])
-        if row in self.kept:
-            return self.kept[row]
+        if row in self.cache:
+            return self.cache[row]
         image = corrupt(self.images[row], self.name, self.severity, [self.seed, row])
-        self.held += int(np.prod(image.size if isinstance(image, Image.Image) else image.shape)) * 3
-        if self.held <= self.keep:
-            self.kept[row] = image
+        self.cached_bytes += int(np.prod(image.size if isinstance(image, Image.Image) else image.shape)) * 3
+        if self.cached_bytes <= self.cache_bytes:
+            self.cache[row] = image
         return image
 
 # %% ../../nbs/api/tasks/11_corruptions.ipynb #5e171b24

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._signals import held_signals
+from .._signals import defer_signals
 from .._validation import check_int
 from ..tasks.task import Batch
 from .guards import check_batch_finite
@@ -133,7 +133,7 @@ class StopOnSignal(Callback):
 
     def before_fit(self, learner: Any) -> None:
         "Hold the signals back."
-        self._context = held_signals()
+        self._context = defer_signals()
         self.signals = self._context.__enter__()
 
     def after_metrics(self, learner: Any, record: StepRecord) -> None:

@@ -32,6 +32,7 @@ from tvp._checkpoint import (
 from .._files import RunLock, remove_partial_files
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Task
+from .losses import loss_direction
 from tvp.training.state import (
     StepRecord,
     TrainState,
@@ -63,13 +64,13 @@ def _plain_attributes(
 def _loss_config(
     term: Any,  # a loss
 ) -> dict:  # names and values
-    "Describe a loss: weight and sign, and the fields of a dataclass."
+    "Describe a loss: weight and direction, and the fields of a dataclass."
     own = {}
     if is_dataclass(term):
         own = {field.name: getattr(term, field.name) for field in fields(term)}
     if not own.get("relative", True):
         del own["relative"]  # checkpoints of earlier versions do not know it
-    return _plain_attributes({"weight": term.weight, "sign": term.sign} | own)
+    return _plain_attributes({"weight": term.weight, "sign": loss_direction(term)} | own)
 
 # %% ../../nbs/api/training/11_checkpoint.ipynb #7ed165e4
 def _prompt_config(
@@ -136,6 +137,7 @@ _RENAMED_CALLABLES = {
     "LowFrequency": "DCTLowPassFilter",
     "Convolutional": "BlurParametrizationFilter",
 }
+_RENAMED_OPTIMIZER_SETTINGS = {"apart": "separate_norm"}
 _CALLABLES = ("scheduler", "gradient_estimator", "input_transforms", "gradient_filters")
 
 # %% ../../nbs/api/training/11_checkpoint.ipynb #31bd6294
@@ -155,6 +157,11 @@ def update_config(
     for name in _CALLABLES:
         if name in updated:
             updated[name] = renamed(updated[name])
+    if isinstance(updated.get("optimizer"), dict):
+        updated["optimizer"] = {
+            _RENAMED_OPTIMIZER_SETTINGS.get(name, name): value
+            for name, value in updated["optimizer"].items()
+        }
     return updated
 
 # %% ../../nbs/api/training/11_checkpoint.ipynb #0d9b8406

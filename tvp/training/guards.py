@@ -21,7 +21,7 @@ from .._validation import check_choice, check_int, check_type
 from ..prompts.visual_prompt import VisualPrompt
 from ..tasks.task import Batch, Task
 from .ensembles import GRADIENT_COMBINERS
-from .losses import check_losses
+from .losses import check_losses, uses_source
 
 # %% ../../nbs/api/training/06_guards.ipynb #c337ad97
 def check_learner_arguments(
@@ -126,7 +126,7 @@ def check_gradient_options(
                 f"`{name}` must be a list of functions, got {functions!r}. See tvp.training.{name}."
             )
     check_int("average_last_steps", average_last_steps, 0)
-    if sources > 1 and not any(getattr(term, "needs_source", True) for term in losses):
+    if sources > 1 and not any(uses_source(term) for term in losses):
         raise ValueError(
             "`losses` must hold one that looks at the sources, such as TaskLoss(): these would "
             "never ask them."
@@ -171,7 +171,7 @@ def check_batch_divisible(
 
 # %% ../../nbs/api/training/06_guards.ipynb #a5b62b4a
 def check_terms(
-    losses: list,  # callables with name, weight and sign
+    losses: list,  # callables with name, weight and direction
 ) -> list:
     "A list of losses that can be weighed; see `tvp.training.losses`."
     check_type("losses", losses, (list, tuple), "Try tvp_losses(...) or [TaskLoss()].")
@@ -271,7 +271,7 @@ def check_step_finite(
     "Stop at a step that would have ruined the prompt and was not made."
     values = {
         name: getattr(record, name) for name in ("loss", "task", "fca", "tse", "grad_norm")
-    } | record.others
+    } | record.extra_losses
     if math.isfinite(record.loss) and math.isfinite(record.grad_norm):
         if moved:
             return

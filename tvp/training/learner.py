@@ -60,7 +60,7 @@ from tvp.training.guards import (
     check_terms,
     explain_out_of_memory,
 )
-from .losses import StepContext, TaskLoss, weighted_total
+from .losses import StepContext, TaskLoss, uses_source, weighted_total
 from .optimizers import NormalizedGradient, cosine_epoch_schedule, parameter_groups
 from .processes import ProcessLostError, all_reduce_mean, shard_batch, token_weights
 from tvp.training.state import (
@@ -227,8 +227,8 @@ class UpdateMixin:
         "Pair each source with its losses; the losses that need no source come last, once."
         if len(self.sources) == 1:
             return [(self.source, self.losses)]
-        own = [term for term in self.losses if getattr(term, "needs_source", True)]
-        common = [term for term in self.losses if not getattr(term, "needs_source", True)]
+        own = [term for term in self.losses if uses_source(term)]
+        common = [term for term in self.losses if not uses_source(term)]
         pairs = [(source, own) for source in self.sources]
         return pairs + ([(None, common)] if common else [])
 
@@ -402,8 +402,8 @@ class LoopMixin(UpdateMixin):
         self.pending_metrics = []
         records = []
         for numbers in read_metrics(pending):
-            others = numbers["losses"]
-            known = {name: others.pop(name, math.nan) for name in ("task", "fca", "tse")}
+            extra_losses = numbers["losses"]
+            known = {name: extra_losses.pop(name, math.nan) for name in ("task", "fca", "tse")}
             record = StepRecord(
                 step=len(self.records) + 1,
                 epoch=numbers["epoch"],
@@ -411,7 +411,7 @@ class LoopMixin(UpdateMixin):
                 **known,
                 grad_norm=numbers["grad_norm"],
                 lr=numbers["lr"],
-                others=others,
+                extra_losses=extra_losses,
             )
             if not numbers["is_finite"]:
                 self.finite_guard.reset()

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'StepContext', 'TaskLoss', 'euclidean_distance', 'cosine_distance', 'relative_distance',
-           'FeatureConsistency', 'LayerConsistency', 'TaskSemantics', 'relative_weight', 'weighted_total',
-           'check_losses', 'tvp_losses']
+           'FeatureConsistency', 'LayerConsistency', 'TaskSemantics', 'relative_weight', 'loss_direction',
+           'uses_source', 'weighted_total', 'check_losses', 'tvp_losses']
 
 # %% ../../nbs/api/training/01_losses.ipynb #0a5ceb55
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +64,13 @@ class StepContext:
 def _check_weight(
     term,  # a loss with `name` and `weight`
 ) -> None:
-    "Weights are finite and not negative; the sign belongs to the term."
+    "Weights are finite and not negative; the direction belongs to the term."
     if not (
         isinstance(term.weight, (int, float)) and math.isfinite(term.weight) and term.weight >= 0
     ):
         raise ValueError(
             f"`weight` of the {term.name} loss must be a finite number >= 0, got {term.weight!r}. "
-            "Its sign is built in: TSE is already subtracted."
+            "Its direction is built in: TSE is already subtracted."
         )
 
 # %% ../../nbs/api/training/01_losses.ipynb #6593e703
@@ -94,7 +96,7 @@ class TaskLoss:
     # of each of its tokens among the whole vocabulary, which is the paper's
     candidates: Sequence[str] | None = None
     name = "task"
-    sign = 1
+    direction = 1
 
     def __post_init__(self):
         _check_weight(self)
@@ -159,14 +161,16 @@ class FeatureConsistency:
     distance: str = "euclidean"
     relative: bool = False  # is the weight relative to the task loss? see `relative_weight`
     name = "fca"
-    sign = 1
+    direction = 1
 
     def __post_init__(self):
         _check_weight(self), check_choice("distance", self.distance, DISTANCES)
 
     def __call__(self, context: StepContext) -> Tensor:  # scalar
         # (B, T, D) both
-        return _mean_token_distance(self.distance, context.output.visual_tokens, context.clean_tokens)
+        return _mean_token_distance(
+            self.distance, context.output.visual_tokens, context.clean_tokens
+        )
 
     def unit(
         self,
@@ -185,7 +189,7 @@ class LayerConsistency:
     weight: float  # factor in the total, >= 0
     distance: str = "euclidean"  # how far is measured: a name in DISTANCES
     name = "layers"
-    sign = 1
+    direction = 1
 
     def __post_init__(self):
         _check_weight(self), check_choice("distance", self.distance, DISTANCES)
@@ -224,8 +228,7 @@ def _check_template(
             check_str_list(f"template[{what!r}]", texts)
     elif not template.count("{}") == template.count("{") == template.count("}") == 1:
         raise ValueError(
-            f"`template` must contain {{}} once, where the image's content goes, got "
-            f"{template!r}."
+            f"`template` must contain {{}} once, where the image's content goes, got {template!r}."
         )
 
 
@@ -335,8 +338,8 @@ class TaskSemantics:
     captions: Sequence[str] | None = None
     relative: bool = False  # is the weight relative to the task loss? see `relative_weight`
     name = "tse"
-    sign = -1
-    needs_source = False  # once per update, however many sources there are
+    direction = -1
+    uses_source = False  # once per update, however many sources there are
 
     def __post_init__(self):
         _check_weight(self), _check_tse_options(self)
@@ -348,10 +351,14 @@ class TaskSemantics:
             else [context.prompted]
         )
         # (B, D), unit length
-        pairs = [(clip, clip.image_features(look)) for clip in _ensure_list(self.clip) for look in looks]
+        pairs = [
+            (clip, clip.image_features(look)) for clip in _ensure_list(self.clip) for look in looks
+        ]
         return torch.stack(
             [
-                _clip_caption_score(clip, features, context.batch.semantics, template, self.captions)
+                _clip_caption_score(
+                    clip, features, context.batch.semantics, template, self.captions
+                )
                 for clip, features in pairs
                 for template in _ensure_list(self.template)
             ]
@@ -379,32 +386,65 @@ def relative_weight(
     return term.weight * task_loss / term.unit(context)
 
 
+def _read_attribute(
+    term: Any,  # a loss
+    name: str,
+    old: str,  # what it was called before
+    default: Any,  # of a loss that has neither
+) -> Any:
+    "Read an attribute of a loss; its old name works for one release more, with a FutureWarning."
+    if hasattr(term, name) or not hasattr(term, old):
+        return getattr(term, name, default)
+    warnings.warn(
+        f"`{old}` of a loss is now called `{name}`; the old name goes with the next release.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return getattr(term, old)
+
+
+def loss_direction(
+    term: Any,  # a loss
+) -> int:  # 1: less is better; -1: more is better
+    "Return the factor that turns a loss's value into something to be minimized."
+    return _read_attribute(term, "direction", "sign", None)
+
+
+def uses_source(
+    term: Any,  # a loss
+) -> bool:
+    "Say whether a loss looks at the source model; one that does not is computed once for all."
+    return _read_attribute(term, "uses_source", "needs_source", True)
+
+
 def weighted_total(
-    losses: list,  # callables with name, weight and sign
+    losses: list,  # callables with name, weight and direction
     context: StepContext,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # total to go backward from; unweighted values by name
-    "Total loss of a step: the sum of sign * weight * value."
+    "Total loss of a step: the sum of direction * weight * value."
     # models may be on devices of their own
     values = {term.name: term(context).to(context.prompted.device) for term in losses}
     total = 0
     for term in losses:
         is_relative = getattr(term, "relative", False)
         weight = relative_weight(term, context, values) if is_relative else term.weight
-        total = total + term.sign * weight * values[term.name]
+        total = total + loss_direction(term) * weight * values[term.name]
     return total, values
 
 # %% ../../nbs/api/training/01_losses.ipynb #ad3ae28f
 def check_losses(
-    losses: list,  # callables with name, weight and sign
+    losses: list,  # callables with name, weight and direction
 ) -> list:  # the same
     "A list of losses that can be weighed: not empty, complete, each name once."
     for term in losses:
-        missing = [what for what in ("name", "weight", "sign") if not hasattr(term, what)]
+        missing = [what for what in ("name", "weight", "direction") if not hasattr(term, what)]
+        if missing == ["direction"] and hasattr(term, "sign"):
+            missing = []  # its old name, see `loss_direction`
         if missing or not callable(term):
             raise TypeError(
                 f"`losses` holds {term!r}, which is no loss: it needs to be callable with a "
                 "step's context "
-                f"and to have name, weight and sign. Try TaskLoss() or tvp_losses(...)."
+                f"and to have name, weight and direction. Try TaskLoss() or tvp_losses(...)."
             )
     names = [term.name for term in losses]
     if not names or len(set(names)) < len(names):

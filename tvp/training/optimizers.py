@@ -7,6 +7,7 @@ __all__ = ['NormalizedGradient', 'parameter_groups', 'cosine_epoch_schedule', 'c
 
 # %% ../../nbs/api/training/05_optimizers.ipynb #91120be5
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -24,8 +25,8 @@ class NormalizedGradient(Optimizer):
 
     def __init__(
         self,
-        # parameters or groups of them, as for any optimizer; a group with `apart=True` is divided
-        # by its own norm
+        # parameters or groups of them, as for any optimizer; a group with `separate_norm=True` is
+        # divided by its own norm
         params,
         lr: float = 10.0,  # length of a step, in pixel values, > 0
         # gives the divisor; None: the norm of the parameters' own gradients
@@ -46,9 +47,28 @@ class NormalizedGradient(Optimizer):
                 f"`norm` must be a function, got {norm!r}. Try prompt.canvas_gradient_norm."
             )
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "apart": False}
+            params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "separate_norm": False}
         )
         self.norm = norm
+
+    def add_param_group(
+        self,
+        param_group: dict,  # params, and what of lr, momentum, nesterov, separate_norm differs
+    ) -> None:
+        "Add a group of parameters; `apart` is the old name of `separate_norm`."
+        if "apart" in param_group:
+            warnings.warn(
+                "`apart` is now called `separate_norm`; the old name goes with the next release.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            param_group = _rename_apart(param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict) -> None:
+        if "param_groups" in state:  # a checkpoint of an earlier version
+            state["param_groups"] = [_rename_apart(group) for group in state["param_groups"]]
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -66,10 +86,10 @@ class NormalizedGradient(Optimizer):
         joint = (
             self.norm()
             if self.norm
-            else length([group for group in self.param_groups if not group["apart"]])
+            else length([group for group in self.param_groups if not group["separate_norm"]])
         )
         for group in self.param_groups:
-            norm = length([group]) if group["apart"] else joint
+            norm = length([group]) if group["separate_norm"] else joint
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(
@@ -78,6 +98,13 @@ class NormalizedGradient(Optimizer):
         return loss
 
 # %% ../../nbs/api/training/05_optimizers.ipynb #b5ab8b94
+def _rename_apart(
+    group: dict,  # of an optimizer
+) -> dict:
+    "Rename a setting that earlier versions called `apart`."
+    return {"separate_norm" if name == "apart" else name: value for name, value in group.items()}
+
+
 def _apply_momentum(
     step: Tensor,  # the normalized gradient
     state: dict,  # of the parameter: keeps "momentum_buffer"
@@ -94,13 +121,13 @@ def _apply_momentum(
 def parameter_groups(
     prompt: VisualPrompt,
     lr: float = 0.03,  # of color, sharpness and scale: length of their common step
-) -> list[dict]:  # for any optimizer that knows groups; `apart` is NormalizedGradient's
+) -> list[dict]:  # for any optimizer that knows groups; `separate_norm` is NormalizedGradient's
     "The border, and what else of a prompt is trained, in steps of their own length."
     check_float("lr", lr, above=True, hint="A recipe calls it adjust_lr. Try 0.03.")
     rest = [parameter for parameter in prompt.parameters() if parameter is not prompt.delta]
     return [
         {"params": [prompt.delta]},
-        *([{"params": rest, "lr": lr, "apart": True}] if rest else []),
+        *([{"params": rest, "lr": lr, "separate_norm": True}] if rest else []),
     ]
 
 # %% ../../nbs/api/training/05_optimizers.ipynb #40c6ef38

@@ -8,7 +8,7 @@ __all__ = ['PAPER_METHODS', 'RECIPES', 'Recipe', 'get_recipe', 'derive_recipe', 
 
 # %% ../../nbs/api/training/12_recipes.ipynb #2212643b
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -78,6 +78,27 @@ class Recipe:
         if self.momentum is not None:
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
         return NormalizedGradient(groups, self.lr, prompt.canvas_gradient_norm)
+
+    def make_prompt(
+        self,
+        zoo: Mapping[str, Mllm],  # has the canvas and border that suit its models
+        seed: int,  # of VP's start
+    ) -> VisualPrompt:
+        "Make a fresh prompt, with the zoo's canvas and border where the recipe has none."
+        return VisualPrompt(
+            zoo.size if self.size is None else self.size,
+            zoo.width if self.width is None else self.width,
+            self.kind,
+            seed,
+            range=self.range,
+            adjust=self.adjust,
+        )
+
+    def make_schedule(self) -> Callable:  # (optimizer, steps_per_epoch, epochs) -> torch scheduler
+        "Make the paper's schedule, or VP's where the recipe has a warm-up."
+        if self.warmup is None:
+            return cosine_epoch_schedule
+        return cosine_schedule_with_warmup(self.warmup)
 
     def save(
         self,
@@ -339,14 +360,7 @@ def make_learner(
     recipe = choose_recipe(method, zoo, source, task, preset, recipe, **overrides)
     captions = _read_captions(descriptions, recipe, task)
     names = _source_names(source, zoo)
-    prompt = VisualPrompt(
-        zoo.size if recipe.size is None else recipe.size,
-        zoo.width if recipe.width is None else recipe.width,
-        recipe.kind,
-        seed,
-        range=recipe.range,
-        adjust=recipe.adjust,
-    )
+    prompt = recipe.make_prompt(zoo, seed)
     losses = tvp_losses(
         recipe.fca,
         recipe.tse,
@@ -355,18 +369,13 @@ def make_learner(
         recipe.relative,
         task.candidates if recipe.candidates else None,
     )
-    schedule = (
-        cosine_epoch_schedule
-        if recipe.warmup is None
-        else cosine_schedule_with_warmup(recipe.warmup)
-    )
     learner = Learner(
         prompt,
         [zoo[name] for name in names],
         task,
         losses,
         recipe.make_optimizer(prompt),
-        schedule,
+        recipe.make_schedule(),
         recipe.batch_size,
         seed,
         recipe.augment,

@@ -8,6 +8,7 @@ __all__ = ['TrainState', 'StepRecord', 'history_frame', 'records_to_state', 'rec
 
 # %% ../../nbs/api/training/07_state.ipynb #b6dc6db8
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -37,10 +38,20 @@ class StepRecord:
     tse: float  # Task Semantics Enrichment, unweighted
     grad_norm: float  # of the whole canvas, before the mask
     lr: float  # learning rate of this update
-    others: dict[str, float] = field(default_factory=dict)  # other losses, unweighted
+    extra_losses: dict[str, float] = field(default_factory=dict)  # of one's own, unweighted
+
+    @property
+    def others(self) -> dict[str, float]:
+        "Return `extra_losses` by their old name, with a FutureWarning."
+        warnings.warn(
+            "`others` is now called `extra_losses`; the old name goes with the next release.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self.extra_losses
 
 # %% ../../nbs/api/training/07_state.ipynb #eab8f6d9
-_RECORD_COLUMNS = [column.name for column in fields(StepRecord) if column.name != "others"]
+_RECORD_COLUMNS = [column.name for column in fields(StepRecord) if column.name != "extra_losses"]
 
 
 def history_frame(
@@ -50,10 +61,10 @@ def history_frame(
     "Make a table of the records; losses of one's own become columns."
     import pandas as pd
 
-    others = dict.fromkeys(name for record in records for name in record.others)
+    extra = dict.fromkeys(name for record in records for name in record.extra_losses)
     columns = {name: [getattr(record, name) for record in records] for name in _RECORD_COLUMNS}
-    for name in others:
-        columns[name] = [record.others.get(name, math.nan) for record in records]
+    for name in extra:
+        columns[name] = [record.extra_losses.get(name, math.nan) for record in records]
     return pd.DataFrame(columns)
 
 # %% ../../nbs/api/training/07_state.ipynb #f5aa6ea6
@@ -61,13 +72,13 @@ def records_to_state(
     records: list[StepRecord],
 ) -> dict:  # column names, and values (n, columns) in float64
     "Pack the records into one tensor."
-    others = list(dict.fromkeys(name for record in records for name in record.others))
+    extra = list(dict.fromkeys(name for record in records for name in record.extra_losses))
     rows = [
         [getattr(record, name) for name in _RECORD_COLUMNS]
-        + [record.others.get(name, math.nan) for name in others]
+        + [record.extra_losses.get(name, math.nan) for name in extra]
         for record in records
     ]
-    columns = _RECORD_COLUMNS + others
+    columns = _RECORD_COLUMNS + extra
     values = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(columns))
     return {"columns": columns, "values": values}
 
@@ -80,9 +91,9 @@ def records_from_state(
     for values in table["values"].tolist():
         row = dict(zip(table["columns"], values, strict=True))
         row |= {"step": int(row["step"]), "epoch": int(row["epoch"])}
-        others = {name: row.pop(name) for name in list(row) if name not in _RECORD_COLUMNS}
-        others = {name: value for name, value in others.items() if not math.isnan(value)}
-        records.append(StepRecord(**row, others=others))
+        extra = {name: row.pop(name) for name in list(row) if name not in _RECORD_COLUMNS}
+        extra = {name: value for name, value in extra.items() if not math.isnan(value)}
+        records.append(StepRecord(**row, extra_losses=extra))
     return records
 
 # %% ../../nbs/api/training/07_state.ipynb #38a9a5ec

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..plotting.prompts import plot_prompt
 from ..plotting.style import METHOD_COLORS, method_style
+from ..training.losses import loss_direction
 from ..training.state import history_frame
 from tvp.widgets.monitor import (
     TrainingMonitor,
@@ -176,7 +177,7 @@ def _loss_titles(
     "Name the loss axes of this training, the same from its first step to its last."
     short = {"task": "task loss", "fca": "FCA", "tse": "TSE"}
     return {
-        term.name: f"{short.get(term.name, term.name)} {'↓' if term.sign > 0 else '↑'}"
+        term.name: f"{short.get(term.name, term.name)} {'↓' if loss_direction(term) > 0 else '↑'}"
         for term in training.learner.losses
     } | {"grad_norm": "gradient norm"}
 

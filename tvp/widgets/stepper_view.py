@@ -15,6 +15,7 @@ from typing import Any
 
 from .._markup import render
 from ..tasks.loading import task_names
+from ..training.losses import loss_direction
 from ..training.recipes import RECIPES
 from .figures import PANEL_SIZES, panel_cache_keys, panel_painters, render_png
 from .monitor import TrainingMonitor, adjustment_labels
@@ -235,8 +236,8 @@ def _loss_terms(
     record = training.learner.records[-1]
     terms = []
     for term in training.learner.losses:
-        value = record.others.get(term.name, getattr(record, term.name, float("nan")))
-        sign = " − " if term.sign < 0 else " + " if terms else ""
+        value = record.extra_losses.get(term.name, getattr(record, term.name, float("nan")))
+        sign = " − " if loss_direction(term) < 0 else " + " if terms else ""
         weight = "" if term.weight == 1 else f"{term.weight:g} × "
         name = term.name if term.name == "task" else term.name.upper()
         terms.append((sign + weight, name, f"{value:.3g}"))

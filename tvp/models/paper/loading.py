@@ -119,8 +119,8 @@ def check_weight_parts(
         )
     if not isinstance(weights, dict):
         weights = {"model": weights}
-    optional = {part.name for part in paper.parts if not part.needed}
-    needed = {"model"} if "model" in weights else {part.name for part in paper.parts if part.needed}
+    optional = {part.name for part in paper.parts if not part.required}
+    needed = {"model"} if "model" in weights else {part.name for part in paper.parts if part.required}
     lacking = sorted(needed - set(weights))
     unknown = sorted(set(weights) - needed - optional)
     if lacking or unknown:
@@ -214,7 +214,7 @@ def _load_tokenizers(
         return tokenizer, from_pretrained("AutoTokenizer", beside)
     if "model" in weights and not Path(place).is_dir():
         return tokenizer, from_pretrained("AutoTokenizer", place, subfolder="qformer_tokenizer")
-    return tokenizer, from_pretrained("AutoTokenizer", QFORMER_TOKENIZER_PART.where)
+    return tokenizer, from_pretrained("AutoTokenizer", QFORMER_TOKENIZER_PART.source)
 
 # %% ../../../nbs/api/models/paper/05_loading.ipynb #c06b9faf
 def _finalize_model(
@@ -261,7 +261,7 @@ def load_paper_model(
     from tvp.models.paper.modeling_lavis import load_from_parts
 
     paper = PAPER_MODELS[name]
-    fills = {"model": ALL_PREFIXES, **{part.name: part.fills for part in PAPER_MODELS[name].parts}}
+    fills = {"model": ALL_PREFIXES, **{part.name: part.prefixes for part in PAPER_MODELS[name].parts}}
     geometry = build_config(paper, weights, config or {})
     (tokenizer, reads) = _load_tokenizers(paper, weights)
     sources = {

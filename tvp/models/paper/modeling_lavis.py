@@ -344,18 +344,18 @@ class PartReport:
     part: str  # "vision", "language_model", ...
     source: str  # where it was read
     loaded: tuple[str, ...]  # names in the model
-    set_aside: tuple[str, ...]  # names that belong to other parts
-    left_over: tuple[str, ...]  # names the model has no place for
+    skipped: tuple[str, ...]  # names that belong to other parts
+    unexpected_keys: tuple[str, ...]  # names the model has no place for
     shapes: tuple[str, ...]  # "name: (file) in the file, (model) in the model"
 
     def __str__(self):
         lines = [
             f"{self.part}: {self.source}",
             f"  {len(self.loaded)} tensors loaded, "
-            f"{len(self.set_aside)} set aside (of other parts)",
+            f"{len(self.skipped)} set aside (of other parts)",
         ]
-        if self.left_over:
-            lines += ["  left over: " + _digest(self.left_over)]
+        if self.unexpected_keys:
+            lines += ["  left over: " + _digest(self.unexpected_keys)]
         if self.shapes:
             lines += ["  shapes differ: " + _digest(self.shapes)]
         return "\n".join(lines)
@@ -382,7 +382,7 @@ class LoadReport:
             {
                 "part": p.part,
                 "source": p.source,
-                **{n: len(getattr(p, n)) for n in ("loaded", "set_aside", "left_over", "shapes")},
+                **{n: len(getattr(p, n)) for n in ("loaded", "skipped", "unexpected_keys", "shapes")},
             }
             for p in self.parts
         ]
@@ -486,10 +486,10 @@ def load_from_parts(
     for part, (place, fills) in sources.items():
         used, report = _load_part(part, place, fills, shapes, model_class.renames)
         weights.update(used), reports.append(report)
-        if report.left_over:
+        if report.unexpected_keys:
             warnings.warn(
                 f"{part} ({report.source}) has tensors that the model has no place for, "
-                f"{_digest(report.left_over)}"
+                f"{_digest(report.unexpected_keys)}"
             )
     covered = {*weights, *(a for pair in tied.items() if set(pair) & set(weights) for a in pair)}
     report = LoadReport(tuple(reports), tuple(name for name in shapes if name not in covered))

@@ -76,11 +76,11 @@ class WeightComponent:
     "One piece of a model."
 
     name: str  # key in `weights`
-    fills: tuple[str, ...]  # beginnings of the parameters it is asked for; none: a tokenizer
-    what: str  # in words
-    where: str  # hub id or address
+    prefixes: tuple[str, ...]  # beginnings of the parameters it is asked for; none: a tokenizer
+    description: str  # what it is, in words
+    source: str  # hub id or address
     license: str  # as its authors state it
-    needed: bool = True  # False: found by itself where it usually lies
+    required: bool = True  # False: found by itself where it usually lies
 
 # %% ../../../nbs/api/models/paper/00_specs.ipynb #4766842c
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
@@ -371,8 +371,8 @@ def describe_required_weights(
     for part in paper.parts:
         license = f" (license: {part.license})" if part.license else ""
         lines.append(
-            f"  weights[{part.name!r}]{'' if part.needed else ', optional'}: {part.what}; from "
-            f"{part.where}{license}"
+            f"  weights[{part.name!r}]{'' if part.required else ', optional'}: {part.description}; from "
+            f"{part.source}{license}"
         )
     return "\n".join(
         [

@@ -255,7 +255,7 @@ def _check_complete(
     tensors: dict[str, Tensor],  # under our names
     config: VisualGLMConfig,  # of the model they are for
     source: str,  # where they were read, for messages
-    set_aside: tuple[str, ...] = (),  # names that were not used
+    skipped: tuple[str, ...] = (),  # names that were not used
 ) -> LoadReport:  # complete
     "A whole model's tensors and nothing else, or an error."
     shapes, _ = expected_shapes(VisualGLMForConditionalGeneration, config)
@@ -268,12 +268,12 @@ def _check_complete(
         "visualglm",
         source,
         tuple(n for n in known if n not in wrong),
-        set_aside,
+        skipped,
         tuple(n for n in tensors if n not in shapes),
         described,
     )
     report = LoadReport((part,), tuple(n for n in shapes if n not in tensors))
-    if not report.complete or part.left_over:
+    if not report.complete or part.unexpected_keys:
         raise ValueError(f"{IncompleteWeightsError(report)} {_UNVERIFIED_NAMES_NOTE}")
     if not torch.equal(
         tensors["language_model.lm_head.weight"],
