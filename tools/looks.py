@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # each page, and the rules that it does not keep yet
 PAGES = {
     "index": (),
-    "tutorials/01_quickstart": ("image-alt",),
+    "tutorials/01_quickstart": (),
     "explanations/concepts/02_diagrams": (),
     "explanations/concepts/04_reading_a_table": (),
     "api/prompts/03_visual_prompt": (),

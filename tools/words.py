@@ -49,7 +49,6 @@ WAITING = {
     "nbs/explanations/06_bad_pictures.ipynb",
     "nbs/explanations/07_beyond_the_task.ipynb",
     "nbs/explanations/08_beyond_the_paper.ipynb",
-    "nbs/tutorials/01_quickstart.ipynb",
     "nbs/tutorials/02_step_through_training.ipynb",
     "nbs/tutorials/03_the_paper.ipynb",
     "nbs/tutorials/05_your_task.ipynb",

@@ -717,10 +717,11 @@ def _evaluation_result(
 )
 @click.option(
     "--mode",
+    multiple=True,
     type=click.Choice(["rank", "generate", "generate-substring"]),
-    default="rank",
+    default=("rank",),
     help="Rank the candidates, or let the models answer in their own words; counts may be found "
-    "anywhere in the answer.",
+    "anywhere in the answer. Several: each in turn.",
 )
 @click.option(
     "--gate",
@@ -748,7 +749,7 @@ def _command_evaluate(
         "targets": [model.name for model in models] or None,
         "seed": prompt.provenance.get("seed", 0),
         "corruption": [_parse_corruption(text) for text in corruption] or None,
-        "mode": mode,
+        "mode": list(mode),
         "gate": gate,
         "split": split,
         "batch_size": batch_size or 100,
@@ -762,7 +763,7 @@ def _command_evaluate(
     from tvp._files import write_all
 
     settings = _evaluation_settings(prompt, task, loading, models, list(zoo), data_dir)
-    settings |= {"corruption": list(corruption) or None, "mode": mode, "gate": gate}
+    settings |= {"corruption": list(corruption) or None, "mode": list(mode), "gate": gate}
     settings |= {"split": split} if split != "test" else {}
     with run.hold(out, force, ".csv") as file:
         parts = Parts(run.kept, settings)

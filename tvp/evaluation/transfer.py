@@ -255,7 +255,11 @@ def check_modes(mode: str | Sequence[str]) -> list[str]:  # of `MODES`
     return modes
 
 
-def check_task_modes(name: str, task: Task, modes: Sequence[str]) -> None:
+def check_task_modes(
+    name: str,  # of the parameter
+    task: Task,
+    modes: Sequence[str],  # of `MODES`
+) -> None:
     "Refuse to generate answers where the metric needs scores, or to search words for a number."
     if "generate-substring" in modes and not are_numbers(task.candidates):
         raise ValueError(
