@@ -775,7 +775,7 @@ def jobs_pass(report, jobs):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ.update(QUIET, PYTHONPATH=search, HF_MODULES_CACHE=folder)
         for job in run_jobs(jobs):
-            report.add(job.name, job.problems, job.skipped, f" ({job.seconds:.1f} s of CPU)")
+            report.add(job.name, job.problems, job.skipped, f" ({job.seconds:.0f} s of CPU)")
 
 
 def test(*options):

@@ -40,6 +40,8 @@ LIBRARIES = [
     "torchvision",
     "pandas",
     "matplotlib.pyplot",
+    "seaborn",
+    "nbclient",
     "datasets",
     "accelerate",
     "transformers.modeling_utils",
