@@ -1,8 +1,8 @@
 """The checks behind `python tools/dev.py test`, and README.md from nbs/index.ipynb.
 
 Runs inside .venv. Whatever would write (export, clean, docs, builds) works on a copy, so the tree
-stays as it is. Each check returns a list of problems; an empty list means that it passed.
-Notebooks run in tools/pool.py.
+stays as it is. Each check returns a list of problems; an empty list means that it passed. All of
+them are jobs of tools/pool.py, as the notebooks are.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbdev.serve_drv
 import pypandoc
 import yaml
 from browser import missing, stepper_in_browser
@@ -29,7 +30,8 @@ from documented import undocumented, without_entry
 from looks import missing as looks_missing
 from looks import pages_in_browser
 from nbdev.config import get_config
-from pool import Job, quick, record, run_jobs, run_notebook, run_script, run_tutorial
+from nbdev.processors import FilterDefaults
+from pool import Job, longest_first, quick, record, run_jobs, run_notebook, run_script, run_tutorial
 from words import dropped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,17 +97,26 @@ def tree_untouched(before):
     return [f"{path.as_posix()} was written or removed" for path in changed]
 
 
-def copy_tree(to):
-    "Copy what export, docs and builds read."
-    for folder in ("nbs", "tvp", "tools"):
-        for path in files(ROOT / folder):
-            target = to / folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / folder / path, target)
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy2(path, to)
-    return to
+@contextlib.contextmanager
+def temporary_folder():
+    "A folder for as long as it is needed."
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder).resolve()
+
+
+@contextlib.contextmanager
+def copied_tree():
+    "A copy of what export, clean and builds read."
+    with temporary_folder() as to:
+        for folder in ("nbs", "tvp", "tools"):
+            for path in files(ROOT / folder):
+                target = to / folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / folder / path, target)
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy2(path, to)
+        yield to
 
 
 def difference(name, have, want, hint):
@@ -177,40 +188,41 @@ def must_run(*command, **options):
 # --- notebooks -----------------------------------------------------------------------------------
 
 
-def notebooks(root=ROOT):
+def notebooks():
     "The notebooks that nbdev exports, tests and publishes, relative to nbs/."
     return [
         path
-        for path in files(root / "nbs", ".ipynb")
+        for path in files(ROOT / "nbs", ".ipynb")
         if not any(part.startswith("_") for part in path.parts)
     ]
 
 
-def exports_in_step(copy):
+def exports_in_step():
     """tvp/ is what nbdev_export makes of nbs/: no module edited by hand, left behind, or not
     exported yet."""
-    for path in files(copy / "tvp", ".py"):
-        if path.name != "__init__.py":  # nbdev only keeps the version in this one
-            (copy / "tvp" / path).unlink()
-    must_run(tool("nbdev_export"), cwd=copy)
     problems = []
-    for path in sorted({*files(ROOT / "tvp", ".py"), *files(copy / "tvp", ".py")}):
-        hint = "not what its notebook exports (run nbdev_export; never edit a module)"
-        problems += difference(
-            f"tvp/{path.as_posix()}", text(ROOT / "tvp" / path), text(copy / "tvp" / path), hint
-        )
+    with copied_tree() as copy:
+        for path in files(copy / "tvp", ".py"):
+            if path.name != "__init__.py":  # nbdev only keeps the version in this one
+                (copy / "tvp" / path).unlink()
+        must_run(tool("nbdev_export"), cwd=copy)
+        for path in sorted({*files(ROOT / "tvp", ".py"), *files(copy / "tvp", ".py")}):
+            hint = "not what its notebook exports (run nbdev_export; never edit a module)"
+            have, want = (text(root / "tvp" / path) for root in (ROOT, copy))
+            problems += difference(f"tvp/{path.as_posix()}", have, want, hint)
     return problems
 
 
-def notebooks_clean(copy):
+def notebooks_clean():
     "nbdev_clean would change nothing."
-    must_run(tool("nbdev_clean"), cwd=copy)
     problems = []
-    for path in notebooks():
-        hint = "not clean (run nbdev_clean)"
-        problems += difference(
-            f"nbs/{path.as_posix()}", text(ROOT / "nbs" / path), text(copy / "nbs" / path), hint
-        )
+    with copied_tree() as copy:
+        must_run(tool("nbdev_clean"), cwd=copy)
+        for path in notebooks():
+            have, want = (text(root / "nbs" / path) for root in (ROOT, copy))
+            problems += difference(
+                f"nbs/{path.as_posix()}", have, want, "not clean (run nbdev_clean)"
+            )
     return problems
 
 
@@ -318,34 +330,32 @@ class Page:
         return f"{self.description}\n\n{self.markdown}"
 
 
-def page_paths(root):
+def page_paths():
     "Notebooks and Markdown pages, relative to nbs/."
-    return notebooks(root) + files(root / "nbs", ".qmd")
+    return notebooks() + files(ROOT / "nbs", ".qmd")
 
 
-def read_pages(root):
-    "Every page that nbdev has processed under `root`."
-    return {path: Page(root / "_proc" / path) for path in page_paths(root)}
+def read_pages(processed, paths):
+    "Pages that nbdev has processed into a folder."
+    return {path: Page(processed / path) for path in paths}
 
 
-def pages_made(copy, pages):
-    "nbdev turns every notebook into a page."
-    # the command nbdev_proc_nbs would want Quarto
-    code = "from nbdev.serve import proc_nbs; proc_nbs(n_workers=1)"
-    output = must_run(sys.executable, "-c", code, cwd=copy)
-    missing = [path.as_posix() for path in page_paths(copy) if not (copy / "_proc" / path).exists()]
-    if missing:  # nbdev prints the error and goes on
-        raise RuntimeError(f"no page for {', '.join(missing)}:\n{output[-1500:]}")
-    pages.update(read_pages(copy))
-    return []
+def process(path, folder):
+    """A file of nbs/ in `folder` as nbdev hands it to Quarto: a notebook with links and the entries
+    of its symbols (`proc_nbs` does the same, and its worker takes three times as long)."""
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".ipynb":
+        nbdev.serve_drv.main((ROOT / "nbs" / path, target, FilterDefaults))
+    else:
+        shutil.copy2(ROOT / "nbs" / path, target)
 
 
-def index_made(copy, pages):
-    "nbdev turns the index into a page."
-    for path in page_paths(copy):
-        if path != INDEX:
-            (copy / "nbs" / path).unlink()
-    return pages_made(copy, pages)
+def index_page():
+    "The index as nbdev makes it."
+    with temporary_folder() as folder:
+        process(INDEX, folder)
+        return Page(folder / INDEX)
 
 
 def pages_described(pages):
@@ -477,10 +487,10 @@ def readme_text(page):
     return f"# {page.front['title']}\n\n> {page.front['description']}\n\n{body}"
 
 
-def readme_in_step(pages):
+def readme_in_step():
     "README.md is what nbs/index.ipynb says."
     hint = "not what nbs/index.ipynb says (run python tools/dev.py readme)"
-    return difference("README.md", text(ROOT / "README.md"), readme_text(pages[INDEX]), hint)
+    return difference("README.md", text(ROOT / "README.md"), readme_text(index_page()), hint)
 
 
 FEW_IMAGES = """
@@ -506,9 +516,9 @@ def readme_runs():
     """Run the Python code that README.md shows, line by line as it stands, on few images: the
     quickstart trains in full; returns problems and skips."""
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", text(ROOT / "README.md"), re.M | re.S))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        Path(folder, "few_images.py").write_text(FEW_IMAGES, encoding="utf-8")
-        script = Path(folder) / "readme.py"
+    with temporary_folder() as folder:
+        (folder / "few_images.py").write_text(FEW_IMAGES, encoding="utf-8")
+        script = folder / "readme.py"
         script.write_text(f"import few_images\n\n{code}", encoding="utf-8")
         must_run(sys.executable, script, cwd=folder, MPLBACKEND="agg")
     return ([] if code else ["README.md shows no Python code"]), []
@@ -533,8 +543,15 @@ class Html(HTMLParser):
 
 
 def pandoc(markdown, reader):
-    "Markdown to HTML."
-    command = [pypandoc.get_pandoc_path(), "--from", reader, "--to", "html"]
+    "Markdown to HTML; colors in code would take ten times as long as all else."
+    command = [
+        pypandoc.get_pandoc_path(),
+        "--from",
+        reader,
+        "--to",
+        "html",
+        "--no-highlight",
+    ]
     done = subprocess.run(command, input=markdown, capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"pandoc: {done.stderr.strip()}")
@@ -638,17 +655,40 @@ def links_lead_somewhere(pages):
     return page_links(site) + markdown_links(site)
 
 
+def pages_right():
+    """Every page can be made, has a description and a place in the sidebar, and leads somewhere;
+    some are looked at in a browser; returns problems and skips."""
+    with temporary_folder() as folder:
+        for path in files(ROOT / "nbs"):
+            process(path, folder)
+        pages = read_pages(folder, page_paths())
+        problems = [
+            problem
+            for check in (
+                pages_described,
+                signatures_plain,
+                sidebar_complete,
+                texts_for_programs,
+                links_lead_somewhere,
+            )
+            for problem in check(pages)
+        ]
+        if looks_missing():
+            return problems, [looks_missing()]
+        return problems + pages_in_browser(folder), []
+
+
 # --- packages ------------------------------------------------------------------------------------
 
 
-def packages_complete(copy):
+def packages_complete():
     "A wheel and a source package can be built, and hold every module and every data file."
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with copied_tree() as copy, temporary_folder() as folder:
         must_run(
             sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy, cwd=copy
         )
-        wheel = next(Path(folder).glob("*.whl"))
-        sdist = next(Path(folder).glob("*.tar.gz"))
+        wheel = next(folder.glob("*.whl"))
+        sdist = next(folder.glob("*.tar.gz"))
         in_wheel = set(zipfile.ZipFile(wheel).namelist())
         with tarfile.open(sdist) as archive:
             in_sdist = {name.partition("/")[2] for name in archive.getnames()}
@@ -660,7 +700,7 @@ def packages_complete(copy):
     wanted = data | {
         f"tvp/{path.as_posix()}"
         for suffix in (".py", ".pyi")
-        for path in files(copy / "tvp", suffix)
+        for path in files(ROOT / "tvp", suffix)
     }
     problems = [] if data else ["tvp/data and tvp/templates hold no files"]
     problems += [f"the wheel lacks {name}" for name in sorted(wanted - in_wheel)]
@@ -675,18 +715,10 @@ def packages_complete(copy):
 
 
 class Report:
-    "Runs checks, prints each result as it comes, and counts."
+    "Prints each result as it comes, and counts."
 
     def __init__(self):
         self.passed = self.failed = self.skipped = 0
-
-    def __call__(self, check, *arguments):
-        "Run one check; an exception counts as a failure too."
-        try:
-            problems = check(*arguments)
-        except Exception as error:
-            problems = f"{type(error).__name__}: {error}".splitlines()
-        self.add(check.__doc__.rstrip("."), problems)
 
     def add(self, name, problems, skipped=(), note=""):
         "Print and count one result, and what it left out."
@@ -712,9 +744,35 @@ def shows_recordings(path):
     return path.parts[0] != "api" and "../benchmarks" in code
 
 
-def all_jobs(newest):
-    "What runs long: notebooks, tutorials, tests of scripts, the code in README.md, the browser."
-    jobs = [Job("README.md runs", readme_runs), Job("the stepper in a browser", browser_works)]
+STATIC = (
+    exports_in_step,
+    imports_layered,
+    public_documented,
+    notebooks_clean,
+    notebooks_light,
+    words_kept,
+    readme_in_step,
+)
+
+
+def found(check):
+    "What a check finds, and no skips."
+    return check(), []
+
+
+def static_jobs():
+    "What looks at files and takes little."
+    return [Job(check.__name__.replace("_", " "), found, (check,)) for check in STATIC]
+
+
+def long_jobs(newest):
+    "What runs long: notebooks, tutorials, tests of scripts, the pages, the browser."
+    jobs = [
+        Job("packages complete", found, (packages_complete,)),
+        Job("pages right", pages_right),
+        Job("README.md runs", readme_runs),
+        Job("the stepper in a browser", browser_works),
+    ]
     for path in notebooks():
         if path.parts[0] == TUTORIALS or shows_recordings(path):
             jobs.append(Job(path.as_posix(), run_tutorial, (ROOT / "nbs" / path, newest)))
@@ -735,47 +793,18 @@ def jobs_pass(report, jobs):
 
 
 def test(*options):
-    "Every check, the quick ones first; returns the exit status."
+    "Every check, what takes little first; returns the exit status."
     report = Report()
     before = state()
     only_quick = "--quick" in options
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy = copy_tree(Path(folder).resolve())
-        pages = {}
-        report(exports_in_step, copy)
-        report(imports_layered)
-        report(public_documented)
-        report(notebooks_clean, copy)
-        report(notebooks_light)
-        report(words_kept)
-        if not only_quick:
-            report(packages_complete, copy)
-        report(index_made if only_quick else pages_made, copy, pages)
-        if pages:
-            report(readme_in_step, pages)
-        if pages and not only_quick:
-            report(pages_described, pages)
-            report(signatures_plain, pages)
-            report(sidebar_complete, pages)
-            report(texts_for_programs, pages)
-            report(links_lead_somewhere, pages)
-            if looks_missing():
-                report.add(pages_in_browser.__doc__.rstrip("."), [], [looks_missing()])
-            else:
-                report(pages_in_browser, copy / "_proc")
-    jobs = all_jobs(newest="--lowest" not in options)
-    chosen = quick(jobs) if only_quick else jobs
-    spent = sum(os.times()[:4])
+    jobs = long_jobs(newest="--lowest" not in options)
+    chosen = static_jobs() + longest_first(quick(jobs) if only_quick else jobs)
     jobs_pass(report, chosen)
-    report(tree_untouched, before)
+    report.add(tree_untouched.__doc__.rstrip("."), tree_untouched(before))
     tutorials = sum(job.seconds for job in chosen if job.name.startswith(TUTORIALS))
     rest = sum(job.seconds for job in chosen) - tutorials
-    print(
-        f"CPU seconds: {tutorials:.0f} in tutorials, {rest:.0f} in notebooks and scripts, "
-        f"{spent:.0f} in all other checks",
-        flush=True,
-    )
-    if not only_quick and not report.failed and record(jobs):
+    print(f"CPU seconds: {tutorials:.0f} in tutorials, {rest:.0f} in all else", flush=True)
+    if not only_quick and not report.failed and record(chosen):
         print("tools/seconds.json now has the seconds of each job: commit it", flush=True)
     print(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped", flush=True)
     return 1 if report.failed else 0
@@ -783,19 +812,15 @@ def test(*options):
 
 def readme():
     "Write README.md from nbs/index.ipynb; returns the exit status."
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        copy = copy_tree(Path(folder).resolve())
-        pages = {}
-        index_made(copy, pages)
-        with open(ROOT / "README.md", "w", encoding="utf-8", newline="\n") as file:
-            file.write(readme_text(pages[INDEX]))
+    with open(ROOT / "README.md", "w", encoding="utf-8", newline="\n") as file:
+        file.write(readme_text(index_page()))
     return 0
 
 
 def texts():
     """Write llms.txt and each page as Markdown into docs/, after nbdev_docs; returns the exit
     status."""
-    for name, content in site_texts(read_pages(ROOT)).items():
+    for name, content in site_texts(read_pages(ROOT / "_proc", page_paths())).items():
         (ROOT / CFG.doc_path.name / name).write_text(content, encoding="utf-8", newline="\n")
     return 0
 

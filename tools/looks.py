@@ -43,9 +43,11 @@ pre.sourceCode { background-color: transparent; }
 """
 SCREEN = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 800}
-AXE = """async (disabled) => {
+COLORS = ("color-contrast", "link-in-text-block")  # the rules that another scheme can break
+AXE = """async ({disabled, only}) => {
   const rules = Object.fromEntries(disabled.map(name => [name, {enabled: false}]));
-  return (await axe.run('main', {resultTypes: ['violations'], rules})).violations }"""
+  const chosen = only.length ? {runOnly: only} : {rules};
+  return (await axe.run('main', {resultTypes: ['violations'], ...chosen})).violations }"""
 # what sticks out of the page, and is not inside a part that scrolls by itself
 WIDE = """() => {
   const scrolls = part => part && (['auto', 'scroll', 'hidden'].includes(
@@ -112,12 +114,13 @@ def address(site, page):
     return next(path.as_posix() for path in paths if (site / path).is_file())
 
 
-def findings(window, page, disabled):
-    "What axe finds serious or critical: a line for each rule, with the first element."
+def findings(window, page, disabled, only):
+    """What axe finds serious or critical, by some rules or by all but some: a line for each rule,
+    with the first element."""
     return [
         f"{page}: {found['id']} ({found['impact']}, {len(found['nodes'])} times): "
         f"{found['nodes'][0]['html'][:100]}"
-        for found in window.evaluate(AXE, list(disabled))
+        for found in window.evaluate(AXE, {"disabled": list(disabled), "only": list(only)})
         if found["impact"] in ("serious", "critical")
     ]
 
@@ -131,12 +134,12 @@ def look(site, pages=PAGES):
     problems = []
     with served(site) as root, sync_playwright() as play:
         chromium = play.chromium.launch(executable_path=browser(), args=FLAGS)
-        for scheme in ("light", "dark"):
+        for scheme, only in (("light", ()), ("dark", COLORS)):
             window = chromium.new_page(viewport=SCREEN, color_scheme=scheme)
             for page, disabled in pages.items():
                 window.goto(f"{root}/{address(site, page)}", wait_until="load")
                 window.evaluate(script)
-                problems += findings(window, f"{page}, {scheme}", disabled)
+                problems += findings(window, f"{page}, {scheme}", disabled, only)
         window = chromium.new_page(viewport=PHONE)
         for page in pages:
             window.goto(f"{root}/{address(site, page)}", wait_until="load")

@@ -1,4 +1,4 @@
-"""Notebooks and scripts, each in a process of its own, two at a time, the longest first.
+"""Checks, notebooks and scripts, each in a process of its own, two at a time.
 
 A process is forked from one that has imported the libraries, where the system can do that:
 importing them anew for each notebook would take half of the time. No job fails for being slow: the
@@ -40,10 +40,13 @@ LIBRARIES = [
     "torchvision",
     "pandas",
     "matplotlib.pyplot",
+    "seaborn",
+    "nbclient",
     "datasets",
     "accelerate",
     "transformers.modeling_utils",
     "tvp.testing.families",
+    "checks",  # the checks themselves, with what they import
 ]
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
@@ -213,6 +216,12 @@ def quick(jobs):
     return chosen
 
 
+def longest_first(jobs):
+    "Jobs in the order in which two workers have the least to wait for."
+    known = recorded()
+    return sorted(jobs, key=lambda job: -known.get(job.name, USUAL))
+
+
 @dataclass
 class Job:
     "A function to call in a process of its own, and what came of it."
@@ -275,9 +284,8 @@ class Job:
 
 
 def run_jobs(jobs):
-    "Run jobs, the longest first; yields each as it ends."
-    known = recorded()
-    waiting = sorted(jobs, key=lambda job: -known.get(job.name, USUAL))
+    "Run jobs in their order; yields each as it ends."
+    waiting = list(jobs)
     running = []
     context.set_forkserver_preload(LIBRARIES) if sys.platform == "linux" else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
