@@ -106,6 +106,7 @@ def check_gradient_options(
     gradient_estimator: Any,
     input_transforms: Any,  # a list of functions
     gradient_filters: Any,  # a list of functions
+    source_transforms: Any,  # a list of functions
     average_last_steps: Any,  # a whole number, 0 or more
     losses: list,  # checked
     sources: int,  # how many
@@ -118,7 +119,11 @@ def check_gradient_options(
             f"(Gradients, StepMetrics), got {gradient_estimator!r}. Try "
             "tvp.training.gradient_estimators.SAMGradient()."
         )
-    lists = {"input_transforms": input_transforms, "gradient_filters": gradient_filters}
+    lists = {
+        "input_transforms": input_transforms,
+        "gradient_filters": gradient_filters,
+        "source_transforms": source_transforms,
+    }
     for name, functions in lists.items():
         is_list = isinstance(functions, (list, tuple))
         if not is_list or not all(_is_function(function) for function in functions):

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -63,6 +63,7 @@ from tvp.training.guards import (
 from .losses import StepContext, TaskLoss, weighted_total
 from .optimizers import NormalizedGradient, cosine_epoch_schedule, parameter_groups
 from .processes import ProcessLostError, all_reduce_mean, shard_batch, token_weights
+from .source_transforms import apply_source_transforms
 from tvp.training.state import (
     Gradients,
     StepMetrics,
@@ -151,7 +152,8 @@ class UpdateMixin:
         output = None
         if source is not None:  # the one encode with gradient: the answer's loss and visual tokens
             among = {} if self.candidates is None else {"candidates": self.candidates}
-            output = source(prompted, batch.instructions, batch.answers, **among)
+            with self._transformed(source, images, batch):
+                output = source(prompted, batch.instructions, batch.answers, **among)
         if token_weight is not None:
             output = SimpleNamespace(**vars(output) | {"loss": output.loss * token_weight})
         return self.compute_losses(images, prompted, output, batch, source, losses)
@@ -317,6 +319,16 @@ class UpdateMixin:
         images = transform(images, generator)
         generator.set_state(random_state)
         return images, transform(prompted, generator)
+
+    def _transformed(
+        self, source: Mllm, images: Tensor, batch: Batch
+    ) -> AbstractContextManager:
+        "Make a random relative of the source, for the prompted images of one pass."
+        if not self.source_transforms:
+            return nullcontext()
+        return apply_source_transforms(
+            self.source_transforms, source, images, batch.instructions, self.prompt.generator
+        )
 
     def _clean_tokens(self, source: Mllm | None) -> Callable | None:  # None: ask the source
         "Give the function that encodes clean images with a memory."
@@ -542,6 +554,9 @@ class Learner(LoopMixin, CheckpointMixin):
         # (images, generator) -> images, see tvp.training.input_transforms; each update uses all
         input_transforms: Sequence[Callable] = (),
         gradient_filters: Sequence[Callable] = (),  # see tvp.training.gradient_filters
+        # (source, images, instructions, seed) -> context, see tvp.training.source_transforms; each
+        # update uses all at once
+        source_transforms: Sequence[Callable] = (),
         average_last_steps: int = 0,  # the prompt becomes the mean of those after these updates
         callbacks: Sequence[Callback] = (),  # called after those of this package
     ):
@@ -557,6 +572,7 @@ class Learner(LoopMixin, CheckpointMixin):
             gradient_estimator,
             input_transforms,
             gradient_filters,
+            source_transforms,
             average_last_steps,
             self.losses,
             len(self.sources),
@@ -565,6 +581,7 @@ class Learner(LoopMixin, CheckpointMixin):
         self.gradient_estimator = gradient_estimator or Learner.compute_gradient
         self.input_transforms = list(input_transforms)
         self.gradient_filters = list(gradient_filters)
+        self.source_transforms = list(source_transforms)
         self.average_last_steps = int(average_last_steps)
         if optimizer is None:
             groups = parameter_groups(prompt)
