@@ -128,9 +128,9 @@ class SPSAGradient:
     def __call__(
         self, learner: Learner, micro_batches: list[Batch]
     ) -> tuple[Gradients, StepMetrics]:  # the metrics are means over all places asked
-        if len(learner.sources) > 1 and learner.ensemble != "mean":
+        if len(learner.sources) > 1 and learner.ensemble not in ("mean", "sampled"):
             raise ValueError(
-                "`ensemble` must be 'mean' with SPSAGradient, "
+                "`ensemble` must be 'mean' or 'sampled' with SPSAGradient, "
                 "which has no gradient of each source; "
                 f"got {learner.ensemble!r}."
             )

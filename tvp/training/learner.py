@@ -120,6 +120,7 @@ class UpdateMixin:
         batch: Batch,  # this process's part of it
     ) -> StepMetrics:  # on the device; also the last of `pending_metrics`
         "Make one update (TVP, sec. 3)."
+        self.active_sources = self._draw_sources()
         gradients, metrics = self.gradient_estimator(self, self._micro_batches(batch))
         gradients.assign_to(self.prompt)
         metrics.epoch = self.state.epoch
@@ -231,7 +232,7 @@ class UpdateMixin:
             return [(self.source, self.losses)]
         own = [term for term in self.losses if getattr(term, "needs_source", True)]
         common = [term for term in self.losses if not getattr(term, "needs_source", True)]
-        pairs = [(source, own) for source in self.sources]
+        pairs = [(source, own) for source in self.active_sources]
         return pairs + ([(None, common)] if common else [])
 
     def forward_passes(
@@ -271,7 +272,7 @@ class UpdateMixin:
         "Weigh the sources' gradients; what needs no source is added as it is."
         if len(gradients) == 1:
             return gradients[0]
-        count = len(self.sources)
+        count = len(self.active_sources)
         flat = torch.stack([each.border.flatten() for each in gradients[:count]])
         totals = torch.stack([each.total for each in metrics[:count]]).to(flat)
         weights = ensemble_weights(self.ensemble, flat, totals)
@@ -282,17 +283,18 @@ class UpdateMixin:
         metrics: Sequence[StepMetrics],  # in the order of `losses_by_source`
     ) -> StepMetrics:
         "Average the sources' metrics; the task loss of each source stands beside the mean."
-        if len(metrics) == 1:
+        if len(self.sources) == 1:
             return metrics[0]
-        of_sources = metrics[: len(self.sources)]
+        count = len(self.active_sources)
+        of_sources = metrics[:count]
         mean = StepMetrics.mean(of_sources)
-        for common in metrics[len(self.sources) :]:
+        for common in metrics[count:]:
             mean = replace(
                 mean, total=mean.total + common.total, losses=mean.losses | common.losses
             )
         losses = {term.name: mean.losses[term.name] for term in self.losses}
         if "task" in losses:
-            for source, each in zip(self.sources, of_sources):
+            for source, each in zip(self.active_sources, of_sources):
                 losses[f"task {source.name}"] = each.losses["task"]
         return replace(mean, losses=losses)
 
@@ -304,6 +306,13 @@ class UpdateMixin:
         for keep in self.gradient_filters:
             border = keep(border)
         return border if self.prompt.kind == "random-patch" else border * self.prompt.mask
+
+    def _draw_sources(self) -> list[Mllm]:
+        "Draw the source of an update, where the ensemble asks one at a time; else all of them."
+        if self.ensemble != "sampled":
+            return self.sources
+        row = torch.randint(len(self.sources), (), generator=self.prompt.generator).item()
+        return [self.sources[row]]
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         "Cut a batch into the parts that go through the source one after the other."
@@ -320,9 +329,7 @@ class UpdateMixin:
         generator.set_state(random_state)
         return images, transform(prompted, generator)
 
-    def _transformed(
-        self, source: Mllm, images: Tensor, batch: Batch
-    ) -> AbstractContextManager:
+    def _transformed(self, source: Mllm, images: Tensor, batch: Batch) -> AbstractContextManager:
         "Make a random relative of the source, for the prompted images of one pass."
         if not self.source_transforms:
             return nullcontext()
@@ -562,6 +569,7 @@ class Learner(LoopMixin, CheckpointMixin):
     ):
         self.sources = check_sources(source)
         check_learner_arguments(prompt, task, scheduler, augment, accelerator)
+        self.active_sources = self.sources  # those of the update at hand
         self.source = self.sources[0]
         self.device = self.source.device
         self.prompt = prompt.to(self.device)
@@ -607,8 +615,8 @@ class Learner(LoopMixin, CheckpointMixin):
         self.task_losses: deque[Tensor] = deque(maxlen=16)
         self.stop_requested = False  # by this process
         self.stop_agreed = False  # by all of them
-        # images that change never come back
-        fixed = not (self.augment or self.input_transforms)
+        # images that change never come back, and a drawn source may not
+        fixed = not (self.augment or self.input_transforms or self.ensemble == "sampled")
         self.clean_features = CleanFeatureCache(self.sources) if fixed else None
         self.finite_guard = FiniteGuard()
         self.weight_averaging = WeightAveraging(self.average_last_steps)
