@@ -58,6 +58,7 @@ from tvp.training.guards import (
     check_step_finite,
     check_switches,
     check_terms,
+    check_transforms_allowed,
     explain_out_of_memory,
 )
 from .losses import StepContext, TaskLoss, weighted_total
@@ -585,6 +586,7 @@ class Learner(LoopMixin, CheckpointMixin):
             self.losses,
             len(self.sources),
         )
+        check_transforms_allowed(task, input_transforms)
         self.ensemble = ensemble
         self.gradient_estimator = gradient_estimator or Learner.compute_gradient
         self.input_transforms = list(input_transforms)
