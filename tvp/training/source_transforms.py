@@ -167,7 +167,12 @@ def _edited_attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:  # (B, T, heads, D), and the weights
     "Compute the attention of a vision block with the changes that its module names."
-    layer, edits = getattr(module, _EDITS, (0, ()))
+    if not hasattr(module, _EDITS):  # a part of another model with the same configuration
+        from transformers import AttentionInterface
+
+        attend = AttentionInterface()["sdpa"]
+        return attend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    layer, edits = getattr(module, _EDITS)
     groups = query.shape[1] // key.shape[1]
     key, value = (
         part.repeat_interleave(groups, 1) if groups > 1 else part for part in (key, value)
