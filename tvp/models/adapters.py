@@ -34,7 +34,6 @@ from tvp.models.inputs import (
     check_images,
     check_one_text_per_image,
     check_processor,
-    image_scale,
 )
 from tvp.models.ranking import (
     ImageDeduplicator,
@@ -44,6 +43,7 @@ from tvp.models.ranking import (
 )
 from .torch_settings import with_torch_settings
 from .transformers_compat import drop_recording_hooks
+from .vision_encoder import encoder_pixels
 
 # %% ../../nbs/api/models/06_adapters.ipynb #e67e8fa7
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class MllmOutput:
     visual_tokens: Tensor  # (B, T, D), as handed to the language model
     # (B, T, D) behind each block of the vision encoder; empty: it has no list of blocks
     layers: tuple[Tensor, ...] = ()
+    # (B, A, V) of the answers' tokens; None: the loss was over candidates
+    answer_logits: Tensor | None = None
+    answer_ids: Tensor | None = None  # (B, A) those tokens; -100 behind the end of an answer
 
 # %% ../../nbs/api/models/06_adapters.ipynb #091d2b43
 def _check_answers(
@@ -158,8 +161,10 @@ class Mllm:
             capture_visual_features(self.owner) as features,
             capture_hidden_states(self.blocks) as layers,
         ):
+            logits = ids = None
             if plan is None:
-                loss = self._vocabulary_loss(images, instructions, answers)
+                logits, ids = self._answer_logits(images, instructions, answers)
+                loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
             else:
                 right = [candidates.index(answer) for answer in answers]
                 scores = score_candidates(self, images, instructions, plan)
@@ -169,18 +174,19 @@ class Mllm:
         if images.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
             raise NoGradientError(self.name, self.model)
         tokens = collect_visual_tokens(self.model, self.owner, features, len(images))
-        return MllmOutput(loss, tokens, split_hidden_states_by_image(layers, len(images)))
+        hidden = split_hidden_states_by_image(layers, len(images))
+        return MllmOutput(loss, tokens, hidden, logits, ids)
 
-    def _vocabulary_loss(
+    def _answer_logits(
         self, images: Tensor, instructions: list[str], answers: list[str]
-    ) -> Tensor:  # scalar
-        "Mean cross-entropy per answer token."
+    ) -> tuple[Tensor, Tensor]:  # (B, A, V); (B, A), -100 where there is no token
+        "Compute the logits of the answers' tokens."
         inputs = self.model_inputs(images, instructions)
         ids, mask = self.text.collate_answers(instructions, answers, self.end)
         ids = ids.to(self.device)
         mask = mask.to(self.device)
         logits = answer_logits(self.model, inputs, ids, mask)
-        return F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(mask == 0, -100).flatten())
+        return logits, ids.masked_fill(mask == 0, -100)
 
     @with_torch_settings
     def count_tokens(self, instructions: list[str], answers: list[str]) -> int:
@@ -303,14 +309,7 @@ class Clip:
     @with_torch_settings
     def image_features(self, images: Tensor) -> Tensor:
         "(B, D) of unit length, differentiable with respect to the images (B, 3, H, W) in [0, 1]."
-        check_images(images)
-        as_bytes = list(
-            images.to(self.model.device, torch.float32)
-            * image_scale(self.processor.image_processor)
-        )
-        pixels = self.processor.image_processor(as_bytes, return_tensors="pt")["pixel_values"].to(
-            self.model.dtype
-        )
+        pixels = encoder_pixels(self.processor.image_processor, images, self.model)
         return F.normalize(
             self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1
         )

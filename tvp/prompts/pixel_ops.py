@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_CANVAS_SIZE', 'PROMPT_KINDS', 'PIXEL_RANGES', 'IMAGE_ADJUSTMENTS', 'check_geometry', 'border_mask', 'patch_mask',
            'full_mask', 'prompt_mask', 'delta_to_pixels', 'pixels_to_delta', 'init_delta', 'adjust_color',
-           'adjust_sharpness', 'resize_on_canvas', 'to_pil_image']
+           'adjust_sharpness', 'resize_on_canvas', 'to_pil_image', 'encode_decode']
 
 # %% ../../nbs/api/prompts/01_pixel_ops.ipynb #15d19294
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -213,3 +216,24 @@ def to_pil_image(
     "Convert one image to 8-bit RGB."
     levels = (pixels.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+# %% ../../nbs/api/prompts/01_pixel_ops.ipynb #8b6db09a
+def encode_decode(
+    images: Tensor,  # (B, 3, H, W), any range: clipped to [0, 1]
+    quality: int | None = None,  # of a JPEG, 1 to 95; None: a PNG, which only rounds and clips
+) -> Tensor:  # (B, 3, H, W), multiples of 1 / 255
+    """Save images and open them again; a JPEG with Pillow's settings (color at half the
+    resolution)."""
+    if quality is not None and not (type(quality) is int and 1 <= quality <= 95):
+        raise ValueError(
+            f"`quality` must be a whole number in [1, 95] or None, got {quality!r}. Try 95."
+        )
+    opened = []
+    for image in images:
+        pil_image = to_pil_image(image)
+        if quality is not None:
+            file = io.BytesIO()
+            pil_image.save(file, "JPEG", quality=quality)
+            pil_image = Image.open(file)
+        opened.append(torch.from_numpy(np.array(pil_image.convert("RGB"))).permute(2, 0, 1))
+    return (torch.stack(opened) / 255).to(images)

@@ -102,6 +102,7 @@ class Task:
     fit: str = "crop"  # "crop", or "letterbox" where a crop could remove what is asked about
     flip: bool = False  # may training images be mirrored?
     description: str = ""  # one sentence
+    blocks: bool = False  # may blocks of training images change places?
 
     def __post_init__(self):
         self._check_fields()
@@ -119,6 +120,7 @@ class Task:
         check_choice("metric", self.metric, ("accuracy", "yes-no", "auroc"))
         check_choice("fit", self.fit, RESIZE_MODES)
         check_type("flip", self.flip, bool)
+        check_type("blocks", self.blocks, bool)
         check_type("description", self.description, str)
         counts = Counter(candidates)
         repeated = sorted(text for text, count in counts.items() if count > 1)

@@ -246,6 +246,7 @@ class CheckpointMixin:
             "gradient_estimator": estimator,
             "input_transforms": [describe_callable(each) for each in self.input_transforms],
             "gradient_filters": [describe_callable(each) for each in self.gradient_filters],
+            "source_transforms": [describe_callable(each) for each in self.source_transforms],
             "average_last_steps": self.average_last_steps,
             "adjust": list(self.prompt.adjust),
             "relative weights": [t.name for t in self.losses if getattr(t, "relative", False)],

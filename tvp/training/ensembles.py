@@ -61,6 +61,8 @@ GRADIENT_COMBINERS = {
     "normalized": normalized_weights,  # mean of gradients of one length
     "common": pcgrad_weights,  # conflicting parts removed
     "adaptive": softmax_loss_weights,  # the worst off counts most
+    # one source, drawn by the learner at each update: the only row (X-Transfer, Huang et al. 2025)
+    "sampled": uniform_weights,
 }
 
 

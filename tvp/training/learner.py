@@ -10,7 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -58,11 +58,13 @@ from tvp.training.guards import (
     check_step_finite,
     check_switches,
     check_terms,
+    check_transforms_allowed,
     explain_out_of_memory,
 )
 from .losses import StepContext, TaskLoss, uses_source, weighted_total
 from .optimizers import NormalizedGradient, cosine_epoch_schedule, parameter_groups
 from .processes import ProcessLostError, all_reduce_mean, shard_batch, token_weights
+from .source_transforms import apply_source_transforms
 from tvp.training.state import (
     Gradients,
     StepMetrics,
@@ -119,6 +121,7 @@ class UpdateMixin:
         batch: Batch,  # this process's part of it
     ) -> StepMetrics:  # on the device; also the last of `pending_metrics`
         "Make one update (TVP, sec. 3)."
+        self.active_sources = self._draw_sources()
         gradients, metrics = self.gradient_estimator(self, self._micro_batches(batch))
         gradients.assign_to(self.prompt)
         metrics.epoch = self.state.epoch
@@ -151,7 +154,8 @@ class UpdateMixin:
         output = None
         if source is not None:  # the one encode with gradient: the answer's loss and visual tokens
             among = {} if self.candidates is None else {"candidates": self.candidates}
-            output = source(prompted, batch.instructions, batch.answers, **among)
+            with self._transformed(source, images, batch):
+                output = source(prompted, batch.instructions, batch.answers, **among)
         if token_weight is not None:
             output = SimpleNamespace(**vars(output) | {"loss": output.loss * token_weight})
         return self.compute_losses(images, prompted, output, batch, source, losses)
@@ -229,7 +233,7 @@ class UpdateMixin:
             return [(self.source, self.losses)]
         own = [term for term in self.losses if uses_source(term)]
         common = [term for term in self.losses if not uses_source(term)]
-        pairs = [(source, own) for source in self.sources]
+        pairs = [(source, own) for source in self.active_sources]
         return pairs + ([(None, common)] if common else [])
 
     def forward_passes(
@@ -269,7 +273,7 @@ class UpdateMixin:
         "Weigh the sources' gradients; what needs no source is added as it is."
         if len(gradients) == 1:
             return gradients[0]
-        count = len(self.sources)
+        count = len(self.active_sources)
         flat = torch.stack([each.border.flatten() for each in gradients[:count]])
         totals = torch.stack([each.total for each in metrics[:count]]).to(flat)
         weights = ensemble_weights(self.ensemble, flat, totals)
@@ -280,17 +284,18 @@ class UpdateMixin:
         metrics: Sequence[StepMetrics],  # in the order of `losses_by_source`
     ) -> StepMetrics:
         "Average the sources' metrics; the task loss of each source stands beside the mean."
-        if len(metrics) == 1:
+        if len(self.sources) == 1:
             return metrics[0]
-        of_sources = metrics[: len(self.sources)]
+        count = len(self.active_sources)
+        of_sources = metrics[:count]
         mean = StepMetrics.mean(of_sources)
-        for common in metrics[len(self.sources) :]:
+        for common in metrics[count:]:
             mean = replace(
                 mean, total=mean.total + common.total, losses=mean.losses | common.losses
             )
         losses = {term.name: mean.losses[term.name] for term in self.losses}
         if "task" in losses:
-            for source, each in zip(self.sources, of_sources):
+            for source, each in zip(self.active_sources, of_sources):
                 losses[f"task {source.name}"] = each.losses["task"]
         return replace(mean, losses=losses)
 
@@ -302,6 +307,13 @@ class UpdateMixin:
         for keep in self.gradient_filters:
             border = keep(border)
         return border if self.prompt.kind == "random-patch" else border * self.prompt.mask
+
+    def _draw_sources(self) -> list[Mllm]:
+        "Draw the source of an update, where the ensemble asks one at a time; else all of them."
+        if self.ensemble != "sampled":
+            return self.sources
+        row = torch.randint(len(self.sources), (), generator=self.prompt.generator).item()
+        return [self.sources[row]]
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         "Cut a batch into the parts that go through the source one after the other."
@@ -317,6 +329,14 @@ class UpdateMixin:
         images = transform(images, generator)
         generator.set_state(random_state)
         return images, transform(prompted, generator)
+
+    def _transformed(self, source: Mllm, images: Tensor, batch: Batch) -> AbstractContextManager:
+        "Make a random relative of the source, for the prompted images of one pass."
+        if not self.source_transforms:
+            return nullcontext()
+        return apply_source_transforms(
+            self.source_transforms, source, images, batch.instructions, self.prompt.generator
+        )
 
     def _clean_tokens(self, source: Mllm | None) -> Callable | None:  # None: ask the source
         "Give the function that encodes clean images with a memory."
@@ -542,11 +562,15 @@ class Learner(LoopMixin, CheckpointMixin):
         # (images, generator) -> images, see tvp.training.input_transforms; each update uses all
         input_transforms: Sequence[Callable] = (),
         gradient_filters: Sequence[Callable] = (),  # see tvp.training.gradient_filters
+        # (source, images, instructions, seed) -> context, see tvp.training.source_transforms; each
+        # update uses all at once
+        source_transforms: Sequence[Callable] = (),
         average_last_steps: int = 0,  # the prompt becomes the mean of those after these updates
         callbacks: Sequence[Callback] = (),  # called after those of this package
     ):
         self.sources = check_sources(source)
         check_learner_arguments(prompt, task, scheduler, augment, accelerator)
+        self.active_sources = self.sources  # those of the update at hand
         self.source = self.sources[0]
         self.device = self.source.device
         self.prompt = prompt.to(self.device)
@@ -557,14 +581,17 @@ class Learner(LoopMixin, CheckpointMixin):
             gradient_estimator,
             input_transforms,
             gradient_filters,
+            source_transforms,
             average_last_steps,
             self.losses,
             len(self.sources),
         )
+        check_transforms_allowed(task, input_transforms)
         self.ensemble = ensemble
         self.gradient_estimator = gradient_estimator or Learner.compute_gradient
         self.input_transforms = list(input_transforms)
         self.gradient_filters = list(gradient_filters)
+        self.source_transforms = list(source_transforms)
         self.average_last_steps = int(average_last_steps)
         if optimizer is None:
             groups = parameter_groups(prompt)
@@ -590,8 +617,8 @@ class Learner(LoopMixin, CheckpointMixin):
         self.task_losses: deque[Tensor] = deque(maxlen=16)
         self.stop_requested = False  # by this process
         self.stop_agreed = False  # by all of them
-        # images that change never come back
-        fixed = not (self.augment or self.input_transforms)
+        # images that change never come back, and a drawn source may not
+        fixed = not (self.augment or self.input_transforms or self.ensemble == "sampled")
         self.clean_features = CleanFeatureCache(self.sources) if fixed else None
         self.finite_guard = FiniteGuard()
         self.weight_averaging = WeightAveraging(self.average_last_steps)
