@@ -33,7 +33,7 @@ class SemanticLoss:
 
     weight: float  # factor in the total, >= 0
     name = "semantic"
-    sign = 1
+    direction = 1
 
     def __post_init__(self):
         check_weight(self)
@@ -62,7 +62,7 @@ class TotalVariation:
     weight: float  # factor in the total, >= 0
     prompt: VisualPrompt  # the one that is trained
     name = "variation"
-    sign = 1
+    direction = 1
     uses_source = False
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class PrototypeContrast:
     sample: int | None = None  # so many of the encoders, drawn at each update; None: all
     _prototypes: dict = field(default_factory=dict, init=False, repr=False)
     name = "contrast"
-    sign = -1
+    direction = -1
     uses_source = False
 
     def __post_init__(self):
@@ -164,7 +164,7 @@ class EncoderConsistency:
     encoders: Clip | VisionEncoder | Sequence  # one, or several: the mean over them
     sample: int | None = None  # so many of the encoders, drawn at each update; None: all
     name = "encoders"
-    sign = 1
+    direction = 1
     uses_source = False
 
     def __post_init__(self):
