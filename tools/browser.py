@@ -361,10 +361,8 @@ def step(page):
     for _ in range(3):
         page.click("step")
     page.until("three more", lambda: page.is_at("paused", 4))
-    page.must_be(
-        "Python sees the same",
-        page.execute("print(stepper.state['step'], len(stepper.history))") == "4 4",
-    )
+    told = page.execute("print(stepper.state['step'], len(stepper.history))")
+    page.must_be(f"Python sees the same ({told})", told == "4 4")
 
 
 def run_and_pause(page):

@@ -35,6 +35,7 @@ from pool import Job, longest_first, quick, record, run_jobs, run_notebook, run_
 from words import dropped
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # where nbdev finds `tools.pages`, which settings.ini names under `procs`
 CFG = get_config(path=ROOT)
 SITE = CFG.doc_host + CFG.doc_baseurl
 SKIPPED = {"__pycache__", "_proc", "build", "dist"}
