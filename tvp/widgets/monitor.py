@@ -246,7 +246,7 @@ class TrainingMonitor:
         last = {"step": 0, "epoch": 0}
         for record in self.learner.records[-1:]:
             last = asdict(record)
-            last |= last.pop("others")
+            last |= last.pop("extra_losses")
         last["task_loss"] = last.pop("task", float("nan"))  # `task` is the name of the task
         latest = self.latest_scores()
         is_source = latest.group == "source"
