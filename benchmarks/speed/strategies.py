@@ -47,7 +47,7 @@ from tvp.training.source_transforms import (
     HeadPermutation,
     PatchDrop,
 )
-from tvp.training.transfer_losses import (
+from tvp.training.auxiliary_losses import (
     EncoderConsistency,
     PrototypeContrast,
     SemanticLoss,

@@ -1,4 +1,4 @@
-"""Pictures of the widgets for README, home and tutorials: `python tools/pictures.py`.
+"""Screenshots of the widgets for README, home and tutorials: `python tools/screenshots.py`.
 
 Opens the tutorial in a real JupyterLab in a real browser, as tools/browser.py does, and writes
 nbs/images/stepper.png, stepper.webp (a short animation) and explorer.png.
@@ -50,7 +50,7 @@ def film(page):
 
 
 def write(frames, explorer):
-    "Write both still pictures and the animation."
+    "Write both screenshots and the animation."
     frames[-1].save(IMAGES / "stepper.png", optimize=True)
     explorer.save(IMAGES / "explorer.png", optimize=True)
     height = round(frames[-1].height * WIDTH / frames[-1].width)
@@ -68,11 +68,11 @@ def write(frames, explorer):
 
 
 def main():
-    "Take the pictures."
+    "Take the screenshots."
     from playwright.sync_api import sync_playwright
 
     if missing():
-        sys.exit(f"no pictures: {missing()}")
+        sys.exit(f"no screenshots: {missing()}")
     with jupyterlab(NOTEBOOK) as address, sync_playwright() as play:
         window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(
             viewport=VIEWPORT
