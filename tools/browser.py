@@ -518,30 +518,34 @@ STORY = (
 )
 
 
-def tell(address, shots, report, end):
-    "Each part of the story, with a screenshot after it; returns problems."
+@contextlib.contextmanager
+def open_page(notebook):
+    "A page of the real browser on JupyterLab with a copy of the notebook."
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(
-            viewport=VIEWPORT
+    end = time.monotonic() + LIMIT
+    with jupyterlab(Path(notebook)) as address, sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser(), args=FLAGS)
+        yield Page(chromium.new_page(viewport=VIEWPORT), address, end)
+
+
+def tell(page, shots, report):
+    "Each part of the story, with a screenshot after it; returns problems."
+    for number, part in enumerate(STORY):
+        begin = time.monotonic()
+        try:
+            told = part(page)
+        except Exception as error:
+            shot = shots / f"{number}_{part.__name__}_failed.png"
+            with contextlib.suppress(Exception):
+                page.page.screenshot(path=shot, timeout=10_000)
+            return [f"{part.__name__}: {type(error).__name__}: {error} (screenshot: {shot})"]
+        report(
+            f"        {time.monotonic() - begin:5.1f} s  "
+            f"{part.__doc__}{f' ({told})' if told else ''}"
         )
-        page = Page(window, address, end)
-        for number, part in enumerate(STORY):
-            begin = time.monotonic()
-            try:
-                told = part(page)
-            except Exception as error:
-                shot = shots / f"{number}_{part.__name__}_failed.png"
-                with contextlib.suppress(Exception):
-                    window.screenshot(path=shot, timeout=10_000)
-                return [f"{part.__name__}: {type(error).__name__}: {error} (screenshot: {shot})"]
-            report(
-                f"        {time.monotonic() - begin:5.1f} s  "
-                f"{part.__doc__}{f' ({told})' if told else ''}"
-            )
-            window.screenshot(path=shots / f"{number}_{part.__name__}.png")
-        return []
+        page.page.screenshot(path=shots / f"{number}_{part.__name__}.png")
+    return []
 
 
 def stepper_in_browser(shots=None, notebook=NOTEBOOK, report=print):
@@ -553,8 +557,8 @@ def stepper_in_browser(shots=None, notebook=NOTEBOOK, report=print):
     folder = Path(shots or tempfile.mkdtemp(prefix="tvp-browser-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with jupyterlab(Path(notebook)) as address:
-            problems = tell(address, folder, report, time.monotonic() + LIMIT)
+        with open_page(notebook) as page:
+            problems = tell(page, folder, report)
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
     if not shots and not problems:

@@ -6,20 +6,14 @@ nbs/images/stepper.png, stepper.webp (a short animation) and explorer.png.
 
 import io
 import sys
-import time
 
 from browser import (
-    FLAGS,
-    LIMIT,
     NOTEBOOK,
     ROOT,
-    VIEWPORT,
-    Page,
-    browser,
     click_cell,
-    jupyterlab,
     missing,
     open_notebook,
+    open_page,
     show,
     show_explorer,
 )
@@ -69,15 +63,9 @@ def write(frames, explorer):
 
 def main():
     "Take the screenshots."
-    from playwright.sync_api import sync_playwright
-
     if missing():
         sys.exit(f"no screenshots: {missing()}")
-    with jupyterlab(NOTEBOOK) as address, sync_playwright() as play:
-        window = play.chromium.launch(executable_path=browser(), args=FLAGS).new_page(
-            viewport=VIEWPORT
-        )
-        page = Page(window, address, time.monotonic() + LIMIT)
+    with open_page(NOTEBOOK) as page:
         for part in (open_notebook, show):
             part(page)
         frames = film(page)

@@ -40,21 +40,25 @@ def check_float(
     name: str,  # of the parameter
     value: Any,  # what came
     low: float = 0.0,  # must not be below
+    high: float = math.inf,  # must not be above
     above: bool = False,  # must it be more than `low`?
+    below: bool = False,  # must it be less than `high`?
     hint: str = "",  # what to do
 ) -> float:  # the value
-    "Check a finite number that is large enough."
-    fine = (
+    "Check a finite number within its limits."
+    if (
         isinstance(value, Real)
         and not isinstance(value, bool)
         and math.isfinite(value)
         and (value > low if above else value >= low)
-    )
-    if fine:
+        and (value < high if below else value <= high)
+    ):
         return float(value)
+    limits = f"{'>' if above else '>='} {low:g}"
+    if high < math.inf:
+        limits = f"in {'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
     raise ValueError(
-        f"`{name}` must be a finite number {'>' if above else '>='} {low:g}, got "
-        f"{value!r}.{hint and ' '}{hint}"
+        f"`{name}` must be a finite number {limits}, got {value!r}.{hint and ' '}{hint}"
     )
 
 # %% ../nbs/api/02_validation.ipynb #283d7cd0

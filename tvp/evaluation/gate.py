@@ -73,13 +73,6 @@ class GateDecision:
         )
 
 # %% ../../nbs/api/evaluation/12_gate.ipynb #c163540f
-def _check_share(name: str, value: Any, low: float, high: float) -> float:
-    "Check a share of images that must lie within limits."
-    if check_float(name, value, low) > high:
-        raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value!r}.")
-    return float(value)
-
-
 def chance_of_use(
     images: int,  # labeled images that decide
     gain: float,  # true gain in accuracy, -changed to changed
@@ -89,8 +82,8 @@ def chance_of_use(
     from scipy.stats import binom
 
     check_int("images", images)
-    _check_share("changed", changed, 0, 1)
-    _check_share("gain", gain, -changed, changed)
+    check_float("changed", changed, high=1)
+    check_float("gain", gain, -changed, changed)
     if not changed:
         return 0.0
     changes = np.arange(images + 1)

@@ -397,16 +397,18 @@ def run_evaluation(
     found = merge_shards(all_gather_objects(shard))
     towers = _known_towers(zoo, [*names, *parse_source_names(source)])
     order = [(method, name) for name in names for method in ("none", *prompts)]
+    decisions = {mode: {} for mode in modes}
+    if gate is not None:
+        first = len(tasks) * len(modes)
+        decisions = {
+            mode: _decide_all(found, first + i, names, prompts) for i, mode in enumerate(modes)
+        }
     runs = []
     for number, ((task, conditions), mode) in enumerate(product(tasks, modes)):
         of_task = {key: found[number, *key] for key in order}
         if trained_on not in (None, task.name):
             conditions = {"trained_on": trained_on, **conditions}
-        decisions = {}
-        if gate is not None:
-            images = len(tasks) * len(modes) + modes.index(mode)
-            decisions = _decide_all(found, images, names, prompts)
-        fields = dict(towers=towers, mode=mode, decisions=decisions) | conditions
+        fields = dict(towers=towers, mode=mode, decisions=decisions[mode]) | conditions
         runs.append(_make_run(task, source, seed, of_task, **fields))
     return TransferResults(runs)
 

@@ -324,8 +324,7 @@ def _complete_splits(
     for name, share in (("test", test), ("valid", valid)):
         if name in splits:
             continue
-        if check_float(name, share, above=True) >= 1:
-            raise ValueError(f"`{name}` must be a share in (0, 1), got {share!r}. Try 0.1.")
+        check_float(name, share, high=1, above=True, below=True, hint="Try 0.1.")
         splits["train"], splits[name] = _split_by_content(splits["train"], share, seed)
     return [shuffle_split(splits[name], seed) for name in ("train", "valid", "test")]
 

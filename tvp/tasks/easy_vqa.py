@@ -32,8 +32,7 @@ def load_easy_vqa(
     seed: int = 0,  # of the draw
 ) -> Task:
     "Load easy-VQA from the installed package: its own training and test split, all questions."
-    if check_float("valid", valid, above=True) >= 1:
-        raise ValueError(f"`valid` must be a share in (0, 1), got {valid!r}. Try 0.1.")
+    check_float("valid", valid, high=1, above=True, below=True, hint="Try 0.1.")
     try:
         import easy_vqa
     except ImportError:

@@ -143,9 +143,7 @@ class PrototypeContrast:
                 f"`exemplars` must have images of {unknown[0]!r}, which a batch shows; they are of "
                 f"{names[:10]}. Try choose_exemplars(task, size)."
             )
-        looks = [context.prompted]
-        if self.crops:
-            looks = random_crops(context.prompted, self.crops, context.generator)
+        looks = random_crops(context.prompted, self.crops, context.generator)
         rows = torch.tensor([names.index(what) for what in context.batch.semantics])
         values = []
         for encoder in draw_encoders(self.encoders, self.sample, context.generator):

@@ -101,8 +101,7 @@ class PGNGradient:
 
     def __post_init__(self):
         _check_neighbors(self)
-        if check_float("balance", self.balance, hint="Try 0.5, the paper's.") > 1:
-            raise ValueError(f"`balance` must be at most 1, got {self.balance}. Try 0.5.")
+        check_float("balance", self.balance, high=1, hint="Try 0.5, the paper's.")
 
     def __call__(
         self, learner: Learner, micro_batches: list[Batch]

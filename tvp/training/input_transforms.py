@@ -81,10 +81,7 @@ class RandomResizePad:
     smallest: float = 0.85  # the least side, as a part of the canvas, in (0, 1]
 
     def __post_init__(self):
-        if check_float("smallest", self.smallest, above=True, hint="Try 0.85.") > 1:
-            raise ValueError(
-                f"`smallest` must be at most 1, the whole canvas, got {self.smallest}."
-            )
+        check_float("smallest", self.smallest, high=1, above=True, hint="Try 0.85.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)
@@ -162,11 +159,7 @@ class ContrastBrightnessJitter:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if check_float(name, value) >= 1:
-                raise ValueError(
-                    f"`{name}` must be less than 1, got {value}: "
-                    "nothing would be left to see. Try 0.2."
-                )
+            check_float(name, value, high=1, below=True, hint="Try 0.2.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)
@@ -195,8 +188,7 @@ class RandomRotate:
     degrees: float = 15.0  # the largest angle in each direction, in (0, 180]
 
     def __post_init__(self):
-        if check_float("degrees", self.degrees, above=True, hint="Try 15.") > 180:
-            raise ValueError(f"`degrees` must be at most 180, got {self.degrees}.")
+        check_float("degrees", self.degrees, high=180, above=True, hint="Try 15.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)
@@ -210,11 +202,7 @@ class ChannelGainJitter:
     gain: float = 0.2  # largest change of the factor, in [0, 1)
 
     def __post_init__(self):
-        if check_float("gain", self.gain) >= 1:
-            raise ValueError(
-                f"`gain` must be less than 1, got {self.gain}: nothing would be left to see. "
-                "Try 0.2."
-            )
+        check_float("gain", self.gain, high=1, below=True, hint="Try 0.2.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)
@@ -241,8 +229,7 @@ class RandomSpectrum:
 
     def __post_init__(self):
         check_float("noise", self.noise)
-        if check_float("rho", self.rho, hint="Try 0.5, the paper's.") >= 1:
-            raise ValueError(f"`rho` must be less than 1, got {self.rho}. Try 0.5, the paper's.")
+        check_float("rho", self.rho, high=1, below=True, hint="Try 0.5, the paper's.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)
@@ -264,8 +251,7 @@ class RandomBorderMask:
     def __post_init__(self):
         check_int("width", self.width)
         check_int("cell", self.cell)
-        if check_float("rate", self.rate, hint="Try 0.5.") >= 1:
-            raise ValueError(f"`rate` must be less than 1, got {self.rate}. Try 0.5.")
+        check_float("rate", self.rate, high=1, below=True, hint="Try 0.5.")
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         _check_image_batch(images, generator)

@@ -331,9 +331,11 @@ def random_crops(
     images: Tensor,  # (B, 3, size, size)
     count: int,  # how many
     generator: torch.Generator | None,  # decides where
-) -> list[Tensor]:  # (B, 3, size, size) each, differentiable
+) -> list[Tensor]:  # (B, 3, size, size) each, differentiable; the images themselves for count 0
     """Square cut-outs with 0.6 to 1 of the side, at random places, enlarged to the full size
     (Crowson et al. 2022)."""
+    if not count:
+        return [images]
     if generator is None:
         raise ValueError(
             "`crops` needs random numbers: hand the step a generator, StepContext(..., "
@@ -381,11 +383,7 @@ class TaskSemantics:
         check_weight(self), _check_tse_options(self)
 
     def __call__(self, context: StepContext) -> Tensor:  # scalar
-        looks = (
-            random_crops(context.prompted, self.crops, context.generator)
-            if self.crops
-            else [context.prompted]
-        )
+        looks = random_crops(context.prompted, self.crops, context.generator)
         # (B, D), unit length
         clips = draw_encoders(self.clip, self.sample, context.generator)
         pairs = [(clip, clip.image_features(look)) for clip in clips for look in looks]

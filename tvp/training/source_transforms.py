@@ -31,18 +31,6 @@ def _uniform(
     return torch.rand(tuple(shape), generator=generator, device=device)
 
 
-def _check_rate(
-    name: str,  # of the parameter
-    value: Any,
-    hint: str,  # what to try
-) -> None:
-    "A share that leaves something: in [0, 1)."
-    if check_float(name, value, hint=hint) >= 1:
-        raise ValueError(
-            f"`{name}` must be less than 1, got {value}: nothing would be left. {hint}"
-        )
-
-
 def _check_vision_blocks(
     source: Mllm,
     transform: Any,  # that needs them
@@ -73,7 +61,7 @@ class DropConnect:
     rate: float = 0.03  # share of the parameters, in [0, 1)
 
     def __post_init__(self):
-        _check_rate("rate", self.rate, "Try 0.03, RaPA's for CLIP.")
+        check_float("rate", self.rate, high=1, below=True, hint="Try 0.03, RaPA's for CLIP.")
 
     @contextmanager
     def __call__(
@@ -116,7 +104,7 @@ class DropPath:
     rate: float = 0.1  # probability for each block, in [0, 1)
 
     def __post_init__(self):
-        _check_rate("rate", self.rate, "Try 0.1.")
+        check_float("rate", self.rate, high=1, below=True, hint="Try 0.1.")
 
     @contextmanager
     def __call__(
@@ -241,7 +229,7 @@ class AttentionDropout:
     rate: float = 0.4  # share of the weights, in [0, 1)
 
     def __post_init__(self):
-        _check_rate("rate", self.rate, "Try 0.4, LL2S's.")
+        check_float("rate", self.rate, high=1, below=True, hint="Try 0.4, LL2S's.")
 
     def __call__(self, source: Mllm, images: Tensor, instructions: list[str], seed: int) -> Any:
         def drop(weights, layer):
@@ -260,8 +248,7 @@ class HeadPermutation:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if check_float(name, value, above=True, hint="Try 0.5.") > 1:
-                raise ValueError(f"`{name}` must be at most 1, all of them, got {value}.")
+            check_float(name, value, high=1, above=True, hint="Try 0.5.")
 
     def __call__(self, source: Mllm, images: Tensor, instructions: list[str], seed: int) -> Any:
         def permute(weights, layer):
@@ -289,8 +276,7 @@ class CleanTokens:
     share: float = 0.3  # of the clean tokens, drawn for each head, in (0, 1]
 
     def __post_init__(self):
-        if check_float("share", self.share, above=True, hint="Try 0.3, LL2S's.") > 1:
-            raise ValueError(f"`share` must be at most 1, all clean tokens, got {self.share}.")
+        check_float("share", self.share, high=1, above=True, hint="Try 0.3, LL2S's.")
 
     def __call__(self, source: Mllm, images: Tensor, instructions: list[str], seed: int) -> Any:
         remembered = self._remember(source, images, instructions)
@@ -332,7 +318,7 @@ class _PatchMask:
     rate: float  # share of the patches that go
     seed: int
     shape: tuple[int, int] = (0, 0)  # images, patches of each
-    tokens: int = 0  # of each image, in the blocks
+    kept: Tensor | None = None  # (tokens,) bool; None: the patches have not been embedded yet
 
     def error(self) -> ValueError:
         "Say that there are no patches to be left out."
@@ -346,33 +332,29 @@ class _PatchMask:
         "Read the number of patches; a hook of the patch embedding."
         self.shape = len(output), output.shape[2:].numel()
 
-    def kept(self, device: torch.device) -> Tensor:  # (tokens,) bool
-        "Draw the patches that stay; class tokens, which come before them, do anyway."
-        patches = self.shape[1]
-        order = _uniform(self.seed, 0, (patches,), device).argsort()
-        keep = torch.ones(self.tokens, dtype=torch.bool, device=device)
-        keep[self.tokens - patches + order[: round(self.rate * patches)]] = False
-        return keep
-
     def erase(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        "Set dropped embeddings to 0; a hook of the first block."
+        """Draw the patches that stay (class tokens, which come before them, do anyway) and set the
+        embeddings of the others to 0; a hook of the first block."""
         hidden = args[0] if args else kwargs["hidden_states"]
         rows, patches = self.shape
         if hidden.ndim != 3 or len(hidden) != rows or not 1 < patches <= hidden.shape[1]:
             raise self.error()
-        self.tokens = hidden.shape[1]
-        erased = hidden * self.kept(hidden.device)[:, None]
+        tokens = hidden.shape[1]
+        order = _uniform(self.seed, 0, (patches,), hidden.device).argsort()
+        self.kept = torch.ones(tokens, dtype=torch.bool, device=hidden.device)
+        self.kept[tokens - patches + order[: round(self.rate * patches)]] = False
+        erased = hidden * self.kept[:, None]
         if args:
             return (erased, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": erased}
 
     def hide(self, scores: Tensor, layer: int) -> Tensor:  # (B, heads, T, S) both
         "Let no token attend to those that are dropped."
-        if scores.shape[-2] != self.tokens:  # merged on the way, or seen through windows
+        tokens = len(self.kept)
+        if scores.shape[-2] != tokens:  # merged on the way, or seen through windows
             raise self.error()
-        keep = self.kept(scores.device)
-        others = keep.new_ones(scores.shape[-1] - self.tokens)  # clean tokens
-        return scores.masked_fill(~torch.cat([keep, others]), -torch.inf)
+        others = self.kept.new_ones(scores.shape[-1] - tokens)  # clean tokens
+        return scores.masked_fill(~torch.cat([self.kept, others]), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -382,7 +364,7 @@ class PatchDrop:
     rate: float = 0.25  # share of the patches, in [0, 1)
 
     def __post_init__(self):
-        _check_rate("rate", self.rate, "Try 0.25.")
+        check_float("rate", self.rate, high=1, below=True, hint="Try 0.25.")
 
     @contextmanager
     def __call__(
