@@ -202,9 +202,13 @@ def warn_if_clipped(state: PromptState) -> None:
         lost = (
             f"{outside:.0%} of its values lie outside [0, 1], and {kept:.0%} of its energy is left"
         )
-    recolored = "color" in state.adjustments and bool(state.adjustments["color"].any())
+    recolored = any(
+        bool(values.any())
+        for name, values in state.adjustments.items()
+        if name in ("color", "tone", "gain")
+    )
     if recolored:
-        lost += ", and so may be what its contrast and brightness make of the image itself"
+        lost += ", and so may be what its contrast, tone or gain makes of the image itself"
     if outside or recolored:
         warnings.warn(
             f"a prompt of range='free' is clipped in an image: {lost}. One trained with "

@@ -23,7 +23,7 @@ from torch import Tensor
 from .._files import check_file, check_path, require_suffix, write_atomic
 from .._loading import check_fields, parse_json
 from .._validation import check_choice
-from .pixel_ops import IMAGE_ADJUSTMENTS, MAX_CANVAS_SIZE
+from .pixel_ops import ADJUSTMENT_SHAPES, IMAGE_ADJUSTMENTS, MAX_CANVAS_SIZE
 from .state import PromptState, VisualPromptConfig
 
 # %% ../../nbs/api/prompts/04_serialization.ipynb #0d3095bd
@@ -37,12 +37,27 @@ def check_prompt_file(path: Path) -> Path:
 
 # %% ../../nbs/api/prompts/04_serialization.ipynb #d45464b0
 MAX_ADJUSTMENT = 5.0  # size of each number
-# what messages call them, and the lengths of the lists
-_ADJUSTMENT_SHAPES = {
-    "color": ("two lists of three numbers", [3, 3]),
-    "sharpness": ("a list of three numbers", [3]),
-    "scale": ("one number", [1]),
+_ADJUSTMENT_WORDS = {  # what messages call them
+    "color": "two lists of three numbers",
+    "sharpness": "a list of three numbers",
+    "scale": "one number",
+    "tone": "a list of eight numbers",
+    "gain": "three lists of four lists of four numbers",
 }
+
+
+def _has_shape(
+    value: Any,  # numbers in nested lists, as JSON holds them
+    shape: tuple[int, ...],
+) -> bool:
+    "Are these lists of such lengths, and nothing but numbers of a size that is allowed?"
+    if not shape:
+        return type(value) in (int, float) and abs(value) <= MAX_ADJUSTMENT
+    return (
+        isinstance(value, list)
+        and len(value) == shape[0]
+        and all(_has_shape(part, shape[1:]) for part in value)
+    )
 
 
 def _check_adjustments(
@@ -55,18 +70,10 @@ def _check_adjustments(
             f"{str(numbers)[:60]}"
         )
     for name, value in numbers.items():
-        words, lengths = _ADJUSTMENT_SHAPES[check_choice("adjust", name, IMAGE_ADJUSTMENTS)]
-        rows = {"color": value, "sharpness": [value], "scale": [[value]]}[name]
-        fits = (
-            isinstance(rows, list)
-            and all(isinstance(row, list) for row in rows)
-            and [len(row) for row in rows] == lengths
-        )
-        if not fits or any(
-            type(x) not in (int, float) or not abs(x) <= MAX_ADJUSTMENT for row in rows for x in row
-        ):
+        check_choice("adjust", name, IMAGE_ADJUSTMENTS)
+        if not _has_shape(value, ADJUSTMENT_SHAPES[name]):
             raise ValueError(
-                f"`adjust` {name} must be {words} in [-{MAX_ADJUSTMENT:g}, {MAX_ADJUSTMENT:g}], "
+                f"`adjust` {name} must be {_ADJUSTMENT_WORDS[name]} in [-{MAX_ADJUSTMENT:g}, {MAX_ADJUSTMENT:g}], "
                 f"got {str(value)[:60]}"
             )
     return numbers
@@ -141,7 +148,7 @@ def _parse_provenance(
     return check_fields(parse_json(text, "`provenance`"), "`provenance`", _PROVENANCE_FIELDS)
 
 # %% ../../nbs/api/prompts/04_serialization.ipynb #9e5307d2
-_MAX_ADJUSTMENT_CHARS = 1000  # characters of the adjustments as JSON
+_MAX_ADJUSTMENT_CHARS = 5000  # characters of the adjustments as JSON
 
 
 def _parse_adjustments(

@@ -77,7 +77,7 @@ class PromptState:
 
     config: VisualPromptConfig
     delta: Tensor  # of `config.delta_shape`: the trained numbers
-    # color (2, 3), sharpness (3,) and scale (), as far as `config.adjust` names them
+    # of the shapes in ADJUSTMENT_SHAPES, as far as `config.adjust` names them
     adjustments: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)  # anything JSON can hold
 
@@ -115,7 +115,8 @@ class PromptState:
         return to_pil_image(0.5 + self.render_delta())
 
     def adjustment_values(self) -> dict[str, list[float]]:  # by name
-        "Return contrast, brightness, sharpness and scale, as far as they are trained."
+        """Return contrast, brightness, sharpness, scale, tone and the mean gain of each channel, as
+        far as they are trained."""
         values = {}
         if "color" in self.adjustments:
             contrast, brightness = self.adjustments["color"]
@@ -124,6 +125,10 @@ class PromptState:
             values["sharpness"] = self.adjustments["sharpness"].tolist()
         if "scale" in self.adjustments:
             values["scale"] = [self.adjustments["scale"].exp().item()]
+        if "tone" in self.adjustments:
+            values["tone"] = self.adjustments["tone"].tolist()
+        if "gain" in self.adjustments:
+            values["gain"] = self.adjustments["gain"].exp().mean((1, 2)).tolist()
         return values
 
     def clipping_stats(self) -> tuple[float, float]:

@@ -28,8 +28,11 @@ from tvp.prompts.hub import (
     translate_hub_errors,
 )
 from tvp.prompts.pixel_ops import (
+    ADJUSTMENT_SHAPES,
     adjust_color,
+    adjust_gain,
     adjust_sharpness,
+    adjust_tone,
     delta_to_pixels,
     init_delta,
     resize_on_canvas,
@@ -80,12 +83,9 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         self.register_buffer("mask", config.mask())  # (1, size, size)
         delta = init_delta(self.size, self.width, kind, self.generator, range)
         self.delta = nn.Parameter(delta)
-        # log contrast and brightness of each channel
-        self.color = nn.Parameter(torch.zeros(2, 3)) if "color" in self.adjust else None
-        # of fine, medium and coarse details
-        self.sharpness = nn.Parameter(torch.zeros(3)) if "sharpness" in self.adjust else None
-        # log of the image's size over `inner`
-        self.scale = nn.Parameter(torch.zeros(())) if "scale" in self.adjust else None
+        for name, shape in ADJUSTMENT_SHAPES.items():  # see tvp.prompts.pixel_ops
+            adjusted = nn.Parameter(torch.zeros(shape)) if name in self.adjust else None
+            self.register_parameter(name, adjusted)
         # (3, size, size), whole canvas, summed over the batch
         self.canvas_gradient: Tensor | None = None
 
@@ -115,13 +115,17 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         return prompted
 
     def _adjust_images(self, canvas: Tensor) -> Tensor:
-        "Apply sharpness, color and scale to the images on their canvas; unless free, in [0, 1]."
+        "Apply what is adjusted to the images on their canvas; unless free, they stay in [0, 1]."
         edge = (self.size - self.inner) // 2
         images = canvas[..., edge : self.size - edge, edge : self.size - edge]
         if self.sharpness is not None:
             images = adjust_sharpness(images, self.sharpness)
         if self.color is not None:
             images = adjust_color(images, self.color)
+        if self.tone is not None:
+            images = adjust_tone(images, self.tone)
+        if self.gain is not None:
+            images = adjust_gain(images, self.gain)
         if self.range != "free":
             images = images.clamp(0, 1)
         if self.scale is None:
@@ -218,7 +222,8 @@ class VisualPrompt(ModelHubMixin, nn.Module):
         return self.from_state(self.state().to_range(range), self.generator.initial_seed())
 
     def adjustment_values(self) -> dict[str, list[float]]:  # by name
-        "Return contrast, brightness, sharpness and scale, as far as they are trained."
+        """Return contrast, brightness, sharpness, scale, tone and the mean gain of each channel, as
+        far as they are trained."""
         return self.state().adjustment_values()
 
     def clipping_stats(self) -> tuple[float, float]:

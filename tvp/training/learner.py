@@ -346,7 +346,7 @@ class UpdateMixin:
         return lambda images, batch: self.clean_features(images, batch, index)
 
     def _clamp_adjustments(self) -> None:
-        "Keep color, sharpness and scale within what a file can hold."
+        "Keep what is adjusted within what a file can hold."
         for parameter in list(self.prompt.parameters())[1:]:
             parameter.data.clamp_(-MAX_ADJUSTMENT, MAX_ADJUSTMENT)
 
