@@ -350,7 +350,7 @@ class _PatchMask:
 
     def hide(self, scores: Tensor, layer: int) -> Tensor:  # (B, heads, T, S) both
         "Let no token attend to those that are dropped."
-        tokens = len(self.kept)
+        tokens = 0 if self.kept is None else len(self.kept)
         if scores.shape[-2] != tokens:  # merged on the way, or seen through windows
             raise self.error()
         others = self.kept.new_ones(scores.shape[-1] - tokens)  # clean tokens
